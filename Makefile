@@ -1,0 +1,54 @@
+# Everything sets itself up: `make demo` and `make test` work in a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Made after an installation; pyproject.toml being newer than its stamp means: install again.
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint bench fuzz archs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(INSTALLED) ## Start a mesh of real processes on this machine and let it write
+	$(BIN)/shardmesh demo
+
+test: lint ## Lint, types, import rules and all tests, the quick ones first
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED_DEV) ## Only the tests that take no more than moments
+	$(BIN)/python -m pytest -m "not slow and not processes"
+
+lint: $(INSTALLED_DEV) ## Lint, format, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## Measure the mesh against one llama.cpp process
+	$(BIN)/python -m benchmarks all
+
+fuzz: $(INSTALLED_DEV) ## Altered inputs to every parser, and many more examples of the property tests: half an hour
+	$(BIN)/python tests/fuzz/fuzz.py --seconds 300
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=3600
+
+docs/architectures.md: shardmesh/shards/architectures.py scripts/write_architectures_doc.py | $(INSTALLED)
+	$(BIN)/python scripts/write_architectures_doc.py
+
+archs: $(INSTALLED_DEV) ## Cut a small model of every architecture wherever it can be, and compare bit for bit
+	$(BIN)/python scripts/check_archs.py
+
+clean: ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find shardmesh tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) scripts/set_up.py $(VENV) .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml
+	@$(PYTHON) scripts/set_up.py $(VENV) ".[dev]"
+	@touch $(INSTALLED) $@
