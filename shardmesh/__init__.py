@@ -1,0 +1,3 @@
+"""One large language model on several ordinary machines."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,103 @@
+"""Every parser of bytes from strangers, as a function of bytes alone.
+
+Each may raise a ShardmeshError, and nothing else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from shardmesh.shards.gguf_check import read_gguf
+from shardmesh.shards.manifest import Manifest, check_manifest, encode_manifest
+from shardmesh.shards.store import layers_of
+from shardmesh.wire.announcement import (
+    Announcement,
+    DirectoryRequest,
+    DirectoryResponse,
+    check_timely,
+    open_signed,
+)
+from shardmesh.wire.codec import decode_cbor, decode_json, encode_cbor
+from shardmesh.wire.commands import decode_command, decode_response
+from shardmesh.wire.framing import LENGTH, RecordReader
+from shardmesh.wire.limits import MANIFEST_BYTES_MAX
+from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
+from shardmesh.wire.messages import HiddenBatch, body_to_hidden, decode_message, encode_message
+from shardmesh.wire.model_info import ModelInfo, ModelInfoRequest
+
+Target = Callable[[bytes], None]
+
+
+def parse_stream(data: bytes) -> None:
+    """A stream of records of messages; what is read must be written as it came."""
+    reader = RecordReader()
+    found = b""
+    for piece in (data[:7], data[7:]):
+        for record in reader.feed(piece):
+            message, body = decode_message(record)
+            frame = encode_message(message, body)
+            found += LENGTH.pack(len(frame)) + frame
+            if isinstance(message, HiddenBatch):
+                body_to_hidden(message, body)
+    reader.check_end()
+    if found != data:
+        raise AssertionError("a message has two encodings")
+
+
+def parse_announcement(data: bytes) -> None:
+    announcement = decode_cbor(data, Announcement)
+    if encode_cbor(announcement) != data:
+        raise AssertionError("an announcement has two encodings")
+    check_timely(announcement, cluster=announcement.cluster, now_s=announcement.issued_at_s)
+
+
+def parse_directory(data: bytes) -> None:
+    kind = DirectoryRequest if data[:1] == b"\xa3" else DirectoryResponse
+    decode_cbor(data, kind)
+
+
+def parse_agreement(data: bytes) -> None:
+    """What comes over the link protocol, to either side."""
+    if b"offer" in data or b"refusal" in data:
+        LinkRequester("near", "far").grant(data)
+    else:
+        here = (Endpoint(host="127.0.0.1", port=1),)
+        answer_request(data, own_peer_id="far", other_peer_id="near", endpoints=here)
+
+
+def parse_manifest(data: bytes) -> None:
+    manifest = check_manifest(decode_json(data, Manifest))
+    manifest.digest()
+    if len(encode_manifest(manifest)) > 8 * MANIFEST_BYTES_MAX:
+        raise AssertionError("a manifest grew out of bounds")
+
+
+def parse_gguf(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.gguf")
+        path.write_bytes(data)
+        layers_of(read_gguf(path))
+
+
+def parse_model_info(data: bytes) -> None:
+    decode_cbor(data, ModelInfoRequest if b"digest" in data else ModelInfo)
+
+
+TARGETS: dict[str, Target] = {
+    "stream": parse_stream,
+    "announcement": parse_announcement,
+    "signed": lambda data: void(open_signed(data)),
+    "directory": parse_directory,
+    "command": lambda data: void(decode_command(data)),
+    "response": lambda data: void(decode_response(data)),
+    "agreement": parse_agreement,
+    "manifest": parse_manifest,
+    "gguf": parse_gguf,
+    "model_info": parse_model_info,
+}
+
+
+def void(result: object) -> None:
+    """Drops a result: only errors are of interest."""

@@ -1,0 +1,130 @@
+"""Hypothesis strategies for every message of a link."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from shardmesh.wire.limits import SAMPLING_HISTORY_TOKENS_MAX
+from shardmesh.wire.messages import (
+    BatchDone,
+    CloseSession,
+    Hello,
+    HiddenBatch,
+    Message,
+    NextStage,
+    OpenSession,
+    Ping,
+    Pong,
+    Sampled,
+    Sampling,
+    SessionFailed,
+    SessionOpened,
+    StageTiming,
+    TokenBatch,
+    TrimSession,
+)
+
+counts = st.integers(0, 2**31 - 1)
+microseconds = st.integers(0, 2**53 - 1)
+session_ids = st.binary(min_size=16, max_size=16)
+texts = st.text(max_size=40)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+parts = st.floats(0, 1)
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 100),
+    top_k=counts,
+    top_p=parts,
+    min_p=parts,
+    typical_p=parts,
+    repeat_penalty=st.floats(0, 100, exclude_min=True),
+    repeat_last_n=st.integers(0, SAMPLING_HISTORY_TOKENS_MAX),
+    frequency_penalty=st.floats(-100, 100),
+    presence_penalty=st.floats(-100, 100),
+    seed=st.integers(0, 2**32 - 1),
+    logit_bias=st.lists(st.tuples(counts, numbers), max_size=4).map(tuple),
+    n_top_logprobs=st.integers(0, 64),
+)
+next_stages = st.builds(NextStage, peer_id=texts, addresses=st.lists(texts, max_size=16).map(tuple))
+timings = st.lists(
+    st.builds(
+        StageTiming,
+        layer_start=counts,
+        layer_end=counts,
+        queue_us=microseconds,
+        compute_us=microseconds,
+        next_hop_us=microseconds,
+    ),
+    max_size=3,
+).map(tuple)
+sampled = st.builds(
+    Sampled,
+    token=counts,
+    logprob=numbers,
+    top_logprobs=st.lists(st.tuples(counts, numbers), max_size=3).map(tuple),
+)
+_session = {"session": session_ids, "epoch": counts}
+
+KINDS: dict[type, st.SearchStrategy[Message]] = {
+    Hello: st.builds(Hello, version=counts),
+    Ping: st.builds(Ping, number=counts),
+    Pong: st.builds(Pong, number=counts),
+    OpenSession: st.builds(
+        OpenSession,
+        **_session,
+        manifest_digest=texts,
+        layer_start=counts,
+        layer_end=counts,
+        n_ctx=counts,
+        previous_stage=st.none() | texts,
+        next_stage=st.none() | next_stages,
+        sampling=st.none() | samplings,
+        history=st.lists(counts, max_size=5).map(tuple),
+    ),
+    SessionOpened: st.builds(SessionOpened, **_session),
+    TokenBatch: st.builds(
+        TokenBatch,
+        **_session,
+        position=counts,
+        tokens=st.lists(counts, min_size=1, max_size=5).map(tuple),
+        sample=st.booleans(),
+    ),
+    HiddenBatch: st.builds(
+        HiddenBatch,
+        **_session,
+        position=counts,
+        n_tokens=st.integers(1, 4),
+        n_embd=st.integers(1, 8),
+        dtype=st.just("f32"),
+        sample=st.booleans(),
+        timings=timings,
+    ),
+    BatchDone: st.builds(
+        BatchDone,
+        **_session,
+        position=counts,
+        n_tokens=counts,
+        sampled=st.none() | sampled,
+        timings=timings,
+    ),
+    TrimSession: st.builds(TrimSession, **_session, n_keep=counts),
+    CloseSession: st.builds(CloseSession, session=session_ids),
+    SessionFailed: st.builds(
+        SessionFailed,
+        **_session,
+        layer_start=counts,
+        layer_end=counts,
+        code=texts,
+        blame=st.sampled_from(["ours", "theirs", "moment"]),
+        message=texts,
+        next_step=texts,
+    ),
+}
+
+messages: st.SearchStrategy[Message] = st.one_of(*KINDS.values())
+
+
+def body_of(message: Message) -> bytes:
+    """A body of the size that the message asks for."""
+    return bytes(4 * message.n_tokens * message.n_embd) if isinstance(message, HiddenBatch) else b""

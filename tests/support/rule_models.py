@@ -1,0 +1,100 @@
+"""Small models for the rules of `shards/architectures.py`: one for each kind of rule.
+
+Made from the llama and phi3 models of `support.models`, whose layers these architectures share but
+for a few tensors and values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import gguf
+import numpy as np
+from support.models import (
+    BUILT_IN,
+    TensorData,
+    f32_value,
+    raw_metadata,
+    string_value,
+    u32_value,
+    write_gguf,
+    write_model,
+)
+
+N_LAYER = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleModel:
+    """How an architecture differs from the one that its model is made from."""
+
+    base: str = "llama"
+    tied: bool = False
+    values: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # ends of tensor names
+    norms: tuple[str, ...] = ()  # further ones in each block
+
+
+RULE_MODELS = {
+    # The input is scaled by the root of the width, here no power of two: no quotient is exact.
+    "gemma": RuleModel(tied=True),
+    # A key scales the input.
+    "granite": RuleModel(
+        values={
+            "embedding_scale": f32_value(12.0),
+            "residual_scale": f32_value(0.3),
+            "logit_scale": f32_value(2.0),
+        }
+    ),
+    # Windows by a period that no key tells, and an abort without a layer that has one.
+    "cohere2": RuleModel(
+        tied=True,
+        values={
+            "attention.sliding_window": u32_value(8),
+            "attention.layer_norm_epsilon": f32_value(1e-5),
+            "logit_scale": f32_value(1.0),
+        },
+        left_out=("ffn_norm.weight",),
+    ),
+    # The head does not fall back to the embedding.
+    "internlm2": RuleModel(),
+    # Every fourth layer does not rotate, counted from the first of a file.
+    "smollm3": RuleModel(),
+    # Hidden states would end the process: it takes them for an image.
+    "glm4": RuleModel(base="phi3", norms=("post_attention_norm", "post_ffw_norm")),
+}
+
+
+def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
+    """Writes the model of RULE_MODELS and returns `path`."""
+    rule = RULE_MODELS[architecture]
+    write_model(
+        path, rule.base, n_layer=N_LAYER, n_embd=n_embd, tied=rule.tied, vocabulary=BUILT_IN
+    )
+    metadata = {
+        key.replace(f"{rule.base}.", f"{architecture}.", 1)
+        if key.startswith(f"{rule.base}.")
+        else key: value
+        for key, value in raw_metadata(path.read_bytes())
+    }
+    metadata["general.architecture"] = string_value(architecture)
+    metadata |= {f"{architecture}.{key}": value for key, value in rule.values.items()}
+    tensors = [
+        TensorData(
+            tensor.name,
+            tuple(int(n) for n in tensor.shape),
+            int(tensor.tensor_type),
+            tensor.data.tobytes(),
+        )
+        for tensor in gguf.GGUFReader(path).tensors
+        if not tensor.name.endswith(rule.left_out or ("?",))
+    ]
+    generator = np.random.default_rng(0)
+    for layer in range(N_LAYER):
+        for name in rule.norms:
+            data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
+            tensors.append(TensorData(f"blk.{layer}.{name}.weight", (n_embd,), 0, data))
+    path.unlink()  # the reader maps it
+    write_gguf(path, metadata, tensors)
+    return path
