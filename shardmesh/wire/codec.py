@@ -1,0 +1,166 @@
+"""Deterministic CBOR and strict JSON, and from there to typed messages.
+
+Both decoders refuse what a lenient one would accept: duplicate keys, NaN and infinities,
+nesting beyond `NESTING_MAX`, anything behind the end, unknown fields, text that is no UTF-8.  CBOR
+has no tags, `undefined` or other simple values either, and must be the one deterministic encoding
+of its value (RFC 8949 section 4.2.1), so that a signature over the bytes is a signature over the
+value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, TypeVar
+
+import cbor2
+import msgspec
+
+from shardmesh.errors import ProtocolError
+from shardmesh.wire.limits import NESTING_MAX
+
+T = TypeVar("T")
+
+
+class _NoTags(dict[int, Any]):
+    """Decoders by tag for cbor2: none, not even its own, one of which compiles regexes."""
+
+    def __missing__(self, tag: int) -> Any:
+        raise ValueError(f"tag {tag}")
+
+
+_NO_TAGS = _NoTags()
+
+
+def encode_cbor(message: object) -> bytes:
+    """The deterministic CBOR of a message (a msgspec Struct or plain values).
+
+    Raises ProtocolError for a number that the other side would refuse.
+    """
+    value = msgspec.to_builtins(message, builtin_types=(bytes,))
+    _check_plain(value)
+    return cbor2.dumps(value, canonical=True)
+
+
+def decode_cbor(data: bytes | memoryview, kind: type[T]) -> T:
+    """The message of type `kind` in `data`.
+
+    Raises ProtocolError (theirs) if the bytes are no message of that kind.
+    """
+    raw = bytes(data)
+    try:
+        value = cbor2.loads(
+            raw,
+            max_depth=NESTING_MAX,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
+            semantic_decoders=_NO_TAGS,
+        )
+        same = cbor2.dumps(value, canonical=True) == raw
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ProtocolError(f"not valid CBOR: {_brief(error)}", code="BAD_CBOR") from error
+    if not same:
+        raise ProtocolError("CBOR is not in its deterministic form", code="BAD_CBOR")
+    _check_plain(value)
+    return convert(value, kind)
+
+
+def encode_json(message: object) -> bytes:
+    """Compact JSON of a message."""
+    value = msgspec.to_builtins(message)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """The message of type `kind` in JSON `data`.
+
+    Raises ProtocolError (theirs) if the bytes are no message of that kind.
+    """
+    return convert(parse_json(data), kind)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON as plain values, strictly; raises ProtocolError (theirs)."""
+    if _json_depth(data) > NESTING_MAX:
+        raise ProtocolError(f"JSON is nested deeper than {NESTING_MAX}", code="BAD_JSON")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+        if b"\\u" in data:  # only so can half of a surrogate pair come in, which no text may hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"not valid JSON: {_brief(error)}", code="BAD_JSON") from error
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """Plain values to a typed message; raises ProtocolError (theirs) naming the field."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ProtocolError(f"message refused: {_brief(error)}") from error
+
+
+def _check_plain(value: Any) -> None:
+    """Raises ProtocolError for a value that JSON would not have either, bytes apart."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _check_plain(item)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ProtocolError("a number is not finite", code="BAD_CBOR")
+    elif value is not None and not isinstance(value, str | bytes | int):
+        raise ProtocolError(f"{type(value).__name__} is no plain value", code="BAD_CBOR")
+
+
+def _json_depth(data: bytes) -> int:
+    """Deepest nesting, counted outside of strings, before a parser recurses."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for byte in data:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return mapping
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _brief(error: Exception) -> str:
+    """The first 200 characters: what a stranger sent is not repeated at length."""
+    return str(error)[:200] or type(error).__name__

@@ -1,0 +1,284 @@
+"""Every limit of the protocols, with its reason.  One past a limit is a ProtocolError."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+
+# -- structure ---------------------------------------------------------------------------------
+
+NESTING_MAX: Final = 16
+"""Depth of containers in CBOR and JSON; our deepest message has 5."""
+
+TEXT_BYTES_MAX: Final = 4 * KIB
+"""A name, an address or an error sentence; the prompt has a limit of its own."""
+
+# -- frames on a link --------------------------------------------------------------------------
+
+FRAME_HEADER_BYTES_MAX: Final = 256 * KIB
+"""CBOR header of a frame; the largest is a micro-batch of token ids with logit biases."""
+
+FRAME_BODY_BYTES_MAX: Final = 64 * MIB
+"""Tensor bytes of a frame: 1,024 rows of the widest known model (n_embd 16,384) in f32."""
+
+MICRO_BATCH_TOKENS_MAX: Final = 1024
+"""Rows of one micro-batch; larger ones would only delay the next stage."""
+
+# -- sessions ----------------------------------------------------------------------------------
+
+SEQUENCES_MAX: Final = 256
+"""Sequences of one llama.cpp context (LLAMA_MAX_SEQ)."""
+
+SAMPLING_HISTORY_TOKENS_MAX: Final = 4096
+"""Prompt tokens that the penalties of the sampler may look back on."""
+
+LOGIT_BIASES_MAX: Final = 1024
+"""Entries of a logit bias; OpenAI allows 300."""
+
+TOP_LOGPROBS_MAX: Final = 64
+"""Alternatives reported for a token; OpenAI allows 20."""
+
+SESSION_BATCHES_WAITING_MAX: Final = 64
+"""Micro-batches of one session that wait in a stage; a coordinator keeps 8 under way."""
+
+DECODE_ROUND_MAX: Final = 32
+"""Single tokens of different sessions that a stage computes before a prompt gets its turn."""
+
+# -- commands ----------------------------------------------------------------------------------
+
+COMMAND_BYTES_MAX: Final = 4 * MIB
+"""A JSON request: a prompt of a million characters and room for its escapes."""
+
+COMMAND_RESPONSE_BYTES_MAX: Final = 16 * MIB
+"""A JSON answer: LIST_FILES of 10,000 files, or a long text with its log-probabilities."""
+
+PROMPT_BYTES_MAX: Final = 1 * MIB
+"""A prompt; the context of a model is far smaller in nearly all cases."""
+
+CHAT_MESSAGES_MAX: Final = 1024
+"""Messages of one conversation."""
+
+STOP_STRINGS_MAX: Final = 64
+"""Stop strings of one request; OpenAI allows 4."""
+
+# -- announcements -----------------------------------------------------------------------------
+
+ANNOUNCEMENT_BYTES_MAX: Final = 8 * KIB
+"""One signed announcement: 16 addresses of 256 bytes and the capabilities."""
+
+ANNOUNCEMENT_ADDRESSES_MAX: Final = 16
+"""Addresses in an announcement; a dialer tries each in turn."""
+
+ANNOUNCEMENT_LIFETIME_MAX_S: Final = 600
+"""An announcement is believed for ten minutes at most, twice the refresh interval."""
+
+ANNOUNCEMENT_CLOCK_SKEW_MAX_S: Final = 120
+"""How far the clock of another machine may be ahead."""
+
+DIRECTORY_ENTRIES_MAX: Final = 1000
+"""Announcements that a node remembers or hands over; a mesh has some hundred nodes at most."""
+
+# -- time --------------------------------------------------------------------------------------
+
+HANDSHAKE_TIMEOUT_S: Final = 5.0
+"""From accepting a connection to its first authenticated frame; longer is a slow loris."""
+
+HEARTBEAT_INTERVAL_S: Final = 0.25
+"""A link says that it is alive this often, so that a stopped process is suspected quickly."""
+
+HEARTBEAT_TIMEOUT_S: Final = 5.0
+"""Silence on a link after which it is closed."""
+
+WRITE_TIMEOUT_S: Final = 30.0
+"""A frame that cannot be handed to the network for so long: the reader is gone."""
+
+COMMAND_TIMEOUT_S: Final = 10.0
+"""A command that only reads; LOAD_SHARD and INFERENCE have deadlines of their own."""
+
+# -- links -------------------------------------------------------------------------------------
+
+LINK_QUEUE_FRAMES_MAX: Final = 1024
+"""Frames that wait to be written on one link; four for each sequence of a full context."""
+
+LINK_QUEUE_BYTES_MAX: Final = 2 * FRAME_BODY_BYTES_MAX
+"""Bytes that wait to be written on one link; two of the largest frames."""
+
+LINKS_MAX: Final = 256
+"""Links of one data process; each neighbour and each coordinator has one."""
+
+LINK_AGREEMENT_BYTES_MAX: Final = 8 * KIB
+"""Request and offer of a link: keys, and up to 16 endpoints."""
+
+EXPECTED_LINKS_MAX: Final = 64
+"""Links that were offered and not yet dialed; they lapse after the handshake's time-out."""
+
+EXPECTED_LINKS_PER_NODE_MAX: Final = 8
+"""Links offered to one node and not yet dialed, so that one cannot take all the places."""
+
+UNNAMED_CONNECTIONS_MAX: Final = 64
+"""Accepted connections that have not yet proven a key; further ones are closed at once."""
+
+# -- libp2p ------------------------------------------------------------------------------------
+
+CONNECTIONS_MAX: Final = 512
+"""Connections of a host; each costs a socket and four tasks."""
+
+CONNECTIONS_PER_NODE_MAX: Final = 4
+"""Connections with one node; two arise when both dial at once."""
+
+HANDSHAKES_MAX: Final = 1024
+"""Connections that have not shown who they are yet; each is gone after HANDSHAKE_TIMEOUT_S."""
+
+REQUESTS_MAX: Final = 256
+"""Requests that a host serves at once, all protocols together; beyond it is BUSY."""
+
+REQUESTS_PER_NODE_MAX: Final = 64
+"""Requests that a host serves at once for one node, so that one cannot take all the room."""
+
+REQUEST_READ_TIMEOUT_S: Final = 10.0
+"""From opening a stream to the end of its request."""
+
+STREAM_OPEN_TIMEOUT_S: Final = 5.0
+"""Agreeing on the protocol of a new stream."""
+
+STREAM_CHUNK_BYTES: Final = 64 * KIB
+"""What is read from or written to a stream in one step; one frame of Yamux."""
+
+STREAM_READ_AHEAD_CHUNKS: Final = 4
+"""Chunks read before they are asked for: 256 KiB, the first window of Yamux."""
+
+DIAL_STAGGER_S: Final = 0.25
+"""Head start of an address before the next one of the same node is tried too."""
+
+DIAL_ADDRESSES_MAX: Final = 16
+"""Addresses of a node that are tried."""
+
+PING_INTERVAL_S: Final = 25.0
+"""A quiet connection that is wanted is pinged this often, so that a stopped node is noticed."""
+
+PING_TIMEOUT_S: Final = 5.0
+"""A ping without an answer for so long closes the connection."""
+
+IDLE_TIMEOUT_S: Final = 60.0
+"""A connection that nobody wants and nobody used for so long is closed."""
+
+KNOWN_NODES_MAX: Final = 4096
+"""Nodes whose addresses a host keeps in memory to dial them again."""
+
+# -- discovery ---------------------------------------------------------------------------------
+
+DHT_KEY_BYTES_MAX: Final = 50
+"""py-libp2p finds nothing under longer keys."""
+
+DHT_QUERY_TIMEOUT_S: Final = 3.0
+"""One node's answer in a DHT operation; a stopped one delays the operation by so much."""
+
+DHT_OPERATION_TIMEOUT_S: Final = 30.0
+"""A whole DHT operation, which asks several nodes one after the other."""
+
+DHT_PROVIDERS_MAX: Final = 20
+"""Replicas that the DHT keeps under one key."""
+
+DIRECTORY_PUSH_MAX: Final = 16
+"""Announcements handed over in one request; a node pushes its own, seldom more."""
+
+DIRECTORY_REQUEST_BYTES_MAX: Final = (DIRECTORY_PUSH_MAX + 1) * ANNOUNCEMENT_BYTES_MAX
+"""A request to a directory: its announcements and a little around them."""
+
+DIRECTORY_RESPONSE_BYTES_MAX: Final = (DIRECTORY_ENTRIES_MAX + 1) * ANNOUNCEMENT_BYTES_MAX
+"""All that a directory can hold."""
+
+DIRECTORY_PULL_INTERVAL_S: Final = 15.0
+"""A neighbour's directory is asked for this often, so that what was missed comes in."""
+
+DIRECT_CONNECTIONS_MAX: Final = 32
+"""Listeners that a listener connects with without a request."""
+
+BOOTSTRAP_PAUSE_MIN_S: Final = 1.0
+"""Before an unreachable bootstrap is tried again; it doubles each time."""
+
+BOOTSTRAP_PAUSE_MAX_S: Final = 30.0
+"""The longest such pause: a bootstrap that comes back is found within half a minute."""
+
+REMEMBERED_NODES_MAX: Final = 64
+"""Nodes whose addresses are kept on disk for a start without a bootstrap."""
+
+REMEMBERED_FILE_BYTES_MAX: Final = 512 * KIB
+"""The file of remembered nodes: 64 nodes with 16 addresses each."""
+
+# -- model files -------------------------------------------------------------------------------
+
+GGUF_HEADER_BYTES_MAX: Final = 128 * MIB
+"""All before a model's weights; the largest known vocabularies and merges take 30 MiB."""
+
+GGUF_VALUES_MAX: Final = 65_536
+"""Metadata entries of a model; real ones have fewer than 100."""
+
+GGUF_TENSORS_MAX: Final = 65_536
+"""Tensors of a model; 100 layers of 256 experts stored one by one would still fit."""
+
+GGUF_NAME_BYTES_MAX: Final = 65_535
+"""A metadata key, as the GGUF specification has it."""
+
+GGUF_TENSOR_NAME_BYTES_MAX: Final = 63
+"""A tensor's name: ggml keeps it in 64 bytes with a zero at the end."""
+
+GGUF_STRING_BYTES_MAX: Final = 1 * MIB
+"""One metadata string; long chat templates have 30 KiB."""
+
+GGUF_ARRAY_ITEMS_MAX: Final = 4 * 1024 * 1024
+"""Items of one metadata array; the longest known list of merges has 600,000."""
+
+GGUF_DIMENSIONS_MAX: Final = 4
+"""Dimensions of a tensor (GGML_MAX_DIMS)."""
+
+GGUF_ALIGNMENT_MAX: Final = 65_536
+"""Alignment of the weights; 32 is what everybody writes."""
+
+GGUF_PARTS_MAX: Final = 1024
+"""Files of one model; the largest models come in some 200."""
+
+MODEL_LAYERS_MAX: Final = 512
+"""Layers of a model (LLAMA_MAX_LAYERS), and so the most shards."""
+
+MODEL_NAME_BYTES_MAX: Final = 128
+"""A model's name in manifests and announcements."""
+
+MANIFEST_BYTES_MAX: Final = 1 * MIB
+"""A manifest: 512 shards take some 150 KiB of JSON."""
+
+SHARD_FILES_MAX: Final = 10_000
+"""Files that a shard folder may hold; what lies beyond is not listed."""
+
+# -- long commands -----------------------------------------------------------------------------
+
+LOAD_TIMEOUT_S: Final = 600.0
+"""LOAD_SHARD: tens of GB from a slow disk."""
+
+INFERENCE_TIMEOUT_S: Final = 600.0
+"""INFERENCE: 4,000 tokens of a large model at 7 tokens/s."""
+
+# -- text and chat templates -------------------------------------------------------------------
+
+TOKEN_PIECE_BYTES_MAX: Final = 64 * KIB
+"""The text of one token; the longest known has some hundred bytes."""
+
+DECODED_TOKENS_MAX: Final = 4 * PROMPT_BYTES_MAX
+"""Tokens decoded at once; a prompt of the allowed length has fewer."""
+
+CHAT_TEMPLATE_CHARS_MAX: Final = 256 * KIB
+"""A chat template; the longest known, with tools, have some 20,000 characters."""
+
+CHAT_RENDERED_CHARS_MAX: Final = 4 * MIB
+"""A rendered chat: the prompt limit, and room for what a template says about tools."""
+
+CHAT_ANSWER_CHARS_MAX: Final = 12 * CHAT_RENDERED_CHARS_MAX + KIB
+"""A rendered chat as a line of JSON: twelve characters where one has to be escaped."""
+
+CHAT_RENDER_TIMEOUT_S: Final = 5.0
+"""For the start of the process and one template; a usual one takes a few milliseconds."""
+
+CHAT_PROCESS_BYTES_MAX: Final = 1024 * MIB
+"""Address space of the process that runs templates; Python itself takes a tenth of it."""

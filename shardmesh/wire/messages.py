@@ -1,0 +1,238 @@
+"""What is said on a link: one union of messages, each a frame header.
+
+Session control goes between coordinator and stage, hidden states from stage to stage, results
+from the last stage to the coordinator.  `docs/protocol.md` has the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
+from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.framing import decode_frame, encode_frame
+from shardmesh.wire.limits import (
+    ANNOUNCEMENT_ADDRESSES_MAX,
+    LOGIT_BIASES_MAX,
+    MICRO_BATCH_TOKENS_MAX,
+    SAMPLING_HISTORY_TOKENS_MAX,
+    TEXT_BYTES_MAX,
+    TOP_LOGPROBS_MAX,
+)
+
+LINK_VERSION = 1
+
+SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Tokens = Annotated[tuple[Token, ...], msgspec.Meta(min_length=1, max_length=MICRO_BATCH_TOKENS_MAX)]
+Addresses = Annotated[tuple[Text, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base: fields are checked when a message is decoded, unknown ones refused."""
+
+
+class Sampling(_Message, frozen=True):
+    """How the last stage samples; the fields of `engine.base.SamplingSettings`."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)]
+    top_k: Count
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    typical_p: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)]
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=0, le=SAMPLING_HISTORY_TOKENS_MAX)]
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-100, le=100)]
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-100, le=100)]
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+    logit_bias: Annotated[
+        tuple[tuple[Token, float], ...], msgspec.Meta(max_length=LOGIT_BIASES_MAX)
+    ]
+    n_top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)]
+
+
+class NextStage(_Message, frozen=True):
+    """Where a stage sends its hidden states."""
+
+    peer_id: Text
+    addresses: Addresses
+
+
+class StageTiming(_Message, frozen=True, array_like=True):
+    """Where one micro-batch spent its time in one stage.
+
+    Travels as an array: one for each stage passed is in every frame, and keys were most of it.
+    """
+
+    layer_start: Count
+    layer_end: Count
+    queue_us: Microseconds
+    compute_us: Microseconds
+    next_hop_us: Microseconds  # half a round trip on the link to the next stage
+
+
+Timings = Annotated[tuple[StageTiming, ...], msgspec.Meta(max_length=1024)]
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """First frame in each direction: proves the key and names the version."""
+
+    version: Count
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    """Heartbeat, answered by a Pong with the same number."""
+
+    number: Count
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    number: Count
+
+
+class OpenSession(_Message, frozen=True, tag="open"):
+    """Coordinator to stage: reserve a sequence; answered by SessionOpened or SessionFailed."""
+
+    session: SessionId
+    epoch: Count
+    manifest_digest: Text
+    layer_start: Count
+    layer_end: Count
+    n_ctx: Count  # tokens that the session may come to hold
+    previous_stage: Text | None  # peer id that hidden states must come from; None on the first
+    next_stage: NextStage | None
+    sampling: Sampling | None  # on the last stage
+    history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
+
+
+class SessionOpened(_Message, frozen=True, tag="opened"):
+    session: SessionId
+    epoch: Count
+
+
+class TokenBatch(_Message, frozen=True, tag="tokens"):
+    """Coordinator to first stage: a micro-batch of token ids."""
+
+    session: SessionId
+    epoch: Count
+    position: Count
+    tokens: Tokens
+    sample: bool
+
+
+class HiddenBatch(_Message, frozen=True, tag="hidden"):
+    """Stage to stage: a micro-batch of hidden states, the body (n_tokens, n_embd) row by row."""
+
+    session: SessionId
+    epoch: Count
+    position: Count
+    n_tokens: Annotated[int, msgspec.Meta(ge=1, le=MICRO_BATCH_TOKENS_MAX)]
+    n_embd: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    dtype: Literal["f32"]
+    sample: bool
+    timings: Timings
+
+
+class Sampled(_Message, frozen=True):
+    """A token with its natural log-probability and the best alternatives."""
+
+    token: Token
+    logprob: float
+    top_logprobs: Annotated[
+        tuple[tuple[Token, float], ...], msgspec.Meta(max_length=TOP_LOGPROBS_MAX)
+    ]
+
+
+class BatchDone(_Message, frozen=True, tag="done"):
+    """Last stage to coordinator: a micro-batch has gone through the whole chain."""
+
+    session: SessionId
+    epoch: Count
+    position: Count  # of the micro-batch
+    n_tokens: Count
+    sampled: Sampled | None
+    timings: Timings
+
+
+class TrimSession(_Message, frozen=True, tag="trim"):
+    """Coordinator to stage: forget all positions >= n_keep."""
+
+    session: SessionId
+    epoch: Count
+    n_keep: Count
+
+
+class CloseSession(_Message, frozen=True, tag="close"):
+    """Coordinator to stage: the session is over; not answered."""
+
+    session: SessionId
+
+
+class SessionFailed(_Message, frozen=True, tag="failed"):
+    """Stage to coordinator: the session is over on this stage, and why."""
+
+    session: SessionId
+    epoch: Count
+    layer_start: Count
+    layer_end: Count
+    code: Text
+    blame: Blame
+    message: Text
+    next_step: Text
+
+    def error(self) -> ShardmeshError:
+        """The error as one to raise here."""
+        return error_from_wire(self.code, self.blame, self.message, self.next_step)
+
+
+Message = (
+    Hello
+    | Ping
+    | Pong
+    | OpenSession
+    | SessionOpened
+    | TokenBatch
+    | HiddenBatch
+    | BatchDone
+    | TrimSession
+    | CloseSession
+    | SessionFailed
+)
+
+
+def encode_message(message: Message, body: bytes | memoryview = b"") -> bytes:
+    """A message as one frame, not yet sealed."""
+    return encode_frame(encode_cbor(message), body)
+
+
+def decode_message(frame: bytes) -> tuple[Message, memoryview]:
+    """A message and its body; raises ProtocolError (theirs).
+
+    Only a HiddenBatch has a body, of exactly the size that it names.
+    """
+    header, body = decode_frame(frame)
+    message: Message = decode_cbor(header, Message)  # type: ignore[arg-type]
+    n_body = 4 * message.n_tokens * message.n_embd if isinstance(message, HiddenBatch) else 0
+    if len(body) != n_body:
+        raise ProtocolError(f"a body of {n_body} bytes was due, {len(body)} came", code="BAD_FRAME")
+    return message, body
+
+
+def hidden_to_body(hidden: npt.NDArray[np.float32]) -> memoryview:
+    """Hidden states (n_tokens, n_embd) as raw little-endian float32, without a copy if possible."""
+    return np.ascontiguousarray(hidden, dtype="<f4").data.cast("B")
+
+
+def body_to_hidden(message: HiddenBatch, body: memoryview) -> npt.NDArray[np.float32]:
+    """Hidden states (n_tokens, n_embd); raises ProtocolError (theirs) if a value is not finite."""
+    hidden = np.frombuffer(body, dtype="<f4").reshape(message.n_tokens, message.n_embd)
+    if not np.isfinite(hidden).all():
+        raise ProtocolError("hidden states hold a value that is not finite", code="NOT_FINITE")
+    return hidden

@@ -1,0 +1,287 @@
+"""Messages of a link: every kind goes round, everything else is a ProtocolError."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import cbor2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.message_strategies import KINDS, body_of, messages
+
+from shardmesh.errors import BusyError, ProtocolError
+from shardmesh.wire.codec import encode_cbor
+from shardmesh.wire.framing import LENGTH, RecordReader, encode_frame
+from shardmesh.wire.limits import (
+    ANNOUNCEMENT_ADDRESSES_MAX,
+    LOGIT_BIASES_MAX,
+    MICRO_BATCH_TOKENS_MAX,
+    SAMPLING_HISTORY_TOKENS_MAX,
+    TEXT_BYTES_MAX,
+    TOP_LOGPROBS_MAX,
+)
+from shardmesh.wire.messages import (
+    HiddenBatch,
+    Message,
+    SessionFailed,
+    body_to_hidden,
+    decode_message,
+    encode_message,
+    hidden_to_body,
+)
+
+ID = bytes(16)
+TOKENS: dict[str, Any] = {
+    "type": "tokens",
+    "session": ID,
+    "epoch": 0,
+    "position": 0,
+    "tokens": [1],
+    "sample": True,
+}
+HIDDEN: dict[str, Any] = {
+    "type": "hidden",
+    "session": ID,
+    "epoch": 0,
+    "position": 0,
+    "n_tokens": 1,
+    "n_embd": 2,
+    "dtype": "f32",
+    "sample": False,
+    "timings": [],
+}
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 64,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "seed": 1,
+    "logit_bias": [],
+    "n_top_logprobs": 0,
+}
+OPEN: dict[str, Any] = {
+    "type": "open",
+    "session": ID,
+    "epoch": 0,
+    "manifest_digest": "d",
+    "layer_start": 0,
+    "layer_end": 4,
+    "n_ctx": 16,
+    "previous_stage": None,
+    "next_stage": {"peer_id": "p", "addresses": []},
+    "sampling": SAMPLING,
+    "history": [],
+}
+DONE: dict[str, Any] = {
+    "type": "done",
+    "session": ID,
+    "epoch": 0,
+    "position": 0,
+    "n_tokens": 1,
+    "sampled": {"token": 1, "logprob": -0.5, "top_logprobs": []},
+    "timings": [],
+}
+
+
+def decode(fields: object, body: bytes = b"") -> Message:
+    return decode_message(encode_frame(cbor2.dumps(fields, canonical=True), body))[0]
+
+
+def test_there_is_a_strategy_for_every_kind() -> None:
+    assert set(KINDS) == set(typing.get_args(Message))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_every_kind_goes_round(kind: type, data: st.DataObject) -> None:
+    message = data.draw(KINDS[kind])
+    frame = encode_message(message, body_of(message))
+    found, body = decode_message(frame)
+    assert found == message
+    assert bytes(body) == body_of(message)
+    assert encode_message(found, body) == frame
+
+
+@given(st.lists(messages, max_size=4), st.data())
+def test_messages_come_through_a_stream_cut_anywhere(
+    sent: list[Message], data: st.DataObject
+) -> None:
+    frames = [encode_message(message, body_of(message)) for message in sent]
+    stream = b"".join(LENGTH.pack(len(frame)) + frame for frame in frames)
+    cut = data.draw(st.integers(0, len(stream)))
+    for pieces in ([stream[:cut], stream[cut:]], [bytes([byte]) for byte in stream]):
+        reader = RecordReader()
+        records = [record for piece in pieces for record in reader.feed(piece)]
+        assert [decode_message(record)[0] for record in records] == sent
+
+
+@given(messages, st.data())
+def test_a_message_that_is_cut_or_altered_never_raises_anything_else(
+    message: Message, data: st.DataObject
+) -> None:
+    frame = encode_message(message, body_of(message))
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    with pytest.raises(ProtocolError):
+        decode_message(frame[:cut])
+    altered = bytearray(frame)
+    altered[cut] ^= data.draw(st.integers(1, 255))
+    try:
+        decode_message(bytes(altered))
+    except ProtocolError:
+        return
+
+
+@given(st.binary(max_size=80))
+def test_garbage_is_a_protocol_error(data: bytes) -> None:
+    for frame in (data, encode_frame(data), encode_frame(encode_cbor({"type": "ping"}), data)):
+        with pytest.raises(ProtocolError):
+            decode_message(frame)
+
+
+@given(messages.filter(lambda m: not isinstance(m, HiddenBatch)))
+def test_only_hidden_states_have_a_body(message: Message) -> None:
+    with pytest.raises(ProtocolError):
+        decode_message(encode_message(message, b"\x00"))
+
+
+@pytest.mark.parametrize("n_body", [0, 7, 9])
+def test_hidden_states_have_exactly_the_body_that_they_name(n_body: int) -> None:
+    decode(HIDDEN, bytes(8))
+    with pytest.raises(ProtocolError) as caught:
+        decode(HIDDEN, bytes(n_body))
+    assert caught.value.code == "BAD_FRAME"
+
+
+def repeated(item: Any, n: int) -> list[Any]:
+    return [item] * n
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "at_limit", "past_limit"),
+    [
+        (TOKENS, "tokens", repeated(1, MICRO_BATCH_TOKENS_MAX), [1] * (MICRO_BATCH_TOKENS_MAX + 1)),
+        (TOKENS, "tokens", [1], []),
+        (TOKENS, "tokens", [2**31 - 1], [2**31]),
+        (TOKENS, "tokens", [0], [-1]),
+        (TOKENS, "position", 2**31 - 1, 2**31),
+        (TOKENS, "epoch", 0, -1),
+        (TOKENS, "session", ID, bytes(15)),
+        (TOKENS, "session", ID, bytes(17)),
+        (OPEN, "manifest_digest", "d" * TEXT_BYTES_MAX, "d" * (TEXT_BYTES_MAX + 1)),
+        (
+            OPEN,
+            "history",
+            repeated(1, SAMPLING_HISTORY_TOKENS_MAX),
+            repeated(1, SAMPLING_HISTORY_TOKENS_MAX + 1),
+        ),
+        (
+            OPEN,
+            "next_stage",
+            {"peer_id": "p", "addresses": ["a"] * ANNOUNCEMENT_ADDRESSES_MAX},
+            {"peer_id": "p", "addresses": ["a"] * (ANNOUNCEMENT_ADDRESSES_MAX + 1)},
+        ),
+        (
+            OPEN,
+            "sampling",
+            {**SAMPLING, "logit_bias": [[1, 0.5]] * LOGIT_BIASES_MAX},
+            {**SAMPLING, "logit_bias": [[1, 0.5]] * (LOGIT_BIASES_MAX + 1)},
+        ),
+        (
+            OPEN,
+            "sampling",
+            {**SAMPLING, "n_top_logprobs": TOP_LOGPROBS_MAX},
+            {**SAMPLING, "n_top_logprobs": TOP_LOGPROBS_MAX + 1},
+        ),
+        (OPEN, "sampling", {**SAMPLING, "top_p": 1.0}, {**SAMPLING, "top_p": 1.5}),
+        (
+            OPEN,
+            "sampling",
+            {**SAMPLING, "repeat_penalty": 0.5},
+            {**SAMPLING, "repeat_penalty": 0.0},
+        ),
+        (OPEN, "sampling", {**SAMPLING, "seed": 2**32 - 1}, {**SAMPLING, "seed": 2**32}),
+        (
+            DONE,
+            "sampled",
+            {"token": 1, "logprob": 0.5, "top_logprobs": [[1, 0.5]] * TOP_LOGPROBS_MAX},
+            {"token": 1, "logprob": 0.5, "top_logprobs": [[1, 0.5]] * (TOP_LOGPROBS_MAX + 1)},
+        ),
+        (DONE, "sampled", None, {"token": 1, "logprob": float("nan"), "top_logprobs": []}),
+    ],
+)
+def test_each_field_at_its_limit_and_one_past_it(
+    fields: dict[str, Any], field: str, at_limit: Any, past_limit: Any
+) -> None:
+    decode({**fields, field: at_limit})
+    with pytest.raises(ProtocolError):
+        decode({**fields, field: past_limit})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_tokens": 0},
+        {"n_tokens": MICRO_BATCH_TOKENS_MAX + 1},
+        {"n_embd": 0},
+        {"n_embd": 2**20 + 1},
+        {"dtype": "f16"},
+        {"dtype": "os.system"},
+        {"extra": 1},
+        {"type": "hello"},
+        {"type": "unknown"},
+        {"type": 1},
+    ],
+)
+def test_hidden_states_with_wrong_fields_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        decode({**HIDDEN, **change}, bytes(8))
+
+
+@pytest.mark.parametrize("fields", [{}, [], None, 1, "hello", {"type": "tokens"}])
+def test_headers_that_are_no_message_are_refused(fields: Any) -> None:
+    with pytest.raises(ProtocolError):
+        decode(fields)
+
+
+def test_hidden_states_keep_their_bits() -> None:
+    hidden = np.array([[1.5, -0.0, 1e-45], [3.4e38, -7.25, 0.1]], dtype=np.float32)
+    message = decode({**HIDDEN, "n_tokens": 2, "n_embd": 3}, bytes(hidden_to_body(hidden)))
+    assert isinstance(message, HiddenBatch)
+    found = body_to_hidden(message, hidden_to_body(hidden))
+    assert found.tobytes() == hidden.tobytes()
+    assert hidden_to_body(hidden[:, ::2]).tobytes() == hidden[:, ::2].copy().tobytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_hidden_states_that_are_not_finite_are_refused(value: float) -> None:
+    message = decode(HIDDEN, bytes(8))
+    assert isinstance(message, HiddenBatch)
+    with pytest.raises(ProtocolError) as caught:
+        body_to_hidden(message, memoryview(np.array([0, value], dtype="<f4").tobytes()))
+    assert caught.value.code == "NOT_FINITE"
+
+
+def test_a_failure_travels_with_code_blame_and_next_step() -> None:
+    failed = SessionFailed(
+        session=ID,
+        epoch=0,
+        layer_start=0,
+        layer_end=1,
+        code="BUSY",
+        blame="moment",
+        message="no room",
+        next_step="wait",
+    )
+    found, _ = decode_message(encode_message(failed))
+    assert isinstance(found, SessionFailed)
+    error = found.error()
+    assert isinstance(error, BusyError)
+    assert (str(error), error.code, error.next_step) == ("no room", "BUSY", "wait")
