@@ -1,0 +1,104 @@
+"""Writes docs/architectures.md from the table of rules; behind `make docs/architectures.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardmesh.shards.architectures import RULES, ArchitectureRules
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+
+HEAD = """\
+# Architectures
+
+Generated from `shardmesh/shards/architectures.py` by `make docs/architectures.md`; change it there.
+
+`shardmesh split` cuts a model only if chains of its shards compute the same bits as the whole
+model. Each architecture below that can be cut was compared on a small random model of it: whole
+against every legal cut into two and one into three, over a prefill of 48 tokens, past the small
+model's sliding window of 32, and single steps after it. `make archs` repeats that; its first run
+downloads and builds llama.cpp's own test program. Two exceptions of this proof: the windows of
+`llama4` and `smallthinker` are fixed in llama.cpp at thousands of tokens, so the comparison does
+not reach past them.
+
+An architecture that is not in the list is refused. So is a model with layers for multi-token
+prediction (`nextn_predict_layers`). Models for images or sound are cut in their language part
+only. Whether a sequence can be rolled back to an earlier token depends on the architecture:
+recurrent layers, where the table names them, and `mamba`, `mamba2` and `falcon-h1`, cannot forget
+their last tokens; a stage answers `CANNOT_TRIM`.
+
+| Architecture | Legal cuts | Notes |
+|---|---|---|
+"""
+
+REFUSED = """
+## Refused
+
+| Architecture | Why |
+|---|---|
+"""
+
+
+def document() -> str:
+    good = [f"| `{name}` | {cuts(rules)} | {notes(rules)} |\n" for name, rules in listed(False)]
+    refused = [f"| `{name}` | {rules.refusal} |\n" for name, rules in listed(True)]
+    return HEAD + "".join(good) + REFUSED + "".join(refused)
+
+
+def listed(is_refused: bool) -> Iterator[tuple[str, ArchitectureRules]]:
+    return (item for item in sorted(RULES.items()) if bool(item[1].refusal) == is_refused)
+
+
+def cuts(rules: ArchitectureRules) -> str:
+    """Where a cut is legal, in words."""
+    parts = []
+    if rules.step > 1:
+        parts.append(f"after every {rules.step} layers")
+    if rules.step_key:
+        parts.append(f"after every `{rules.step_key}` layers")
+    if rules.recurrent:
+        parts.append("each shard has an attention and a recurrent layer")
+    if rules.window_everywhere:
+        parts.append("each shard has a layer with a window, if the model has any")
+    if rules.full_everywhere:
+        parts.append("each shard has a layer without a window, if the model has any")
+    if rules.special_layer_counts:
+        parts.append(f"no shard has {numbers(rules.special_layer_counts)} layers")
+    return "; ".join(parts) or "anywhere"
+
+
+def notes(rules: ArchitectureRules) -> str:
+    """What the slicer or the engine does for it, and what it does not take."""
+    parts = [rules.note] if rules.note else []
+    if rules.input_node:
+        parts.append("hidden states are put in behind what llama.cpp does to its input")
+    if rules.keys_set_to_zero:
+        parts.append("the scale of the input is switched off after the first shard")
+    if rules.window:
+        parts.append("the pattern of windows is written out")
+    if rules.writes_recurrent:
+        parts.append("the recurrent layers are written out")
+    if rules.needs_head:
+        parts.append("`output.weight` in each shard, zeros except in the last")
+    if rules.special_layer_counts:
+        parts.append(f"models of {numbers(rules.special_layer_counts)} layers are refused")
+    for key, value_max in rules.keys_at_most:
+        if value_max:
+            parts.append(f"refused with `{key}` above {value_max}")
+    parts += [f"refused with `{key}` 0" for key in sorted(rules.keys_not_zero)]
+    parts += [f"refused without `{key}`" for key in sorted(rules.keys_required)]
+    return "; ".join(parts)
+
+
+def numbers(values: frozenset[int]) -> str:
+    """`26, 27 or 47`; a long run by its start."""
+    ordered = sorted(values)
+    if len(ordered) > 10:
+        return f"{ordered[0]} or more"
+    *before, last = map(str, ordered)
+    return f"{', '.join(before)} or {last}" if before else last
+
+
+if __name__ == "__main__":
+    TARGET.write_text(document())

@@ -1,0 +1,1 @@
+"""Model files: reading, planning, cutting, storing."""

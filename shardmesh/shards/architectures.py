@@ -1,0 +1,278 @@
+"""Which architectures can be cut, and what each needs beyond the general rules.
+
+The general rules, which `slices` follows for all: blocks renumbered from 0, `block_count` the
+length of the range, arrays with one item per layer cut, counts of leading layers less those before
+the range, rope tensors in every shard, the head in the place of `token_embd` on the last stage
+(llama.cpp then ties them).  An architecture stands here only when chains of its shards were found
+equal, bit for bit, to the whole model at every legal cut: `make archs` does that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from shardmesh.errors import GgufError
+from shardmesh.shards.gguf_file import GgufFile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowPattern:
+    """Which layers see only a window when the file does not list them: llama.cpp's own default.
+
+    Of `period` layers one sees everything: the last, or the first with `full_first`.
+    """
+
+    period: int
+    full_first: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArchitectureRules:
+    """What differs from the general rules."""
+
+    note: str = ""
+    """For people: which models these are, or what is special."""
+
+    refusal: str = ""
+    """Why it cannot be cut; a sentence's end."""
+
+    keys_at_most: tuple[tuple[str, int], ...] = (("nextn_predict_layers", 0),)
+    """Keys (without the architecture) whose feature the cut does not handle beyond this value."""
+
+    keys_not_zero: frozenset[str] = frozenset()
+    """Keys that switch a feature on or off at 0, and off cannot be cut."""
+
+    keys_required: frozenset[str] = frozenset()
+    """Without these llama.cpp computes something from the number of layers."""
+
+    keys_set_to_zero: frozenset[str] = frozenset()
+    """Scales of the input, which 0 switches off on later stages."""
+
+    needs_head: bool = False
+    """llama.cpp wants `output.weight` in each file and does not fall back to the embedding."""
+
+    input_node: str = ""
+    """llama.cpp does something to its input (scales it, norms it, adds positions) even if that is
+    hidden states: the engine puts them into this node of the graph, behind all that."""
+
+    input_tensor: str = ""
+    """`input_node` is there only in files with this tensor."""
+
+    fed_as_tokens: bool = False
+    """llama.cpp takes hidden states for an image and computes otherwise: later stages get token 0
+    and the hidden states in `input_node`."""
+
+    output_node: str = "l_out"
+    """The node with the hidden states behind a layer."""
+
+    window: WindowPattern | None = None
+    """Counted from the first layer of a file: written out as a list, so that a cut can be
+    anywhere."""
+
+    window_everywhere: bool = False
+    """llama.cpp aborts when a file has no layer with a window."""
+
+    full_everywhere: bool = False
+    """... and when it has no layer without one."""
+
+    recurrent: bool = False
+    """Attention and recurrent layers alternate: each shard needs one of each."""
+
+    writes_recurrent: bool = False
+    """Which are recurrent follows from an interval: written out as a list."""
+
+    one_part_a_layer: bool = False
+    """A layer with a feed-forward part has neither attention nor recurrence."""
+
+    step: int = 1
+    """Something repeats every so many layers, counted from the first of a file, and no key
+    tells where it starts: a cut is legal only there."""
+
+    step_key: str = ""
+    """A key that holds a further such step."""
+
+    special_layer_counts: frozenset[int] = frozenset()
+    """llama.cpp computes differently when a file has exactly so many layers."""
+
+
+PLAIN: Final = ArchitectureRules()
+HEAD: Final = ArchitectureRules(needs_head=True)
+SCALED: Final = ArchitectureRules(keys_set_to_zero=frozenset({"embedding_scale"}))
+RECURRENT: Final = ArchitectureRules(recurrent=True)
+INTERVAL: Final = ArchitectureRules(recurrent=True, writes_recurrent=True)
+NEMOTRON_H: Final = ArchitectureRules(
+    recurrent=True, one_part_a_layer=True, output_node="nemotron_h_block_out"
+)
+LISTED_WINDOWS: Final = ArchitectureRules(window_everywhere=True)
+
+
+def windows(
+    period: int, *, full_first: bool = False, needs_head: bool = False
+) -> ArchitectureRules:
+    """Layers with and without a window in turns."""
+    return ArchitectureRules(
+        window=WindowPattern(period=period, full_first=full_first),
+        window_everywhere=True,
+        needs_head=needs_head,
+    )
+
+
+_DIFFUSION: Final = "it writes a text as a whole by diffusion, not token by token"
+_STREAMS: Final = "several streams go from layer to layer, and only one can be handed on"
+
+_ONLY_HEAD: Final = (
+    *("bailingmoe", "bailingmoe2", "codeshell", "dbrx", "dots1", "gptneox", "internlm2", "jais"),
+    *("minimax-m2", "minimax-m3", "nemotron", "olmoe", "orion", "phi2", "phimoe", "plamo", "qwen"),
+    *("qwen2moe", "stablelm", "xverse"),
+)
+_PLAIN: Final = (
+    *("llama", "qwen2", "qwen3", "phi3"),  # Mistral and Mixtral are llama; phi3's window is ignored
+    *("arcee", "arctic", "chatglm", "deci", "deepseek", "deepseek32", "ernie4_5", "exaone"),
+    *("falcon", "falcon-h1", "glm-dsa", "glm4moe", "grovemoe", "hunyuan-dense", "hunyuan-moe"),
+    *("hunyuan_vl", "hy_v3", "jais2", "maincoder", "mamba", "mamba2", "mistral3", "mistral4"),
+    *("olmo", "openelm", "paddleocr", "pangu-embedded", "pockettts", "qwen2vl", "qwen3moe"),
+    *("qwen3tts", "qwen3vl", "qwen3vlmoe", "refact", "seed_oss", "starcoder2"),
+)
+
+RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
+    {
+        # -- llama.cpp scales, norms or shifts what comes in ----------------------------------
+        "gemma": ArchitectureRules(input_node="inp_scaled"),
+        "grok": SCALED,
+        "granite": SCALED,
+        "granitemoe": SCALED,
+        "minicpm": dataclasses.replace(SCALED, keys_required=frozenset({"residual_scale"})),
+        "bloom": ArchitectureRules(input_node="inp_norm-0"),
+        "gpt2": ArchitectureRules(input_node="inpL", note="learned positions"),
+        "starcoder": ArchitectureRules(input_node="inpL", note="learned positions"),
+        "mpt": ArchitectureRules(input_node="inpL", input_tensor="position_embd.weight"),
+        "cogvlm": ArchitectureRules(input_node="embd", fed_as_tokens=True, note="text part"),
+        "glm4": ArchitectureRules(input_node="embd", fed_as_tokens=True),
+        # -- sliding windows --------------------------------------------------------------------
+        "gemma2": dataclasses.replace(
+            windows(2), input_node="inp_scaled", special_layer_counts=frozenset({46})
+        ),
+        "gemma3": dataclasses.replace(windows(6), special_layer_counts=frozenset({62})),
+        "gpt-oss": windows(2, needs_head=True),
+        "cohere2": windows(4),
+        "cohere2moe": windows(4, full_first=True),
+        "olmo2": windows(4, needs_head=True),
+        "exaone4": dataclasses.replace(PLAIN, special_layer_counts=frozenset({64})),
+        "exaone-moe": windows(4, needs_head=True),
+        "mellum": windows(4, needs_head=True),
+        "plamo3": windows(8),
+        "laguna": windows(4, full_first=True),
+        # With as many layers as its step, llama.cpp would rotate in all of them.
+        "smallthinker": dataclasses.replace(
+            windows(4, full_first=True), step=4, special_layer_counts=frozenset({4})
+        ),
+        "llama4": dataclasses.replace(
+            windows(4),
+            step=4,
+            step_key="interleave_moe_layer_step",
+            keys_not_zero=frozenset({"attention.sliding_window"}),
+        ),
+        "afmoe": dataclasses.replace(windows(4), input_node="inp_embd_scaled", step=4),
+        "muse-glimmer": dataclasses.replace(windows(4, needs_head=True), input_node="embd_norm"),
+        "granite_swa": dataclasses.replace(
+            LISTED_WINDOWS, keys_set_to_zero=SCALED.keys_set_to_zero
+        ),
+        "spark2_5": LISTED_WINDOWS,
+        "mimo2": dataclasses.replace(LISTED_WINDOWS, needs_head=True),
+        "maple": dataclasses.replace(LISTED_WINDOWS, needs_head=True),
+        "dots3note": dataclasses.replace(LISTED_WINDOWS, full_everywhere=True),
+        # -- attention and recurrent layers -----------------------------------------------------
+        "granitehybrid": dataclasses.replace(RECURRENT, keys_set_to_zero=SCALED.keys_set_to_zero),
+        "lfm2": RECURRENT,
+        "lfm2moe": RECURRENT,
+        "jamba": RECURRENT,
+        "nemotron_h": NEMOTRON_H,
+        "nemotron_h_moe": NEMOTRON_H,
+        "bailingmoe3": RECURRENT,
+        "plamo2": dataclasses.replace(RECURRENT, output_node="ffn_residual"),
+        "kimi-linear": dataclasses.replace(RECURRENT, needs_head=True),
+        "qwen3next": INTERVAL,
+        "qwen35": INTERVAL,
+        "qwen35moe": INTERVAL,
+        # -- something repeats, or depends on the number of layers ------------------------------
+        "smollm3": ArchitectureRules(step=4),
+        "ernie4_5-moe": ArchitectureRules(step_key="interleave_moe_layer_step"),
+        "command-r": ArchitectureRules(special_layer_counts=frozenset(range(64, 1024))),
+        "baichuan": ArchitectureRules(needs_head=True, special_layer_counts=frozenset({32, 40})),
+        "deepseek2": ArchitectureRules(special_layer_counts=frozenset({26, 27, 47, 48})),
+        "nanbeige": ArchitectureRules(keys_at_most=(("nextn_predict_layers", 0), ("num_loops", 1))),
+        **dict.fromkeys(_ONLY_HEAD, HEAD),
+        **dict.fromkeys(_PLAIN, PLAIN),
+        # -- cannot be cut ----------------------------------------------------------------------
+        **dict.fromkeys(
+            ["dream", "llada", "llada-moe", "rnd1"], ArchitectureRules(refusal=_DIFFUSION)
+        ),
+        **dict.fromkeys(
+            ["deepseek4", "glm5-next", "hy_v4", "kimi-k3", "qwen4exp"],
+            ArchitectureRules(refusal=_STREAMS),
+        ),
+        "talkie": ArchitectureRules(refusal="each layer adds the model's own input again"),
+        "hrm_text": ArchitectureRules(refusal="its layers are passed through several times"),
+        "minimax-01": ArchitectureRules(
+            refusal="llama.cpp computes a layer's decay from its place among all layers"
+        ),
+        "minicpm3": ArchitectureRules(
+            refusal="llama.cpp computes a scale of each layer from their number"
+        ),
+    }
+)
+
+ARRAYS_NOT_PER_LAYER: Final = frozenset({"rope.dimension_sections", "classifier.output_labels"})
+"""Arrays under the architecture's prefix whose length only by chance equals the layer count."""
+
+
+def rules_for(model: GgufFile) -> ArchitectureRules:
+    """The rules of a model's architecture; raises GgufError (theirs) if it cannot be cut."""
+    architecture = model.architecture
+    rules = RULES.get(architecture)
+    if rules is None:
+        known = ", ".join(name for name, each in RULES.items() if not each.refusal)
+        raise _refused(
+            f"architecture {architecture[:64]!r} is not among those that are known to stay exact"
+            " when cut",
+            f"use a model of one of these: {known}",
+        )
+    if rules.refusal:
+        raise _refused(
+            f"architecture {architecture!r} cannot be cut: {rules.refusal}",
+            "run it whole on one machine, or use another model",
+        )
+    for feature in _features_in_the_way(model, rules):
+        raise _refused(
+            f"the model {feature}, which cannot be cut yet",
+            "use a file of this model without that, or another model",
+        )
+    return rules
+
+
+def _features_in_the_way(model: GgufFile, rules: ArchitectureRules) -> Iterator[str]:
+    """What a file has, or lacks, that the rules do not cover."""
+    prefix = f"{model.architecture}."
+    for key, value_max in rules.keys_at_most:
+        if model.get_int(prefix + key, 0) > value_max:
+            yield f"uses {prefix}{key}"
+    for key in sorted(rules.keys_not_zero):
+        if model.get_int(prefix + key, 1) == 0:
+            yield f"has {prefix}{key} switched off"
+    for key in sorted(rules.keys_required):
+        if prefix + key not in model.metadata:
+            yield f"does not say {prefix}{key}"
+    heads = model.metadata.get(f"{prefix}attention.head_count")
+    if heads is not None and heads.is_array and not any(heads.items()[:1]):
+        # llama.cpp takes the width of all heads from there, and shards begin with other layers.
+        yield "has no attention heads in its first layer"
+    whole = model.get_int("shardmesh.n_shards", 1) == 1
+    if whole and model.n_layer in rules.special_layer_counts:
+        yield f"has {model.n_layer} layers, for which llama.cpp has special treatment"
+
+
+def _refused(sentence: str, next_step: str) -> GgufError:
+    return GgufError(sentence, code="GGUF_ARCHITECTURE", next_step=next_step)

@@ -1,0 +1,135 @@
+"""Where a model may be cut: computed from its metadata and the rules of its architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from shardmesh.errors import InputError
+from shardmesh.shards.architectures import rules_for
+from shardmesh.shards.gguf_file import GgufFile
+from shardmesh.shards.layers import LayerRange, ranges_of_counts
+from shardmesh.shards.patterns import (
+    attention_layers,
+    own_indexers,
+    recurrent_layers,
+    windowed_layers,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LegalCuts:
+    """Which ranges of layers may be shards."""
+
+    n_layer: int
+    step: int = 1  # a shard starts only at multiples of it
+    needed: tuple[tuple[bool, ...], ...] = ()  # of each kind of layer: a shard has at least one
+    starts: tuple[bool, ...] = ()  # empty: all; layers that do not lean on the one before
+    special_counts: frozenset[int] = frozenset()  # lengths that llama.cpp treats as another model
+
+    @property
+    def is_anywhere(self) -> bool:
+        return self.step == 1 and not (self.needed or self.starts or self.special_counts)
+
+    def allows(self, layers: LayerRange) -> bool:
+        """Whether a range may be a shard; the whole model always is one."""
+        start, end = layers.layer_start, layers.layer_end
+        if (start, end) == (0, self.n_layer):
+            return True
+        return (
+            start % self.step == 0
+            and (not self.starts or self.starts[start])
+            and (end % self.step == 0 or end == self.n_layer)
+            and layers.n_layer not in self.special_counts
+            and all(any(kind[start:end]) for kind in self.needed)
+        )
+
+    def nearest(self, ranges: Sequence[LayerRange]) -> tuple[LayerRange, ...] | None:
+        """The legal ranges of the same number whose ends are nearest to these; None without any."""
+        best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+        for wanted in ranges:
+            longer: dict[int, tuple[int, tuple[int, ...]]] = {}
+            for start, (distance, counts) in best.items():
+                for end in range(start + 1, self.n_layer + 1):
+                    if self.allows(LayerRange(start, end)):
+                        moved = distance + abs(end - wanted.layer_end)
+                        candidate = (moved, (*counts, end - start))
+                        if end not in longer or candidate < longer[end]:
+                            longer[end] = candidate
+            best = longer
+        return ranges_of_counts(best[self.n_layer][1]) if self.n_layer in best else None
+
+
+ANYWHERE: Final = LegalCuts(n_layer=0)
+"""No rule: `n_layer` does not matter then."""
+
+
+def legal_cuts(model: GgufFile) -> LegalCuts:
+    """The legal cuts of a model; raises GgufError (theirs) if its architecture has none."""
+    rules = rules_for(model)
+    step = rules.step
+    if rules.step_key:
+        step = math.lcm(step, max(1, model.get_int(f"{model.architecture}.{rules.step_key}", 1)))
+    needed = []
+    windowed = windowed_layers(model)
+    if rules.window_everywhere and any(windowed):
+        needed.append(windowed)
+    if rules.full_everywhere and not all(windowed):
+        needed.append(tuple(not each for each in windowed))
+    if rules.recurrent:
+        needed += [recurrent_layers(model), attention_layers(model)]
+    return LegalCuts(
+        n_layer=model.n_layer,
+        step=step,
+        needed=tuple(needed),
+        starts=own_indexers(model),
+        special_counts=rules.special_layer_counts,
+    )
+
+
+def legal_boundaries(model: GgufFile) -> tuple[int, ...]:
+    """The layers before which a model may be cut in two; raises GgufError (theirs)."""
+    cuts, n_layer = legal_cuts(model), model.n_layer
+    return tuple(
+        layer
+        for layer in range(1, n_layer)
+        if cuts.allows(LayerRange(0, layer)) and cuts.allows(LayerRange(layer, n_layer))
+    )
+
+
+def check_legal(cuts: LegalCuts, ranges: Sequence[LayerRange]) -> None:
+    """Raises InputError (theirs) with the nearest legal list unless all ranges may be shards."""
+    wrong = [layers for layers in ranges if not cuts.allows(layers)]
+    if not wrong:
+        return
+    nearest = cuts.nearest(ranges)
+    raise InputError(
+        f"layers {wrong[0]} cannot be a shard of this model: {_reason(cuts, wrong[0])}",
+        code="BAD_LAYERS",
+        next_step=f"use --layers {','.join(str(layers.n_layer) for layers in nearest)}"
+        if nearest
+        else f"use fewer shards than {len(ranges)}",
+    )
+
+
+def too_many_shards(n_shards: int) -> InputError:
+    """When no legal cut has so many shards."""
+    return InputError(
+        f"this model cannot be cut into {n_shards} shards: what repeats in its layers must be whole"
+        " in each",
+        code="BAD_LAYERS",
+        next_step="ask for fewer shards",
+    )
+
+
+def _reason(cuts: LegalCuts, layers: LayerRange) -> str:
+    for boundary in (layers.layer_start, layers.layer_end):
+        if boundary % cuts.step and boundary != cuts.n_layer:
+            return f"its layers repeat in steps of {cuts.step}"
+    if cuts.starts and not cuts.starts[layers.layer_start]:
+        return f"layer {layers.layer_start} uses what the layer before it chose"
+    if layers.n_layer in cuts.special_counts:
+        return f"llama.cpp takes {layers.n_layer} layers for another model of this family"
+    return "each shard needs at least one layer of each kind"

@@ -1,0 +1,226 @@
+"""Cuts a model into shard files, `tokenizer.gguf` and `manifest.json`."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+
+from shardmesh import __version__
+from shardmesh.errors import InputError, StorageError
+from shardmesh.shards.architectures import rules_for
+from shardmesh.shards.atomic import flush_to_disk
+from shardmesh.shards.gguf_check import read_gguf
+from shardmesh.shards.gguf_file import GgufFile, refuse
+from shardmesh.shards.gguf_write import n_bytes_of, write_contents
+from shardmesh.shards.layers import LayerRange, check_cover
+from shardmesh.shards.legal_cuts import check_legal, legal_cuts
+from shardmesh.shards.manifest import (
+    MANIFEST_NAME,
+    NUMBER_MAX,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    check_model_name,
+    encode_manifest,
+    read_manifest,
+)
+from shardmesh.shards.names import TOKENIZER_NAME, shard_name
+from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
+from shardmesh.shards.staging import publish, staging_folder
+
+ROOM_TO_SPARE_BYTES: Final = 16 * 1024 * 1024
+"""Free space asked for beyond the shards: folders, the manifest, what others write meanwhile."""
+
+Progress = Callable[[int], None]
+
+
+def split_model(
+    model: Path,
+    ranges: Sequence[LayerRange],
+    out_dir: Path,
+    *,
+    name: str,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes one shard per range and all that goes with them; gives the manifest.
+
+    `progress` is called with the bytes written since the last call.  All files appear under their
+    final names together at the end; a cancellation or failure leaves nothing.  Raises GgufError or
+    InputError (theirs): the model, the ranges, no room; StorageError (ours).
+    """
+    source = read_gguf(model)
+    files = plan_files(source, ranges, name)
+    _refuse_overwriting(source, out_dir, files)
+    with _storage_errors(out_dir):
+        _check_room(out_dir, sum(n_bytes_of(contents) for contents in files.values()))
+        with staging_folder(out_dir) as staging:
+            digests = {
+                file_name: _write(staging / file_name, contents, progress)
+                for file_name, contents in files.items()
+            }
+            manifest = _manifest(source, ranges, name, digests)
+            with (staging / MANIFEST_NAME).open("wb") as file:
+                file.write(encode_manifest(manifest))
+                flush_to_disk(file)
+            _remove_older_split(out_dir)
+            publish(staging, out_dir, [*files, MANIFEST_NAME])
+    return manifest
+
+
+def plan_files(
+    source: GgufFile, ranges: Sequence[LayerRange], name: str
+) -> dict[str, FileContents]:
+    """File name -> contents of all GGUF files of a split; raises InputError (theirs)."""
+    rules_for(source)
+    check_cover(ranges, source.n_layer)
+    check_legal(legal_cuts(source), ranges)
+    check_model_name(name)
+    for key in ("embedding_length", "context_length"):
+        _number(source, key)
+    files = {
+        shard_name(shard_id): shard_contents(
+            source, layers, shard_id=shard_id, n_shards=len(ranges), model_name=name
+        )
+        for shard_id, layers in enumerate(ranges)
+    }
+    return {**files, TOKENIZER_NAME: tokenizer_contents(source)}
+
+
+def plan_n_bytes(source: GgufFile, ranges: Sequence[LayerRange], name: str) -> int:
+    """Bytes of all GGUF files of a split, which is what `progress` will add up to."""
+    return sum(n_bytes_of(contents) for contents in plan_files(source, ranges, name).values())
+
+
+def quantization_of(source: GgufFile) -> str:
+    """The model's quantisation in llama.cpp's words, such as Q4_K_M or F16.
+
+    Taken from `general.file_type`, or else from the type that most weights have.
+    """
+    number = source.get_int("general.file_type", -1)
+    if number in set(LlamaFileType):
+        file_type = LlamaFileType(number).name
+        return file_type.removeprefix("ALL_").removeprefix("MOSTLY_")
+    n_bytes: dict[int, int] = {}
+    for tensor in source.tensors:
+        n_bytes[tensor.ggml_type] = n_bytes.get(tensor.ggml_type, 0) + tensor.n_bytes
+    return GGMLQuantizationType(max(n_bytes, key=lambda kind: n_bytes[kind])).name
+
+
+def default_name(source: GgufFile) -> str:
+    """The model's own name, or that of its file, fit for a manifest."""
+    own = source.get_text("general.name", "") or source.path.stem
+    printable = "".join(letter for letter in own if letter.isprintable()).strip()
+    return printable.encode()[:100].decode(errors="ignore") or "model"
+
+
+def _write(path: Path, contents: FileContents, progress: Progress | None) -> tuple[int, str]:
+    """Bytes and SHA-256 of a file that is then on the disk."""
+    with path.open("xb") as file:
+        sha256 = write_contents(file, contents, progress)
+        flush_to_disk(file)
+        return file.tell(), sha256
+
+
+def _manifest(
+    source: GgufFile,
+    ranges: Sequence[LayerRange],
+    name: str,
+    digests: Mapping[str, tuple[int, str]],
+) -> Manifest:
+    shards = []
+    for shard_id, layers in enumerate(ranges):
+        n_bytes, sha256 = digests[shard_name(shard_id)]
+        shards.append(
+            ShardEntry(
+                shard_id=shard_id,
+                layer_start=layers.layer_start,
+                layer_end=layers.layer_end,
+                n_bytes=n_bytes,
+                sha256=sha256,
+            )
+        )
+    n_bytes, sha256 = digests[TOKENIZER_NAME]
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model_name=name,
+        architecture=source.architecture,
+        n_layer=source.n_layer,
+        n_embd=_number(source, "embedding_length"),
+        n_ctx_train=_number(source, "context_length"),
+        quantization=quantization_of(source),
+        slicer_version=__version__,
+        shards=tuple(shards),
+        tokenizer=TokenizerEntry(n_bytes=n_bytes, sha256=sha256),
+    )
+
+
+def _number(source: GgufFile, key: str) -> int:
+    """A width or length of the model; raises GgufError (theirs) unless it fits a manifest."""
+    value = source.get_int(f"{source.architecture}.{key}")
+    if not 1 <= value <= NUMBER_MAX:
+        refuse(source.path, f"has {value} under {source.architecture}.{key}", "GGUF_VALUE")
+    return value
+
+
+def _refuse_overwriting(source: GgufFile, out_dir: Path, names: Mapping[str, object]) -> None:
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"{out_dir} is not a folder", next_step="give a folder with --out")
+    targets = {(out_dir / name).resolve() for name in names}
+    if targets & {tensor.path.resolve() for tensor in source.tensors}:
+        raise InputError(
+            f"the shards would overwrite the model {source.path}",
+            next_step="give another folder with --out",
+        )
+
+
+def _remove_older_split(out_dir: Path) -> None:
+    """Removes the manifest of an earlier split and those shards that only it had.
+
+    From here on the folder holds no split; a manifest that cannot be read leaves its shards alone.
+    """
+    manifest_path = out_dir / MANIFEST_NAME
+    if not manifest_path.exists():
+        return
+    try:
+        n_shards = len(read_manifest(manifest_path).shards)
+    except InputError:
+        n_shards = 0
+    manifest_path.unlink()
+    for shard_id in range(n_shards):
+        (out_dir / shard_name(shard_id)).unlink(missing_ok=True)
+
+
+def _check_room(out_dir: Path, n_bytes: int) -> None:
+    existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+    n_free = shutil.disk_usage(existing).free
+    if n_bytes + ROOM_TO_SPARE_BYTES > n_free:
+        raise _no_room(out_dir, f": {n_bytes:,} bytes are needed, {n_free:,} are free")
+
+
+@contextmanager
+def _storage_errors(out_dir: Path) -> Iterator[None]:
+    """Turns what the disk says into our errors; a full one is the person's to solve."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(out_dir, "") from error
+        raise StorageError(
+            f"the shards cannot be written to {out_dir}: {error.strerror or error}",
+            next_step="check the folder's permissions and the disk",
+        ) from error
+
+
+def _no_room(out_dir: Path, detail: str) -> InputError:
+    return InputError(
+        f"there is no room for the shards in {out_dir}{detail}",
+        code="NO_ROOM",
+        next_step="free some space, or give a folder on another disk with --out",
+    )

@@ -1,0 +1,157 @@
+"""Manifests: strict, readable, one digest for one content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shardmesh.errors import InputError, StorageError
+from shardmesh.shards.manifest import (
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    read_manifest,
+    write_manifest,
+)
+
+
+def manifest() -> Manifest:
+    shards = [
+        ShardEntry(
+            shard_id=i, layer_start=2 * i, layer_end=2 * i + 2, n_bytes=100 + i, sha256="ab" * 32
+        )
+        for i in range(3)
+    ]
+    return Manifest(
+        schema_version=1,
+        model_name="fairy tales",
+        architecture="llama",
+        n_layer=6,
+        n_embd=64,
+        n_ctx_train=512,
+        quantization="Q4_K_M",
+        slicer_version="0.1.0",
+        shards=tuple(shards),
+        tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    write_manifest(manifest(), path)
+    assert read_manifest(path) == manifest()
+    assert read_manifest(path).digest() == manifest().digest()
+    assert [each.name for each in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_digest_stays_what_it_is() -> None:
+    """Nodes of different versions compare it."""
+    assert manifest().digest() == (
+        "1a8dbb6881fb647389f2d415ff4e9bca830c56b6014149d2571401bc2783205e"
+    )
+
+
+def change(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(msgspec.json.encode(manifest()))
+    inner: Any = tree
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("schema_version",), 2),
+        (("schema_version",), "1"),
+        (("model_name",), ""),
+        (("model_name",), "x" * 129),
+        (("model_name",), "a\nb"),
+        (("architecture",), "../llama"),
+        (("n_layer",), 7),
+        (("n_layer",), 513),
+        (("n_layer",), 6.0),
+        (("n_embd",), 0),
+        (("unknown",), 1),
+        (("shards",), []),
+        (("shards", 1, "shard_id"), 2),
+        (("shards", 1, "layer_start"), 3),
+        (("shards", 1, "layer_start"), 1),
+        (("shards", 1, "layer_end"), 2),
+        (("shards", 2, "layer_end"), 5),
+        (("shards", 0, "layer_start"), -1),
+        (("shards", 0, "n_bytes"), 0),
+        (("shards", 0, "n_bytes"), True),
+        (("shards", 0, "n_bytes"), 2**64),
+        (("shards", 0, "sha256"), "AB" * 32),
+        (("shards", 0, "sha256"), "ab" * 32 + "\n"),
+        (("shards", 0, "sha256"), "ab" * 31),
+        (("shards", 0, "path"), "/etc/passwd"),
+        (("tokenizer",), None),
+        (("tokenizer", "sha256"), ""),
+    ],
+)
+def test_a_changed_manifest_is_refused(
+    tmp_path: Path, path: tuple[str | int, ...], value: Any
+) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(change(path, value)))
+    with pytest.raises(InputError) as caught:
+        read_manifest(file)
+    assert caught.value.code == "BAD_MANIFEST"
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize("key", list(json.loads(msgspec.json.encode(manifest()))))
+def test_every_field_is_needed_and_in_the_digest(tmp_path: Path, key: str) -> None:
+    tree = json.loads(msgspec.json.encode(manifest()))
+    del tree[key]
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=key):
+        read_manifest(file)
+
+
+def test_a_model_has_shards(tmp_path: Path) -> None:
+    tree = change(("n_layer",), 0)
+    tree["shards"] = []
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(InputError):
+        read_manifest(file)
+
+
+def test_the_digest_follows_the_content() -> None:
+    other = msgspec.structs.replace(manifest(), quantization="Q8_0")
+    assert other.digest() != manifest().digest()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{", b'{"a": NaN}', b"\xff", b" " * 2_000_000, b'{"n_layer":1' * 9]
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_bytes(data)
+    with pytest.raises(InputError):
+        read_manifest(file)
+
+
+def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        read_manifest(tmp_path / "manifest.json")
+    with pytest.raises(StorageError):
+        read_manifest(tmp_path)
+    with pytest.raises(StorageError):
+        write_manifest(manifest(), tmp_path / "missing" / "manifest.json")
+
+
+def test_a_bad_manifest_is_never_written(tmp_path: Path) -> None:
+    bad = msgspec.structs.replace(manifest(), n_layer=9)
+    with pytest.raises(InputError):
+        write_manifest(bad, tmp_path / "manifest.json")
+    assert list(tmp_path.iterdir()) == []
