@@ -1,0 +1,1 @@
+"""Computing: the only place that knows llama.cpp."""

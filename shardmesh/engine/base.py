@@ -1,0 +1,149 @@
+"""What the rest of Shardmesh knows of an engine: one shard, several sequences, micro-batches.
+
+An engine is used from one thread only and never from the trio loop.  Three exist: the one on
+llama.cpp (`engine.llama`), the deterministic fake (`engine.fake`), and whatever a test writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Hidden = npt.NDArray[np.float32]
+"""Hidden states, (n_tokens, n_embd)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to run a shard on this machine; 0 or None means: choose from model and machine."""
+
+    n_ctx: int = 0  # tokens of one sequence
+    n_parallel: int = 4  # sequences at once
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    flash_attention: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How the last stage turns logits into a token; llama.cpp's names and defaults."""
+
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int = 40  # 0 is off
+    top_p: float = 0.95  # 1 is off
+    min_p: float = 0.05  # 0 is off
+    typical_p: float = 1.0  # 1 is off
+    repeat_penalty: float = 1.0  # 1 is off
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    n_top_logprobs: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What a loaded shard is."""
+
+    architecture: str
+    is_first: bool  # takes token ids
+    is_last: bool  # gives tokens
+    n_layer: int
+    n_embd: int
+    n_vocab: int  # 0 on stages that have no vocabulary
+    n_ctx: int  # of one sequence
+    n_parallel: int
+    n_batch_tokens_max: int  # rows of one call of compute
+    fingerprint: str  # engine and version; equal fingerprints give equal bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The tokens of one sequence in one hop; exactly one of `tokens` and `hidden` is given."""
+
+    sequence: int
+    position: int  # of the first token
+    tokens: tuple[int, ...] | None = None
+    hidden: Hidden | None = None
+    sample: bool = False  # the last stage samples after the last row
+    want_logits: bool = False  # the last stage gives the logits of the last row
+
+    @property
+    def n_tokens(self) -> int:
+        if self.tokens is not None:
+            return len(self.tokens)
+        if self.hidden is not None:
+            return int(self.hidden.shape[0])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledToken:
+    """A token that the last stage chose; natural logarithms, taken before any filter."""
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What became of one micro-batch.
+
+    `hidden` (n_tokens, n_embd) on stages before the last; `sampled` and `logits` (n_vocab,) on
+    the last, as far as they were asked for.
+    """
+
+    hidden: Hidden | None = None
+    sampled: SampledToken | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+class Engine(Protocol):
+    """One loaded shard.  Not thread-safe.  All errors are EngineError (ours) unless said."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def open_sequence(
+        self, sequence: int, sampling: SamplingSettings | None = None, history: Sequence[int] = ()
+    ) -> None:
+        """Empties sequence 0..n_parallel-1 and, on the last stage, prepares its sampler.
+
+        `history` are the tokens before the first sampled one, for penalties.
+        """
+        ...
+
+    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+        """Computes the micro-batches, one output each, in order.
+
+        What a micro-batch gives does not depend on the others or on other sequences, to the bit.
+
+        Positions must follow on what each sequence holds.  Raises InputError (theirs) for wrong
+        shapes, positions or token ids, before anything is computed; EngineError when llama.cpp
+        fails, after which the sequences concerned must be trimmed or closed.
+        """
+        ...
+
+    def n_held(self, sequence: int) -> int:
+        """Tokens that the sequence holds: the position that must come next."""
+        ...
+
+    def trim_sequence(self, sequence: int, n_keep: int) -> None:
+        """Removes all positions >= n_keep from the sequence."""
+        ...
+
+    def close_sequence(self, sequence: int) -> None:
+        """Frees the sequence and its sampler; harmless if it is not open."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model and all that belongs to it."""
+        ...

@@ -1,0 +1,229 @@
+"""The engine on llama.cpp: one shard, several sequences in one unified KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as api
+
+from shardmesh.engine import options as choices
+from shardmesh.engine.base import (
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    MicroBatch,
+    Output,
+    SamplingSettings,
+)
+from shardmesh.engine.llama_batch import LlamaBatch
+from shardmesh.engine.llama_model import (
+    LoadedModel,
+    fingerprint,
+    free_model,
+    load_model,
+    read_facts,
+)
+from shardmesh.engine.sampler import SamplerChain
+from shardmesh.engine.sampling import describe_choice
+from shardmesh.engine.sequences import SequenceTable
+from shardmesh.engine.tap import HiddenTap
+from shardmesh.errors import EngineError
+from shardmesh.shards.gguf_check import read_gguf
+
+CANNOT_TRIM = "CANNOT_TRIM"
+"""Code of the EngineError when the architecture cannot forget the tail of a sequence."""
+
+N_BATCH_TOKENS_MAX = 512
+"""Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
+
+
+def load_engine(path: Path, options: EngineOptions) -> Engine:
+    """Loads a shard, or a whole model, and makes room for its sequences.
+
+    Raises InputError (theirs) for options or a file that cannot be used, EngineError (ours) if
+    llama.cpp refuses.
+    """
+    choices.check_options(options)
+    gguf = read_gguf(path)
+    facts = read_facts(gguf)
+    n_ctx = choices.choose_n_ctx(options, facts.n_ctx_train, facts.kv, choices.memory_free_bytes())
+    model = load_model(gguf, facts, n_ctx, options)
+    try:
+        return LlamaEngine(model, n_ctx, options)
+    except BaseException:
+        free_model(model)
+        raise
+
+
+class LlamaEngine:
+    """See `engine.base.Engine`."""
+
+    def __init__(self, model: LoadedModel, n_ctx: int, options: EngineOptions) -> None:
+        """Takes over `model` and frees it in `close`; if this raises, it is still the caller's."""
+        facts = model.facts
+        self._model = model
+        self._info = EngineInfo(
+            architecture=facts.architecture,
+            is_first=facts.is_first,
+            is_last=facts.is_last,
+            n_layer=model.n_layer,
+            n_embd=model.n_embd,
+            n_vocab=model.n_vocab,
+            n_ctx=n_ctx,
+            n_parallel=options.n_parallel,
+            n_batch_tokens_max=min(N_BATCH_TOKENS_MAX, n_ctx * options.n_parallel),
+            fingerprint=fingerprint(facts, n_ctx, options),
+        )
+        self._context: Any = None
+        self._samplers: dict[int, SamplerChain] = {}
+        n_rows_max = self._info.n_batch_tokens_max
+        self._tap = None
+        if facts.input_node or not facts.is_last:
+            self._tap = HiddenTap(
+                model.n_embd,
+                n_rows_max,
+                output_node="" if facts.is_last else f"{facts.output_node}-{model.n_layer - 1}",
+                input_node=facts.input_node,
+            )
+        self._batch = LlamaBatch(
+            n_rows_max,
+            0 if facts.is_first or facts.fed_as_tokens else model.n_embd_input,
+            has_sections=model.has_rope_sections,
+        )
+        self._table = SequenceTable(self._info)
+        self._context = self._open_context(options)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def open_sequence(
+        self, sequence: int, sampling: SamplingSettings | None = None, history: Sequence[int] = ()
+    ) -> None:
+        self._require_open()
+        self._table.check_number(sequence)
+        sampler = None
+        if sampling is not None and self._info.is_last:
+            sampler = SamplerChain(sampling, self._info.n_vocab, history)
+        self.close_sequence(sequence)
+        self._table.open(sequence, can_sample=sampler is not None)
+        if sampler is not None:
+            self._samplers[sequence] = sampler
+
+    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+        self._require_open()
+        self._table.check(batch)
+        try:
+            # One at a time: rows of several sequences in one computation change each other's
+            # last bits where the weights are f16 or f32.
+            outputs = [self._run(micro) for micro in batch]
+        except BaseException:
+            self._table.damage(batch)
+            raise
+        self._table.advance(batch)
+        return outputs
+
+    def n_held(self, sequence: int) -> int:
+        return self._table.n_held(sequence)
+
+    def trim_sequence(self, sequence: int, n_keep: int) -> None:
+        self._require_open()
+        self._table.check_trim(sequence, n_keep)
+        memory = api.llama_get_memory(self._context)
+        if not api.llama_memory_seq_rm(memory, sequence, n_keep, -1):
+            raise EngineError(
+                f"{self._info.architecture} cannot forget the tail of a sequence",
+                code=CANNOT_TRIM,
+                next_step="start the sequence again from its first token",
+            )
+        self._table.trim(sequence, n_keep)
+
+    def close_sequence(self, sequence: int) -> None:
+        self._require_open()
+        sampler = self._samplers.pop(sequence, None)
+        if sampler is not None:
+            sampler.close()
+        if self._table.is_open(sequence):
+            api.llama_memory_seq_rm(api.llama_get_memory(self._context), sequence, -1, -1)
+            self._table.close(sequence)
+
+    def close(self) -> None:
+        if self._context is None:
+            return
+        for sampler in self._samplers.values():
+            sampler.close()
+        self._samplers.clear()
+        api.llama_free(self._context)
+        self._context = None
+        free_model(self._model)
+
+    def _open_context(self, options: EngineOptions) -> Any:
+        params = api.llama_context_default_params()
+        params.n_ctx = self._info.n_ctx * self._info.n_parallel
+        params.n_seq_max = self._info.n_parallel
+        # One part for each computation: rows stay in the order of the batch.
+        params.n_batch = params.n_ubatch = self._info.n_batch_tokens_max
+        # One cache for each sequence: in a common one the place of a sequence's cells depends on
+        # the others, and with it the order of sums and the last bits.
+        params.kv_unified = False
+        params.swa_full = True  # else the tail of a sequence could not be trimmed
+        params.n_threads = params.n_threads_batch = choices.choose_n_threads(options)
+        params.type_k = choices.CACHE_TYPES[options.cache_type_k].ggml_type
+        params.type_v = choices.CACHE_TYPES[options.cache_type_v].ggml_type
+        params.flash_attn_type = int(choices.choose_flash_attention(options))
+        params.offload_kqv = params.op_offload = options.n_gpu_layers != 0
+        params.yarn_orig_ctx = self._model.facts.n_ctx_original  # see `load_model`; 0: the file's
+        params.no_perf = True
+        if self._tap is not None:
+            params.cb_eval = self._tap.callback
+        context = api.llama_init_from_model(self._model.handle, params)
+        if not context:
+            raise EngineError(
+                f"llama.cpp could not set up {params.n_ctx} tokens of context",
+                code="CONTEXT_NOT_MADE",
+                next_step="use a smaller --ctx-size or --parallel, or another --cache-type",
+            )
+        return context
+
+    def _require_open(self) -> None:
+        if self._context is None:
+            raise EngineError("the engine is closed")
+
+    def _run(self, micro: MicroBatch) -> Output:
+        is_last = self._info.is_last
+        if self._tap is not None:
+            self._tap.start(micro.hidden)
+        status = api.llama_decode(self._context, self._batch.fill(micro, output_all=not is_last))
+        if status != 0:
+            raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
+        if self._tap is not None:
+            self._tap.check()
+            if not is_last:
+                return Output(hidden=self._tap.take(micro.n_tokens).copy())
+        return self._finish(micro, micro.n_tokens - 1)
+
+    def _finish(self, micro: MicroBatch, row: int) -> Output:
+        """What the last stage gives for a micro-batch whose last row is `row`."""
+        if not (micro.sample or micro.want_logits):
+            return Output()
+        logits = self._logits(row)
+        sampled = None
+        if micro.sample:
+            sampler = self._samplers[micro.sequence]
+            token = sampler.sample(self._context, row)
+            sampled = describe_choice(logits, token, sampler.settings.n_top_logprobs)
+        return Output(sampled=sampled, logits=logits.copy() if micro.want_logits else None)
+
+    def _logits(self, row: int) -> npt.NDArray[np.float32]:
+        """llama.cpp's own memory, (n_vocab,), valid until the next computation."""
+        pointer = api.llama_get_logits_ith(self._context, row)
+        if not pointer:
+            raise EngineError(f"llama.cpp gave no logits for row {row}")
+        logits = np.ctypeslib.as_array(pointer, shape=(self._info.n_vocab,))
+        if not np.isfinite(logits.max()):  # the samplers would abort on these
+            raise EngineError("the model computed logits that are not numbers")
+        return logits

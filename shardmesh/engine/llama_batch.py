@@ -1,0 +1,81 @@
+"""llama.cpp's `llama_batch` over memory that numpy owns, filled without a loop over rows."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as api
+
+from shardmesh.engine.base import MicroBatch
+
+_MROPE_SECTIONS = 4
+
+
+class LlamaBatch:
+    """Room for `n_rows_max` rows of tokens, or of hidden states if `n_embd_input` is not 0.
+
+    Hidden states without room for them are fed as tokens 0: a `HiddenTap` puts them in.
+
+    `has_sections`: the architecture rotates by several position sections (M-RoPE); llama.cpp
+    fills these in for tokens, but wants all of them with hidden states.
+    """
+
+    def __init__(self, n_rows_max: int, n_embd_input: int, *, has_sections: bool) -> None:
+        self._n_sections = _MROPE_SECTIONS if n_embd_input and has_sections else 1
+        self._tokens = np.zeros(n_rows_max, dtype=np.int32)
+        # Zero beyond n_embd: some architectures have room for further inputs in a row.
+        self._hidden = np.zeros((n_rows_max, n_embd_input), dtype=np.float32)
+        self._positions = np.zeros(n_rows_max * self._n_sections, dtype=np.int32)
+        self._sequences = np.zeros(n_rows_max, dtype=np.int32)
+        self._n_sequences = np.ones(n_rows_max, dtype=np.int32)
+        first = self._sequences.ctypes.data
+        step = self._sequences.itemsize
+        self._sequence_pointers = np.arange(
+            first, first + n_rows_max * step, step, dtype=np.uintp
+        )  # each row belongs to one sequence, so that the pointers never change
+        self._is_output = np.zeros(n_rows_max, dtype=np.int8)
+
+    def fill(self, micro: MicroBatch, *, output_all: bool) -> Any:
+        """The struct for `llama_decode`, valid until the next fill.
+
+        `output_all`: every row is an output; else the last one, if something is wanted of it.
+        """
+        n_rows = micro.n_tokens
+        if micro.tokens is not None:
+            self._tokens[:n_rows] = micro.tokens
+        elif micro.hidden is not None and self._hidden.size:
+            self._hidden[:n_rows, : micro.hidden.shape[1]] = micro.hidden
+        self._sequences[:n_rows] = micro.sequence
+        self._is_output[:n_rows] = output_all
+        if micro.sample or micro.want_logits:
+            self._is_output[n_rows - 1] = True
+        self._set_positions(np.arange(micro.position, micro.position + n_rows, dtype=np.int32))
+        return self._struct(n_rows)
+
+    def _set_positions(self, positions: npt.NDArray[np.int32]) -> None:
+        """Section by section, as llama.cpp lays them out for text: p, p, p and 0."""
+        n_rows = positions.size
+        for section in range(self._n_sections):
+            target = self._positions[section * n_rows : (section + 1) * n_rows]
+            target[:] = 0 if section == _MROPE_SECTIONS - 1 else positions
+
+    def _struct(self, n_rows: int) -> Any:
+        has_hidden = self._hidden.shape[1] > 0
+        struct = api.llama_batch()
+        struct.n_tokens = n_rows
+        if has_hidden:
+            struct.embd = _pointer(self._hidden, ctypes.c_float)
+        else:
+            struct.token = _pointer(self._tokens, ctypes.c_int32)
+        struct.pos = _pointer(self._positions, ctypes.c_int32)
+        struct.n_seq_id = _pointer(self._n_sequences, ctypes.c_int32)
+        struct.seq_id = _pointer(self._sequence_pointers, ctypes.POINTER(ctypes.c_int32))
+        struct.logits = _pointer(self._is_output, ctypes.c_int8)
+        return struct
+
+
+def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

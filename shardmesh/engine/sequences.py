@@ -1,0 +1,144 @@
+"""What every engine checks before it computes: shapes, tokens, and positions without a gap."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardmesh.engine.base import EngineInfo, Hidden, MicroBatch
+from shardmesh.errors import InputError
+
+CONTEXT_FULL = "CONTEXT_FULL"
+"""Code of the InputError for a micro-batch that would pass the end of the context."""
+
+
+@dataclasses.dataclass
+class _Held:
+    can_sample: bool
+    n_held: int = 0
+    is_damaged: bool = False  # a computation failed: what the engine holds is not known
+
+
+class SequenceTable:
+    """The open sequences of one engine and how many tokens each holds."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self._info = info
+        self._open: dict[int, _Held] = {}
+
+    def open(self, sequence: int, *, can_sample: bool) -> None:
+        """Starts `sequence` anew, empty; raises InputError (theirs) if there is no such one."""
+        self.check_number(sequence)
+        self._open[sequence] = _Held(can_sample)
+
+    def check_number(self, sequence: int) -> None:
+        """Raises InputError (theirs) if there is no such sequence."""
+        if not 0 <= sequence < self._info.n_parallel:
+            raise InputError(
+                f"sequence {sequence} does not exist: this stage has {self._info.n_parallel}"
+            )
+
+    def close(self, sequence: int) -> None:
+        self._open.pop(sequence, None)
+
+    def n_held(self, sequence: int) -> int:
+        """Tokens that the sequence holds; 0 if it is not open."""
+        held = self._open.get(sequence)
+        return held.n_held if held else 0
+
+    def is_open(self, sequence: int) -> bool:
+        return sequence in self._open
+
+    def check_trim(self, sequence: int, n_keep: int) -> None:
+        """Raises InputError (theirs) unless the sequence is open and the number makes sense."""
+        self._opened(sequence)
+        if n_keep < 0:
+            raise InputError(f"a sequence cannot keep {n_keep} tokens")
+
+    def trim(self, sequence: int, n_keep: int) -> None:
+        """Forgets the positions from `n_keep` on; a damaged sequence is whole again after it."""
+        self.check_trim(sequence, n_keep)
+        held = self._opened(sequence)
+        held.n_held = min(held.n_held, n_keep)
+        held.is_damaged = False
+
+    def check(self, batch: Sequence[MicroBatch]) -> None:
+        """Raises InputError (theirs) unless the whole batch can be computed as it stands."""
+        n_new: Counter[int] = Counter()
+        for micro in batch:
+            self._check_rows(micro)
+            self._check_sequence(micro, n_new[micro.sequence])
+            n_new[micro.sequence] += micro.n_tokens
+        n_rows_max = self._info.n_batch_tokens_max
+        if n_new.total() > n_rows_max:
+            raise InputError(f"{n_new.total()} rows in one batch; {n_rows_max} are allowed")
+
+    def advance(self, batch: Sequence[MicroBatch]) -> None:
+        """Notes that a checked batch has been computed."""
+        for micro in batch:
+            self._open[micro.sequence].n_held += micro.n_tokens
+
+    def damage(self, batch: Sequence[MicroBatch]) -> None:
+        """Notes that a batch failed: its sequences take nothing before a trim or a new start."""
+        for micro in batch:
+            self._open[micro.sequence].is_damaged = True
+
+    def _opened(self, sequence: int) -> _Held:
+        held = self._open.get(sequence)
+        if held is None:
+            raise InputError(f"sequence {sequence} is not open")
+        return held
+
+    def _check_rows(self, micro: MicroBatch) -> None:
+        if (micro.tokens is None) == (micro.hidden is None):
+            raise InputError("a micro-batch has either tokens or hidden states")
+        if micro.tokens is not None:
+            _check_tokens(micro.tokens, self._info)
+        elif micro.hidden is not None:
+            _check_hidden(micro.hidden, self._info)
+        if micro.n_tokens == 0:
+            raise InputError("a micro-batch has at least one token")
+
+    def _check_sequence(self, micro: MicroBatch, n_before: int) -> None:
+        """`n_before`: rows of the same sequence earlier in this batch."""
+        held = self._opened(micro.sequence)
+        if micro.sample and self._info.is_last and not held.can_sample:
+            raise InputError(f"sequence {micro.sequence} was opened without sampling settings")
+        if held.is_damaged:
+            raise InputError(
+                f"sequence {micro.sequence} failed before", next_step="trim it or close it"
+            )
+        expected = held.n_held + n_before
+        if micro.position != expected:
+            raise InputError(
+                f"position {micro.position} does not follow: "
+                f"sequence {micro.sequence} goes on at {expected}"
+            )
+        if expected + micro.n_tokens > self._info.n_ctx:
+            raise InputError(
+                f"the context of {self._info.n_ctx} tokens is full",
+                code=CONTEXT_FULL,
+                next_step="shorten the prompt, or start the stages with a larger --ctx-size",
+            )
+
+
+def _check_tokens(tokens: tuple[int, ...], info: EngineInfo) -> None:
+    if not info.is_first:
+        raise InputError("a stage after the first takes hidden states, not tokens")
+    if tokens and not (min(tokens) >= 0 and max(tokens) < info.n_vocab):
+        raise InputError(f"a token is not in the vocabulary of {info.n_vocab}")
+
+
+def _check_hidden(hidden: Hidden, info: EngineInfo) -> None:
+    if info.is_first:
+        raise InputError("the first stage takes tokens, not hidden states")
+    if hidden.dtype != np.float32 or hidden.ndim != 2 or hidden.shape[1] != info.n_embd:
+        raise InputError(
+            f"hidden states must be float32 of shape (n_tokens, {info.n_embd}), "
+            f"not {hidden.dtype} of {hidden.shape}"
+        )
+    if not np.isfinite(hidden).all():
+        raise InputError("hidden states must be finite numbers")
