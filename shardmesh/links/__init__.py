@@ -1,0 +1,1 @@
+"""Encrypted TCP connections between neighbouring stages."""

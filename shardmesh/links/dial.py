@@ -1,0 +1,234 @@
+"""Bringing up links: dialing an endpoint, and accepting those that were offered."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from shardmesh.errors import BusyError, ProtocolError, ShardmeshError, UnreachableError
+from shardmesh.links.link import Link, LinkUser
+from shardmesh.wire.limits import (
+    DIAL_STAGGER_S,
+    EXPECTED_LINKS_MAX,
+    EXPECTED_LINKS_PER_NODE_MAX,
+    HANDSHAKE_TIMEOUT_S,
+    LINKS_MAX,
+    UNNAMED_CONNECTIONS_MAX,
+)
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant
+from shardmesh.wire.sealing import LINK_ID_BYTES
+
+logger = logging.getLogger(__name__)
+
+EXPECTED_LIFETIME_S = 2 * HANDSHAKE_TIMEOUT_S
+
+
+async def dial(grant: LinkGrant, user: LinkUser) -> Link:
+    """A greeted link to the first endpoint that answers; the caller runs it.
+
+    All endpoints are connected to, each with a head start on the next: a machine has addresses
+    that lead nowhere from here.  Raises UnreachableError (the moment's) when none will do.  A
+    cancellation leaves no connection.
+    """
+    found: Link | None = None
+    error: Exception | None = None
+    connected, streams = trio.open_memory_channel[trio.SocketStream](len(grant.endpoints))
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_connect_all, grant.endpoints, connected)
+            async for stream in streams:
+                try:
+                    found = await _greeted(stream, grant, user)
+                except (OSError, trio.BrokenResourceError, ShardmeshError) as failure:
+                    error = failure  # something else listens there
+                else:
+                    nursery.cancel_scope.cancel()
+                    break
+    except BaseException:
+        if found is not None:  # cancelled between the greeting and the return
+            await trio.aclose_forcefully(stream)
+        raise
+    finally:
+        await _close_all(streams)
+    if found is not None:
+        return found
+    tried = ", ".join(f"{e.host}:{e.port}" for e in grant.endpoints)
+    raise UnreachableError(
+        f"no link to {grant.peer_id}: tried {tried}",
+        code="NO_LINK",
+        next_step="open the data port of that machine in its firewall (--data-port fixes it)",
+    ) from error
+
+
+async def _connect_all(
+    endpoints: tuple[Endpoint, ...], connected: trio.MemorySendChannel[trio.SocketStream]
+) -> None:
+    """Hands over each stream that could be connected in time; then closes the channel."""
+
+    async def connect(endpoint: Endpoint) -> None:
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+        except (OSError, trio.TooSlowError) as error:
+            logger.debug("%s:%d cannot be reached: %s", endpoint.host, endpoint.port, error)
+        else:
+            connected.send_nowait(stream)  # there is room for all
+
+    async with connected, trio.open_nursery() as nursery:
+        for endpoint in endpoints:
+            nursery.start_soon(connect, endpoint)
+            await trio.sleep(DIAL_STAGGER_S)
+
+
+async def _close_all(streams: trio.MemoryReceiveChannel[trio.SocketStream]) -> None:
+    """Closes what was connected and is not needed, and the channel."""
+    with trio.CancelScope(shield=True):
+        while True:
+            try:
+                stream = streams.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                break
+            await trio.aclose_forcefully(stream)
+        streams.close()
+
+
+async def _greeted(stream: trio.SocketStream, grant: LinkGrant, user: LinkUser) -> Link:
+    try:
+        await stream.send_all(grant.link_id)
+        link = Link(stream, grant.keys, is_dialer=True, peer_id=grant.peer_id, user=user)
+        await link.greet()
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return link
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    grant: LinkGrant
+    until_s: float
+
+
+class Acceptor:
+    """Accepts connections and runs those that name a link which was offered before."""
+
+    def __init__(self, user: LinkUser) -> None:
+        self._user = user
+        self._expected: dict[bytes, _Expected] = {}
+        self._n_unnamed = 0
+        self._n_links = 0
+
+    def expect(self, grant: LinkGrant) -> None:
+        """Lets the holder of this grant connect once, within ten seconds.
+
+        Raises BusyError (the moment's) when too many are expected or open already.
+        """
+        now_s = trio.current_time()
+        self._expected = {k: e for k, e in self._expected.items() if e.until_s > now_s}
+        n_of_node = sum(e.grant.peer_id == grant.peer_id for e in self._expected.values())
+        if len(self._expected) >= EXPECTED_LINKS_MAX or n_of_node >= EXPECTED_LINKS_PER_NODE_MAX:
+            raise BusyError("too many links are being set up")
+        if self._n_links >= LINKS_MAX:
+            raise BusyError("this node has all the links that it can have")
+        self._expected[grant.link_id] = _Expected(grant, now_s + EXPECTED_LIFETIME_S)
+
+    async def handle(self, stream: trio.abc.Stream) -> None:
+        """Serves one accepted connection to its end; for `trio.serve_listeners`."""
+        if self._n_unnamed >= UNNAMED_CONNECTIONS_MAX:
+            await trio.aclose_forcefully(stream)
+            return
+        self._n_unnamed += 1
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                link = await self._named(stream)
+        except (ShardmeshError, OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            logger.info("a connection was refused: %s", error)
+            await trio.aclose_forcefully(stream)
+            return
+        finally:
+            self._n_unnamed -= 1
+        self._n_links += 1
+        try:
+            await link.run()
+        finally:
+            self._n_links -= 1
+
+    async def _named(self, stream: trio.abc.Stream) -> Link:
+        link_id = b""
+        while len(link_id) < LINK_ID_BYTES:
+            data = await stream.receive_some(LINK_ID_BYTES - len(link_id))
+            if not data:
+                raise ProtocolError("the connection ended before it named a link")
+            link_id += data
+        expected = self._expected.pop(link_id, None)
+        if expected is None or expected.until_s < trio.current_time():
+            raise ProtocolError("the connection names no link that was offered", code="NO_LINK")
+        grant = expected.grant
+        link = Link(stream, grant.keys, is_dialer=False, peer_id=grant.peer_id, user=self._user)
+        await link.greet()
+        return link
+
+
+Agree = Callable[[str, tuple[str, ...]], Awaitable[LinkGrant]]
+"""Agrees with (peer id, its addresses) on a link, over libp2p."""
+
+
+class LinkPool:
+    """One link for each node that is dialed, shared by all who ask for it."""
+
+    def __init__(self, nursery: trio.Nursery, agree: Agree, user: LinkUser) -> None:
+        self._nursery = nursery
+        self._agree = agree
+        self._user = user
+        self._links: dict[str, Link] = {}
+        self._dialing: dict[str, trio.Lock] = {}
+
+    async def get(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> Link:
+        """The open link to a node, made if there is none.
+
+        Raises what agreeing and dialing raise, and UnreachableError after `timeout_s`.
+        """
+        lock = self._dialing.setdefault(peer_id, trio.Lock())
+        try:
+            with trio.fail_after(timeout_s):
+                async with lock:
+                    link = self._links.get(peer_id)
+                    if link is None or not link.is_open:
+                        grant = await self._agree(peer_id, addresses)
+                        link = await dial(grant, self._user)
+                        self._links[peer_id] = link
+                        self._nursery.start_soon(self._carry, link)
+                    return link
+        except trio.TooSlowError:
+            raise UnreachableError(
+                f"{peer_id} did not answer within {timeout_s:.0f} s", code="LINK_TIMEOUT"
+            ) from None
+        finally:
+            if not lock.locked():  # nobody waits: strangers name the nodes, so none is kept
+                self._dialing.pop(peer_id, None)
+
+    def close(self) -> None:
+        """Ends all links."""
+        for link in list(self._links.values()):
+            link.close()
+
+    async def _carry(self, link: Link) -> None:
+        try:
+            await link.run()
+        finally:
+            if self._links.get(link.peer_id) is link:
+                del self._links[link.peer_id]
+
+
+def local_endpoints(addresses: list[str], port: int) -> tuple[Endpoint, ...]:
+    """The data port on each IP address among libp2p multiaddresses, in their order."""
+    hosts: list[str] = []
+    for address in addresses:
+        parts = address.split("/")
+        is_ip = len(parts) > 2 and parts[1] in ("ip4", "ip6") and "%" not in parts[2]
+        if is_ip and parts[2] not in hosts:
+            hosts.append(parts[2])
+    return tuple(Endpoint(host=host, port=port) for host in hosts)

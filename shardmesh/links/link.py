@@ -1,0 +1,206 @@
+"""One encrypted connection between two data processes, or a coordinator and a data process.
+
+A link has one reader task, one writer task and one heartbeat task.  Whoever uses it calls `send`,
+which never waits, and is called back for each message, on the trio loop, without waiting either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from typing import Protocol
+
+import trio
+
+from shardmesh.errors import (
+    BusyError,
+    ProtocolError,
+    ShardmeshError,
+    UnreachableError,
+    known_error,
+)
+from shardmesh.links.outbox import Outbox
+from shardmesh.wire.framing import RecordReader
+from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S
+from shardmesh.wire.messages import (
+    LINK_VERSION,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    decode_message,
+    encode_message,
+)
+from shardmesh.wire.sealing import LinkKeys, Opener, Sealer
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES_MIN = 64 * 1024
+READ_BYTES_MAX = 1024 * 1024  # a buffer of this size is made for each read of a large body
+N_ROUND_TRIPS_KEPT = 8
+
+_CLOSED_HERE = UnreachableError("the link was closed on this side", code="LINK_CLOSED")
+
+
+class LinkUser(Protocol):
+    """Whoever a link belongs to; both are called on the trio loop and must not raise or wait.
+
+    A ProtocolError out of `on_message` is the exception: it closes the link.
+    """
+
+    def on_message(self, link: Link, message: Message, body: memoryview) -> None: ...
+
+    def on_closed(self, link: Link, error: ShardmeshError) -> None: ...
+
+
+class Link:
+    """A connection whose keys are agreed; `run` carries it until it ends."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        keys: LinkKeys,
+        *,
+        is_dialer: bool,
+        peer_id: str,
+        user: LinkUser,
+    ) -> None:
+        outward, inward = keys.dialer_to_acceptor, keys.acceptor_to_dialer
+        if not is_dialer:
+            outward, inward = inward, outward
+        self.peer_id = peer_id
+        self._stream = stream
+        self._outbox = Outbox(stream, Sealer(outward), peer_id)
+        self._opener = Opener(inward)
+        self._user = user
+        self._reader = RecordReader()
+        self._pending: deque[bytes] = deque()
+        self._n_pings = 0
+        self._ping_sent_s = 0.0
+        self._heard_s = trio.current_time()
+        self._round_trips_s: deque[float] = deque(maxlen=N_ROUND_TRIPS_KEPT)
+        self._closing: ShardmeshError | None = None
+        self._scope = trio.CancelScope()
+
+    @property
+    def is_open(self) -> bool:
+        return self._closing is None
+
+    @property
+    def half_round_trip_us(self) -> int:
+        """Half of the fastest of the last heartbeats; 0 before the first."""
+        return int(min(self._round_trips_s, default=0.0) / 2 * 1e6)
+
+    def send(self, message: Message, body: bytes | memoryview = b"") -> None:
+        """Sends a message without waiting; from any thread.
+
+        Raises BusyError (the moment's) when too much waits to be sent and UnreachableError when
+        the link has ended; the message is not sent then.
+        """
+        self._outbox.put(encode_message(message, body))
+
+    async def flush(self) -> None:
+        """Waits until all that was sent is with the network, or the link has ended."""
+        await self._outbox.flush()
+
+    def close(self, error: ShardmeshError | None = None) -> None:
+        """Ends the link now; `run` returns and the user is told."""
+        if self._closing is None:
+            self._closing = error or _CLOSED_HERE
+        self._scope.cancel()
+
+    async def greet(self) -> None:
+        """Exchanges hellos, which proves the keys; to be done once, before `run`.
+
+        Raises ProtocolError (theirs) or UnreachableError (the moment's); the connection is closed
+        then, and also on a cancellation.
+        """
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                await self._outbox.write_first(encode_message(Hello(version=LINK_VERSION)))
+                message, _ = await self._receive()
+            if not isinstance(message, Hello) or message.version != LINK_VERSION:
+                raise ProtocolError("the link did not begin with a hello of this version")
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            await trio.aclose_forcefully(self._stream)
+            raise UnreachableError(f"{self.peer_id} did not greet", code="LINK_LOST") from error
+        except BaseException:
+            await trio.aclose_forcefully(self._stream)
+            raise
+
+    async def run(self) -> None:
+        """Carries the link until it ends, tells the user why, and returns.
+
+        A cancellation closes the connection and is passed on.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._outbox.write_forever)
+                    nursery.start_soon(self._heartbeat)
+        except* (ShardmeshError, trio.BrokenResourceError, trio.ClosedResourceError) as group:
+            self._end(_cause(group))
+        except* trio.TooSlowError:
+            self._end(UnreachableError(f"{self.peer_id} took too long", code="LINK_TIMEOUT"))
+        finally:
+            self._end(_CLOSED_HERE)
+            try:
+                await trio.aclose_forcefully(self._stream)
+            finally:  # closing raises Cancelled if `run` itself is cancelled
+                self._user.on_closed(self, self._closing or _CLOSED_HERE)
+
+    def _end(self, error: ShardmeshError) -> None:
+        if self._closing is None:
+            self._closing = error
+        self._outbox.close()
+
+    def _n_read(self) -> int:
+        return min(max(self._reader.n_wanted, READ_BYTES_MIN), READ_BYTES_MAX)
+
+    async def _read(self) -> None:
+        while True:
+            message, body = await self._receive()
+            match message:
+                case Ping():
+                    self._send_beat(Pong(number=message.number))
+                case Pong():
+                    if message.number == self._n_pings:
+                        self._round_trips_s.append(trio.current_time() - self._ping_sent_s)
+                case Hello():
+                    raise ProtocolError("a second hello on one link")
+                case _:
+                    self._user.on_message(self, message, body)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            now_s = trio.current_time()
+            if now_s - self._heard_s > HEARTBEAT_TIMEOUT_S:
+                raise UnreachableError(
+                    f"{self.peer_id} was silent for {HEARTBEAT_TIMEOUT_S:.0f} s",
+                    code="LINK_SILENT",
+                )
+            self._n_pings += 1
+            self._ping_sent_s = now_s
+            self._send_beat(Ping(number=self._n_pings))
+            await trio.sleep(HEARTBEAT_INTERVAL_S)
+
+    def _send_beat(self, beat: Ping | Pong) -> None:
+        """Sends a heartbeat, unless so much waits to be written that it would say nothing new."""
+        with contextlib.suppress(BusyError):  # WRITE_TIMEOUT_S ends a link that stays full
+            self.send(beat)
+
+    async def _receive(self) -> tuple[Message, memoryview]:
+        while not self._pending:
+            data = await self._stream.receive_some(self._n_read())
+            if not data:
+                raise UnreachableError(f"{self.peer_id} closed the link", code="LINK_LOST")
+            self._heard_s = trio.current_time()
+            self._pending.extend(self._reader.feed(data))
+        return decode_message(self._opener.open(self._pending.popleft()))
+
+
+def _cause(group: BaseExceptionGroup[Exception]) -> ShardmeshError:
+    """The one error to report of all that ended the link's tasks."""
+    return known_error(group) or UnreachableError("the connection broke", code="LINK_LOST")

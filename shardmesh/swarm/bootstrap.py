@@ -1,0 +1,117 @@
+"""The bootstrap: the entry point of a mesh, which holds no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from shardmesh import __version__
+from shardmesh.swarm.commands import CommandHandler, serve_commands
+from shardmesh.swarm.dht import open_dht
+from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.host import Host, open_host
+from shardmesh.swarm.identity import load_identity
+from shardmesh.swarm.membership import Membership
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BootstrapSettings:
+    """How to run a bootstrap."""
+
+    listen_addr: str
+    port: int
+    cluster: str
+    identity_file: Path
+    state_dir: Path
+    join: Sequence[str] = ()  # other bootstraps of the same mesh
+
+
+async def run_bootstrap(settings: BootstrapSettings, logger: logging.Logger) -> None:
+    """Serves DHT, directory and commands until SIGINT or SIGTERM.
+
+    Raises InputError (theirs) for a port that is taken or a broken identity.
+    """
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve, settings, logger)
+            async for number in signals:
+                logger.info("%s: leaving", signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+                break
+
+
+async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
+    identity = load_identity(settings.identity_file)
+    logger.info("Peer ID: %s", identity.peer_id)
+    async with (
+        open_host(
+            identity,
+            listen_host=settings.listen_addr,
+            port=settings.port,
+            agent=f"bootstrap/{settings.cluster}",
+        ) as host,
+        open_dht(host, cluster=settings.cluster) as dht,
+    ):
+        directory = Directory(settings.cluster)
+        membership = Membership(
+            host,
+            dht,
+            directory,
+            bootstraps=settings.join,
+            signer=identity,
+            state_dir=settings.state_dir,
+            logger=logger,
+        )
+        serve_commands(host, _BootstrapCommands(host, directory).handlers())
+        _say_how_to_join(host, settings.cluster, logger)
+        await membership.run()
+
+
+def _say_how_to_join(host: Host, cluster: str, logger: logging.Logger) -> None:
+    addresses = host.addresses()
+    for address in addresses:
+        logger.info("[LISTEN] Listening on: %s", address)
+    logger.info("Start listeners with one of these lines:")
+    for address in addresses:
+        logger.info("  shardmesh listen --cluster %s --bootstrap %s", cluster, address)
+    logger.info("✅ Bootstrap node started! Waiting for connections...")
+
+
+class _BootstrapCommands:
+    """What a bootstrap answers over /json-message/1.0."""
+
+    def __init__(self, host: Host, directory: Directory) -> None:
+        self._host = host
+        self._directory = directory
+        self._started_s = trio.current_time()
+        self._n_requests = 0
+
+    def handlers(self) -> dict[str, CommandHandler]:
+        return {
+            "GET_CAPABILITIES": self.get_capabilities,
+            "GET_METRICS": self.get_metrics,
+        }
+
+    async def get_capabilities(self, params: object) -> object:
+        self._n_requests += 1
+        return {
+            "role": "bootstrap",
+            "version": __version__,
+            "peer_id": self._host.peer_id,
+            "cluster": self._directory.cluster,
+            "addresses": self._host.addresses(),
+        }
+
+    async def get_metrics(self, params: object) -> object:
+        self._n_requests += 1
+        return {
+            "uptime_s": round(trio.current_time() - self._started_s, 3),
+            "n_requests": self._n_requests,
+            "n_connected_nodes": len(self._host.connected()),
+            "n_listeners": len(self._directory.all()),
+        }

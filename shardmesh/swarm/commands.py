@@ -1,0 +1,123 @@
+"""Serving and sending the JSON commands over libp2p streams."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import trio
+
+from shardmesh.errors import BusyError, OurError, RefusedError, ShardmeshError
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.streams import ByteStream, receive_message, send_message
+from shardmesh.wire.commands import (
+    JSON_PROTOCOL,
+    METRICS_PROTOCOL,
+    decode_command,
+    decode_response,
+    encode_command,
+    encode_data,
+    encode_error,
+)
+from shardmesh.wire.limits import (
+    COMMAND_BYTES_MAX,
+    COMMAND_RESPONSE_BYTES_MAX,
+    COMMAND_TIMEOUT_S,
+    REQUEST_READ_TIMEOUT_S,
+)
+
+CommandHandler = Callable[[Any], Awaitable[object]]
+"""Takes the command's params (a struct of wire/commands.py), gives data that JSON can hold."""
+
+_log = logging.getLogger(__name__)
+
+
+def serve_commands(host: Host, handlers: Mapping[str, CommandHandler]) -> None:
+    """Answers /json-message/1.0 and, if there is a GET_METRICS handler, /metrics/1.0.
+
+    A ShardmeshError of a handler is reported as it is, anything else as INTERNAL without details.
+    A handler is cancelled when the asking side resets its stream.
+    """
+
+    async def serve_json(stream: ByteStream, peer_id: str) -> None:
+        await send_message(stream, await _answer(stream, handlers))
+
+    async def serve_metrics(stream: ByteStream, peer_id: str) -> None:
+        await send_message(stream, await _run(handlers["GET_METRICS"], None))
+
+    busy = encode_error(
+        BusyError("this node serves too many requests already", next_step="Try again in a moment.")
+    )
+    host.serve(JSON_PROTOCOL, serve_json, busy=busy)
+    if "GET_METRICS" in handlers:
+        host.serve(METRICS_PROTOCOL, serve_metrics, busy=busy)
+
+
+async def send_command(
+    host: Host,
+    peer_id: str,
+    command: str,
+    params: object = None,
+    timeout_s: float = COMMAND_TIMEOUT_S,
+) -> Any:
+    """Sends one command to a node and gives the data of its answer.
+
+    `params` is a struct of wire/commands.py or a dictionary.  Raises the error that the node
+    reports, UnreachableError (the moment's) if it does not answer in time, ProtocolError (theirs)
+    for params or an answer that break the protocol.  A cancellation resets the stream, which
+    cancels the work on the other side.
+    """
+    answer = await host.request(
+        peer_id,
+        JSON_PROTOCOL,
+        encode_command(command, params),
+        timeout_s=timeout_s,
+        response_bytes_max=COMMAND_RESPONSE_BYTES_MAX,
+    )
+    return decode_response(answer)
+
+
+async def get_metrics(host: Host, peer_id: str, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
+    """What a node tells over /metrics/1.0; raises as `send_command` does."""
+    answer = await host.request(
+        peer_id,
+        METRICS_PROTOCOL,
+        b"",
+        timeout_s=timeout_s,
+        response_bytes_max=COMMAND_RESPONSE_BYTES_MAX,
+    )
+    return decode_response(answer)
+
+
+async def _answer(stream: ByteStream, handlers: Mapping[str, CommandHandler]) -> bytes:
+    try:
+        with trio.fail_after(REQUEST_READ_TIMEOUT_S):
+            data = await receive_message(stream, COMMAND_BYTES_MAX)
+        command, params = decode_command(data)
+    except ShardmeshError as error:
+        return encode_error(error)
+    except trio.TooSlowError:
+        return encode_error(RefusedError("the request did not come in time", code="TOO_SLOW"))
+    handler = handlers.get(command.command)
+    if handler is None:
+        return encode_error(
+            RefusedError(
+                f"this node does not take {command.command}",
+                code="UNSUPPORTED_COMMAND",
+                next_step="Ask a listener.",
+            )
+        )
+    return await _run(handler, params)
+
+
+async def _run(handler: CommandHandler, params: object) -> bytes:
+    try:
+        return encode_data(await handler(params))
+    except ShardmeshError as error:
+        return encode_error(error)
+    except Exception:  # noqa: BLE001 - a defect of ours, which the other side learns nothing about
+        _log.exception("a command failed")
+        return encode_error(
+            OurError("the node failed at this command", next_step="Look into its log.")
+        )

@@ -1,0 +1,162 @@
+"""Watching the connections of a host: telling of them, pinging wanted ones, closing idle ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from typing import Literal, cast
+
+import trio
+from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.host.ping import ID as PING_PROTOCOL
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.health.ping_probe import ping_connection
+from libp2p.network.swarm import Swarm
+from libp2p.rcmgr import Direction
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr
+
+from shardmesh.wire.limits import PING_TIMEOUT_S
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 2.0
+_CHECKS_PER_INTERVAL = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConnectionEvent:
+    """A connection was established or closed; `cause` says why it closed."""
+
+    peer_id: str
+    address: str  # of the other side; empty if it is not known any more
+    direction: Literal["inbound", "outbound"]
+    kind: Literal["established", "closed"]
+    cause: str = ""
+
+
+Listener = Callable[[ConnectionEvent], None]
+
+
+@dataclasses.dataclass
+class _Watched:
+    event: ConnectionEvent  # how it was established
+    last_used_s: float
+    last_pinged_s: float
+    cause: str = "closed by the other side or lost"
+
+
+class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
+    """Knows every connection of a swarm since it was established.
+
+    `wanted` says of a peer id whether its connection is to be kept although nobody uses it.
+    """
+
+    def __init__(self, swarm: Swarm, ping_interval_s: float, idle_timeout_s: float) -> None:
+        self._swarm = swarm
+        self._ping_interval_s = ping_interval_s
+        self._idle_timeout_s = idle_timeout_s
+        self._watched: dict[INetConn, _Watched] = {}
+        self._listeners: list[Listener] = []
+        self.wanted: Callable[[str], bool] = lambda peer_id: False
+        swarm.register_notifee(self)
+
+    def listen_to_events(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    async def close(self, conns: Iterable[INetConn], cause: str) -> None:
+        """Closes connections within two seconds, however the other side behaves."""
+        async with trio.open_nursery() as nursery:
+            for conn in conns:
+                nursery.start_soon(self._close, conn, cause)
+
+    async def run(self) -> None:
+        """Pings and closes for ever."""
+        pause_s = min(self._ping_interval_s, self._idle_timeout_s) / _CHECKS_PER_INTERVAL
+        while True:
+            await trio.sleep(pause_s)
+            async with trio.open_nursery() as nursery:
+                for conn, watched in list(self._watched.items()):
+                    nursery.start_soon(self._check, conn, watched)
+
+    async def _check(self, conn: INetConn, watched: _Watched) -> None:
+        now_s = trio.current_time()
+        if _in_use(conn):
+            watched.last_used_s = now_s
+        wanted = self.wanted(watched.event.peer_id)
+        if not wanted and now_s - watched.last_used_s >= self._idle_timeout_s:
+            await self._close(conn, f"idle for {self._idle_timeout_s:g} s")
+        elif now_s - watched.last_pinged_s >= self._ping_interval_s:
+            watched.last_pinged_s = now_s
+            answer = await ping_connection(conn, ping_timeout=PING_TIMEOUT_S)
+            if not answer.success:
+                await self._close(conn, f"no answer to a ping within {PING_TIMEOUT_S:g} s")
+
+    async def _close(self, conn: INetConn, cause: str) -> None:
+        watched = self._watched.get(conn)
+        if watched is None:
+            return
+        watched.cause = cause
+        with trio.move_on_after(_CLOSE_TIMEOUT_S) as scope:
+            await conn.close()
+        if scope.cancelled_caught:  # the other side takes nothing any more: cut the line
+            with trio.move_on_after(_CLOSE_TIMEOUT_S):
+                await cast(Yamux, conn.muxed_conn).secured_conn.close()
+            await self.disconnected(self._swarm, conn)
+
+    def _tell(self, event: ConnectionEvent) -> None:
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # noqa: BLE001 - a listener's defect must not end a connection
+                _log.exception("a listener to connection events failed")
+
+    # -- called by the swarm -------------------------------------------------------------------
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        now_s = trio.current_time()
+        inbound = cast(SwarmConn, conn).direction == Direction.INBOUND
+        event = ConnectionEvent(
+            peer_id=str(conn.muxed_conn.peer_id),
+            address=_remote_address(conn),
+            direction="inbound" if inbound else "outbound",
+            kind="established",
+        )
+        self._watched[conn] = _Watched(event, last_used_s=now_s, last_pinged_s=now_s)
+        self._tell(event)
+        await trio.lowlevel.checkpoint()
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        watched = self._watched.pop(conn, None)
+        if watched is not None:
+            self._tell(dataclasses.replace(watched.event, kind="closed", cause=watched.cause))
+        await trio.lowlevel.checkpoint()
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        conn = getattr(stream, "swarm_conn", None)
+        if conn in self._watched and stream.get_protocol() != PING_PROTOCOL:
+            self._watched[conn].last_used_s = trio.current_time()
+        await trio.lowlevel.checkpoint()
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def _in_use(conn: INetConn) -> bool:
+    """Whether a stream other than a ping is open."""
+    return any(stream.get_protocol() not in (None, PING_PROTOCOL) for stream in conn.get_streams())
+
+
+def _remote_address(conn: INetConn) -> str:
+    remote = cast(Yamux, conn.muxed_conn).get_remote_address()
+    if remote is None:
+        return ""
+    host, port = remote[0], remote[1]
+    return f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"

@@ -1,0 +1,321 @@
+"""A node on the network: libp2p over TCP, secured by Noise, multiplexed by Yamux, nothing else.
+
+An address without a peer id, like /ip4/127.0.0.1/tcp/51820, can be dialed: the handshake tells who
+answered, and everything after it speaks to that peer id.  It is trust on first use; give the peer
+id where it is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.exceptions import StreamFailure
+from libp2p.identity.identify import identify
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
+
+from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
+from shardmesh.swarm.addresses import check_port, listen_address, parse_address, port_taken
+from shardmesh.swarm.connections import ConnectionEvent, ConnectionWatch
+from shardmesh.swarm.identity import Identity
+from shardmesh.swarm.streams import ByteStream, Libp2pStream, receive_message, send_message
+from shardmesh.swarm.transport import MeshHost, MeshSwarm, new_libp2p_host
+from shardmesh.wire.limits import (
+    IDLE_TIMEOUT_S,
+    KNOWN_NODES_MAX,
+    PING_INTERVAL_S,
+    REQUESTS_MAX,
+    REQUESTS_PER_NODE_MAX,
+    STREAM_OPEN_TIMEOUT_S,
+)
+
+__all__ = ["ByteStream", "ConnectionEvent", "Handler", "Host", "open_host"]
+
+Handler = Callable[[ByteStream, str], Awaitable[None]]
+"""Serves one stream; is given the peer id of the other side, which libp2p has proven."""
+
+_KNOWN_FOREVER_S = 365 * 24 * 3600
+_LEAVE_TIMEOUT_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Host:
+    """A libp2p host; made by `open_host`.  Raises only ShardmeshErrors."""
+
+    def __init__(self, libp2p: MeshHost, watch: ConnectionWatch, nursery: trio.Nursery) -> None:
+        self.libp2p = libp2p
+        self.peer_id = str(libp2p.get_id())
+        self._swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
+        self._watch = watch
+        self._nursery = nursery
+        self._n_served: dict[str, int] = {}
+
+    def addresses(self) -> list[str]:
+        """Where others reach this node, with the peer id; loopback addresses last."""
+        return [str(address) for address in self.libp2p.get_addrs()]
+
+    def connected(self) -> list[str]:
+        """The peer ids of all nodes that a live connection exists with."""
+        return [
+            str(peer_id)
+            for peer_id, conns in self._swarm.get_connections_map().items()
+            if any(not conn.is_closed for conn in conns)
+        ]
+
+    def on_connection(self, listener: Callable[[ConnectionEvent], None]) -> None:
+        """Calls the listener whenever a connection is established or closed."""
+        self._watch.listen_to_events(listener)
+
+    def keep_connections(self, wanted: Callable[[str], bool]) -> None:
+        """Connections with a node for which `wanted(peer_id)` holds are not closed when idle."""
+        self._watch.wanted = wanted
+
+    def learn(self, peer_id: str, addresses: Sequence[str]) -> None:
+        """Remembers where a node is said to be, so that streams to it can be opened.
+
+        Addresses that cannot be dialed are left out: they are a stranger's word.
+        """
+        store = self.libp2p.get_peerstore()
+        node = ID.from_base58(peer_id)
+        if node not in store.peer_ids() and len(store.peer_ids()) >= KNOWN_NODES_MAX:
+            return
+        found = []
+        for text in addresses:
+            try:
+                found.append(parse_address(text)[0])
+            except InputError as error:
+                _log.debug("an address of %s is left out: %s", peer_id, error)
+        store.clear_addrs(node)
+        store.add_addrs(node, found, _KNOWN_FOREVER_S)
+
+    # -- asking --------------------------------------------------------------------------------
+
+    async def connect(self, addresses: Sequence[str], timeout_s: float) -> str:
+        """Connects with the node at these addresses and gives its peer id.
+
+        Each address may lack the peer id.  Raises UnreachableError (the moment's) if none answers
+        in time, InputError (theirs) for what is no address.
+        """
+        targets = [parse_address(text) for text in addresses]
+        connected = self.connected()
+        for _, peer_id in targets:
+            if peer_id is not None and peer_id in connected:
+                return peer_id
+        try:
+            with trio.fail_after(timeout_s):
+                conn = await self._swarm.dial_first(
+                    [(address, ID.from_base58(p) if p else None) for address, p in targets]
+                )
+        except SwarmException as error:
+            raise _unreachable(", ".join(addresses), str(error)) from error
+        except trio.TooSlowError as error:
+            raise _unreachable(", ".join(addresses), f"no answer in {timeout_s:g} s") from error
+        remote = conn.muxed_conn.peer_id
+        answered = [a for a, p in targets if p is None or p == str(remote)]
+        self.libp2p.get_peerstore().add_addrs(remote, answered, _KNOWN_FOREVER_S)
+        return str(remote)
+
+    async def disconnect(self, peer_id: str, cause: str) -> None:
+        """Closes all connections with a node."""
+        conns = self._swarm.get_connections(ID.from_base58(peer_id))
+        await self._watch.close(conns, cause)
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, timeout_s: float = STREAM_OPEN_TIMEOUT_S
+    ) -> ByteStream:
+        """Opens a stream to a node that is connected or whose addresses are known.
+
+        Raises UnreachableError (the moment's), or RefusedError (theirs) if the node does not
+        speak the protocol.  A cancellation leaves nothing open.
+        """
+        opening = _Opening()
+        self._nursery.start_soon(self._open, peer_id, protocol, opening)
+        try:
+            with trio.fail_after(timeout_s):
+                await opening.done.wait()
+        except trio.TooSlowError as error:
+            raise _unreachable(peer_id, f"no answer in {timeout_s:g} s") from error
+        finally:
+            opening.abandoned = not opening.done.is_set()
+        if opening.stream is None:
+            raise opening.error or _unreachable(peer_id, "no stream")
+        return opening.stream
+
+    async def request(
+        self,
+        peer_id: str,
+        protocol: str,
+        payload: bytes,
+        *,
+        timeout_s: float,
+        response_bytes_max: int,
+    ) -> bytes:
+        """Sends one message on a stream of its own and gives the answer.
+
+        Raises UnreachableError (the moment's), RefusedError (theirs) if the protocol is not
+        spoken, ProtocolError (theirs) for an answer that is too long or cut off.  A cancellation
+        resets the stream, which the other side sees.
+        """
+        with trio.move_on_after(timeout_s):
+            stream = await self.open_stream(peer_id, protocol, timeout_s)
+            try:
+                await send_message(stream, payload)
+                answer = await receive_message(stream, response_bytes_max)
+                await stream.aclose()
+                return answer
+            finally:
+                stream.abort()  # nothing happens if it is closed
+        raise _unreachable(peer_id, f"no answer in {timeout_s:g} s")
+
+    async def _open(self, peer_id: str, protocol: str, opening: _Opening) -> None:
+        """Runs in the host's own nursery: cancelled half-way it would ruin the connection."""
+        try:
+            stream = await self.libp2p.new_stream(ID.from_base58(peer_id), [TProtocol(protocol)])
+        except StreamFailure as error:
+            opening.error = _no_stream(peer_id, protocol, error)
+        except (BaseLibp2pError, OSError, ValueError, trio.TooSlowError) as error:
+            opening.error = _unreachable(peer_id, str(error))
+        else:
+            wrapped = Libp2pStream(stream, self._nursery)
+            if opening.abandoned:
+                wrapped.abort()
+            opening.stream = wrapped
+        finally:
+            opening.done.set()
+
+    # -- serving -------------------------------------------------------------------------------
+
+    def serve(self, protocol: str, handler: Handler, *, busy: bytes | None = None) -> None:
+        """Serves a protocol: each stream gets a task of its own.
+
+        A handler that raises loses its stream only.  It is cancelled when the other side resets
+        the stream.  When too many are at work, `busy` is sent as a message, or the stream reset.
+        """
+
+        async def serve_stream(libp2p_stream: INetStream) -> None:
+            peer_id = str(libp2p_stream.muxed_conn.peer_id)
+            stream = Libp2pStream(libp2p_stream, self._nursery)
+            try:
+                if self._admit(peer_id):
+                    try:
+                        await _run_handler(handler, stream, peer_id)
+                    finally:
+                        self._dismiss(peer_id)
+                elif busy is not None:
+                    await send_message(stream, busy)
+                await stream.aclose()
+            except ShardmeshError as error:
+                _log.info("%s from %s: %s [%s]", protocol, peer_id, error, error.code)
+            except Exception:  # noqa: BLE001 - raised into libp2p, it would end the whole host
+                _log.exception("the handler of %s failed", protocol)
+            finally:
+                stream.abort()
+
+        self.libp2p.set_stream_handler(TProtocol(protocol), serve_stream)
+
+    def _admit(self, peer_id: str) -> bool:
+        n_here = self._n_served.get(peer_id, 0)
+        if n_here >= REQUESTS_PER_NODE_MAX or sum(self._n_served.values()) >= REQUESTS_MAX:
+            _log.warning("too many requests at once; one of %s is refused", peer_id)
+            return False
+        self._n_served[peer_id] = n_here + 1
+        return True
+
+    def _dismiss(self, peer_id: str) -> None:
+        self._n_served[peer_id] -= 1
+        if not self._n_served[peer_id]:
+            del self._n_served[peer_id]
+
+
+class _Opening:
+    """What `open_stream` waits for."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.stream: Libp2pStream | None = None
+        self.error: ShardmeshError | None = None
+        self.abandoned = False
+
+
+async def _run_handler(handler: Handler, stream: Libp2pStream, peer_id: str) -> None:
+    """Runs the handler until it is done or the stream breaks; raises what it raises."""
+    failure: list[Exception] = []
+
+    async def run(scope: trio.CancelScope) -> None:
+        try:
+            await handler(stream, peer_id)
+        except Exception as error:  # noqa: BLE001 - carried out of the nursery as it is
+            failure.append(error)
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, nursery.cancel_scope)
+        await stream.broken.wait()
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure[0]
+
+
+def _no_stream(peer_id: str, protocol: str, error: StreamFailure) -> ShardmeshError:
+    """What it means that no protocol was agreed on."""
+    reason = str(error.__cause__ or error)
+    if "not supported" in reason:  # libp2p has one class for this and for a stream that broke
+        return RefusedError(
+            f"{peer_id} does not speak {protocol}",
+            code="UNKNOWN_PROTOCOL",
+            next_step="Check that it runs the same version of Shardmesh.",
+        )
+    return _unreachable(peer_id, reason)
+
+
+def _unreachable(whom: str, reason: str) -> UnreachableError:
+    return UnreachableError(
+        f"{whom} cannot be reached: {reason}",
+        next_step="Check that the node runs and that its port is open.",
+    )
+
+
+@asynccontextmanager
+async def open_host(
+    identity: Identity,
+    *,
+    listen_host: str = "0.0.0.0",
+    port: int = 0,
+    agent: str = "shardmesh",
+    ping_interval_s: float = PING_INTERVAL_S,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+) -> AsyncIterator[Host]:
+    """A host that listens on TCP until the block is left; port 0 picks one.
+
+    Raises InputError (theirs) if the address or the port cannot be had.  `agent` is what others
+    see in identify; it holds for the whole process.
+    """
+    await check_port(listen_host, port)
+    identify.AGENT_VERSION = agent
+    libp2p = new_libp2p_host(identity)
+    swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
+    watch = ConnectionWatch(swarm, ping_interval_s, idle_timeout_s)
+    failure: Exception | None = None
+    async with libp2p.run(listen_addrs=[listen_address(listen_host, port)]):
+        if not libp2p.get_transport_addrs():
+            failure = port_taken(listen_host, port, "it cannot be listened on")
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch.run)
+                try:
+                    yield Host(libp2p, watch, nursery)
+                except Exception as error:  # noqa: BLE001 - raised below, outside of the nurseries
+                    failure = error
+                finally:
+                    with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
+                        await swarm.stop_listening()
+                        await watch.close(swarm.get_connections(), "this node is leaving")
+                    nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -1,0 +1,282 @@
+"""What a node does on the network: joins, announces itself, keeps knowing the others, leaves.
+
+NODE_JOIN's steps 7 to 11 and its chapter on connections; the lines in the log keep their tags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.swarm.dht import Dht
+from shardmesh.swarm.directory import Directory, exchange, serve_directory
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.neighbours import Neighbours
+from shardmesh.swarm.remembered import RememberedNodes
+from shardmesh.wire.announcement import Announcement, Capabilities, Signer, encode_signed
+from shardmesh.wire.limits import (
+    ANNOUNCEMENT_ADDRESSES_MAX,
+    ANNOUNCEMENT_LIFETIME_MAX_S,
+    DIRECTORY_PULL_INTERVAL_S,
+)
+
+_LEAVE_TIMEOUT_S = 1.0
+_TELLS_AT_ONCE = 16
+_RETRY_PAUSE_S = 10.0
+_LIFETIME_MIN_S = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a listener announces beside its name, addresses and times; may change any moment."""
+
+    shard_id: int
+    total_shards: int
+    total_layers: int
+    layer_start: int
+    layer_end: int
+    model_name: str
+    manifest_digest: str
+    engine_fingerprint: str
+    capabilities: Capabilities
+
+
+class TaskStatus(Protocol):
+    """What `nursery.start` gives to a task."""
+
+    def started(self) -> None: ...
+
+
+class Membership:
+    """A node's place in the mesh.
+
+    With an `offer` it is a listener: it announces what `offer()` gives and connects with the other
+    listeners.  Without, it only watches: a bootstrap or a client.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        dht: Dht,
+        directory: Directory,
+        *,
+        bootstraps: Sequence[str],
+        signer: Signer,
+        offer: Callable[[], Offer] | None = None,
+        refresh_interval_s: float = 300,
+        state_dir: Path | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        """Raises InputError (theirs) for a bootstrap that is no address or too long an interval.
+
+        Without `state_dir` nodes are not remembered between runs.
+        """
+        if not 0 < refresh_interval_s < ANNOUNCEMENT_LIFETIME_MAX_S:
+            raise InputError(
+                f"a refresh interval of {refresh_interval_s:g} s",
+                next_step=f"Give more than 0 and less than {ANNOUNCEMENT_LIFETIME_MAX_S} s.",
+            )
+        self.joined = trio.Event()
+        """Set once a first other node was reached and asked."""
+        self.announced = trio.Event()
+        """Set once a first announcement reached the DHT."""
+        self._host = host
+        self._dht = dht
+        self._directory = directory
+        self._signer = signer
+        self._offer = offer
+        self._refresh_interval_s = refresh_interval_s
+        self._log = logger or logging.getLogger(__name__)
+        self._remembered = RememberedNodes(state_dir and state_dir / "nodes.json")
+        self._neighbours = Neighbours(
+            host,
+            directory,
+            bootstraps=bootstraps,
+            remembered=self._remembered,
+            logger=self._log,
+        )
+        self._changed = trio.Event()
+        self._sequence = 0
+        self._signed: bytes | None = None  # our announcement as others should know it
+        serve_directory(host, directory)
+        dht.on_routing_updated(lambda peer_id: self._log.info("[DHT] Routing updated: %s", peer_id))
+
+    async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Takes part until cancelled; then says farewell, within a second."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._neighbours.recheck_lost)
+                nursery.start_soon(self._neighbours.stay_with_bootstraps, self._join_through)
+                nursery.start_soon(self._keep_pulling)
+                if self._offer is not None:
+                    nursery.start_soon(self._neighbours.stay_with_listeners, self._greet)
+                    nursery.start_soon(self._keep_announcing, self._offer)
+                task_status.started()
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
+                await self._leave()
+
+    def announce_changed(self) -> None:
+        """What `offer()` gives has changed: announce it now."""
+        self._changed.set()
+
+    async def find_listeners(self, total_shards: int | None = None) -> list[Announcement]:
+        """Who serves what: from the directory, and from the DHT for shards that it lacks.
+
+        Without `total_shards` the number is taken from what is found.  Raises UnreachableError
+        (the moment's) if the DHT does not answer.
+        """
+        known = self._directory.all()
+        wanted = total_shards or max((a.total_shards for a in known), default=0)
+        if not wanted:
+            await self._ask_dht(0)
+            wanted = max((a.total_shards for a in self._directory.all()), default=0)
+        served = {a.shard_id for a in self._directory.all()}
+        async with trio.open_nursery() as nursery:
+            for shard_id in sorted(set(range(wanted)) - served)[:_TELLS_AT_ONCE]:
+                nursery.start_soon(self._ask_dht, shard_id)
+        found = self._directory.all()
+        for announcement in found:
+            if announcement.peer_id != self._host.peer_id:
+                self._host.learn(announcement.peer_id, announcement.addresses)
+        return found
+
+    async def _ask_dht(self, shard_id: int) -> None:
+        try:
+            for signed in await self._dht.find_announcements(shard_id):
+                self._directory.update(signed)
+        except ShardmeshError as error:
+            self._log.warning("[DHT] ✗ Shard %d could not be looked up: %s", shard_id, error)
+
+    # -- joining -------------------------------------------------------------------------------
+
+    async def _join_through(self, peer_id: str) -> None:
+        """Comes to know the mesh through a node that was just reached."""
+        self._log.info("[DHT] ✓ Started Kademlia bootstrap")
+        try:
+            await self._dht.add(peer_id)
+            await self._tell(peer_id, pull=True)
+            await self._dht.refresh()
+        except ShardmeshError as error:
+            self._log.warning("[DHT] ✗ %s", error)
+        self.joined.set()
+        self.announce_changed()  # whoever was away does not know us any more
+
+    async def _greet(self, peer_id: str) -> None:
+        """Tells a listener that was just met of us and puts it into the routing table."""
+        try:
+            await self._dht.add(peer_id)
+            await self._tell(peer_id, pull=False)
+        except ShardmeshError as error:
+            self._log.info("[CONNECT] ✗ %s could not be told of this node: %s", peer_id, error)
+
+    async def _keep_pulling(self) -> None:
+        while True:
+            await trio.sleep(DIRECTORY_PULL_INTERVAL_S * random.uniform(0.8, 1.2))
+            neighbours = (
+                self._neighbours.connected_bootstraps() or self._neighbours.connected_listeners()
+            )
+            if neighbours:
+                try:
+                    await self._tell(random.choice(neighbours), pull=True)
+                except ShardmeshError as error:
+                    self._log.debug("a neighbour's directory could not be had: %s", error)
+            await self._save_remembered()
+
+    async def _save_remembered(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self._remembered.save)
+        except ShardmeshError as error:
+            self._log.warning("the known nodes could not be remembered: %s", error)
+
+    # -- announcing ----------------------------------------------------------------------------
+
+    async def _keep_announcing(self, offer: Callable[[], Offer]) -> None:
+        await self.joined.wait()
+        while True:
+            self._changed = trio.Event()
+            reached_dht = await self._announce(offer())
+            pause_s = self._refresh_interval_s if reached_dht else _RETRY_PAUSE_S
+            with trio.move_on_after(min(pause_s, self._refresh_interval_s)):
+                await self._changed.wait()
+
+    async def _announce(self, offer: Offer) -> bool:
+        """Tells neighbours and the DHT; says whether the DHT took it."""
+        lifetime_s = max(2 * self._refresh_interval_s, _LIFETIME_MIN_S)
+        self._signed = self._sign(offer, int(min(lifetime_s, ANNOUNCEMENT_LIFETIME_MAX_S)))
+        self._directory.update(self._signed)
+        await self._tell_all()
+        try:
+            await self._dht.announce(offer.shard_id, self._signed)
+        except ShardmeshError as error:
+            self._log.warning("[DHT] ✗ Shard %d not announced: %s", offer.shard_id, error)
+            return False
+        self._log.info("[DHT] ✓ Announced shard %d to DHT", offer.shard_id)
+        self.announced.set()
+        return True
+
+    def _sign(self, offer: Offer, lifetime_s: int) -> bytes:
+        now_s = self._directory.wall_clock()
+        self._sequence = max(self._sequence + 1, int(now_s * 1000))  # rises over restarts too
+        announcement = Announcement(
+            cluster=self._directory.cluster,
+            peer_id=self._host.peer_id,
+            shard_id=offer.shard_id,
+            total_shards=offer.total_shards,
+            total_layers=offer.total_layers,
+            layer_start=offer.layer_start,
+            layer_end=offer.layer_end,
+            model_name=offer.model_name,
+            manifest_digest=offer.manifest_digest,
+            engine_fingerprint=offer.engine_fingerprint,
+            addresses=tuple(self._host.addresses()[:ANNOUNCEMENT_ADDRESSES_MAX]),
+            capabilities=offer.capabilities,
+            sequence=self._sequence,
+            issued_at_s=int(now_s),
+            expires_at_s=int(now_s) + lifetime_s,
+        )
+        return encode_signed(announcement, self._signer)
+
+    async def _tell_all(self) -> None:
+        """Tells all connected neighbours; who does not answer hears of it by pulling."""
+        limiter = trio.CapacityLimiter(_TELLS_AT_ONCE)
+        bootstraps = set(self._neighbours.connected_bootstraps())
+        neighbours = {*bootstraps, *self._neighbours.connected_listeners()} - {self._host.peer_id}
+
+        async def tell(peer_id: str) -> None:
+            async with limiter:
+                try:
+                    # of two that announce at once, the later one learns of the earlier one here
+                    await self._tell(peer_id, pull=peer_id in bootstraps or not bootstraps)
+                except ShardmeshError as error:
+                    self._log.debug("%s could not be told of this node: %s", peer_id, error)
+
+        async with trio.open_nursery() as nursery:
+            for peer_id in neighbours:
+                nursery.start_soon(tell, peer_id)
+
+    async def _tell(self, peer_id: str, *, pull: bool) -> None:
+        """Hands our announcement to a neighbour and, with `pull`, takes in what it knows."""
+        push = () if self._signed is None else (self._signed,)
+        if push or pull:
+            await exchange(self._host, self._directory, peer_id, push=push, pull=pull)
+
+    async def _leave(self) -> None:
+        """Takes the announcement back and remembers whom we knew."""
+        await self._save_remembered()
+        if self._offer is None or self._signed is None:
+            return
+        self._signed = self._sign(self._offer(), 0)
+        await self._tell_all()
+        self._directory.update(self._signed)
+        try:
+            await self._dht.withdraw(self._signed)
+        except ShardmeshError as error:
+            self._log.debug("the DHT did not take the withdrawal: %s", error)

@@ -1,0 +1,204 @@
+"""Staying connected: with the bootstraps, with remembered nodes, with the other listeners."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import trio
+
+from shardmesh.errors import ShardmeshError
+from shardmesh.swarm.addresses import parse_address, with_peer_id
+from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.host import ConnectionEvent, Host
+from shardmesh.swarm.remembered import RememberedNodes
+from shardmesh.wire.announcement import Announcement
+from shardmesh.wire.limits import (
+    BOOTSTRAP_PAUSE_MAX_S,
+    BOOTSTRAP_PAUSE_MIN_S,
+    COMMAND_TIMEOUT_S,
+    DIRECT_CONNECTIONS_MAX,
+)
+
+Connected = Callable[[str], Awaitable[None]]
+"""What is to be done with a node that a connection was just established with."""
+
+_DIALS_AT_ONCE = 8
+_RECHECK_PAUSES_S = (0.0, 0.5, 1.5)
+_POLITE_PAUSE_S = 1.0  # of two nodes that learn of each other at once, one lets the other dial
+
+
+def pauses_s(jitter: Callable[[], float] = random.random) -> Iterable[float]:
+    """Growing pauses between attempts: doubled each time, bounded, 75 to 125 % of that."""
+    pause_s = BOOTSTRAP_PAUSE_MIN_S
+    while True:
+        yield pause_s * (0.75 + jitter() / 2)
+        pause_s = min(2 * pause_s, BOOTSTRAP_PAUSE_MAX_S)
+
+
+class Neighbours:
+    """The connections that a node wants, dialed and watched."""
+
+    def __init__(
+        self,
+        host: Host,
+        directory: Directory,
+        *,
+        bootstraps: Sequence[str],
+        remembered: RememberedNodes,
+        logger: logging.Logger,
+    ) -> None:
+        """Raises InputError (theirs) for a bootstrap that is no address."""
+        for address in bootstraps:
+            parse_address(address)
+        self._host = host
+        self._directory = directory
+        self._bootstraps = bootstraps
+        self._remembered = remembered
+        self._log = logger
+        self._bootstrap_ids: set[str] = set()
+        self._closed = trio.Event()
+        self._lost: list[str] = []
+        host.keep_connections(self._is_wanted)
+        host.on_connection(self._note)
+
+    def connected_bootstraps(self) -> list[str]:
+        return [peer_id for peer_id in self._host.connected() if peer_id in self._bootstrap_ids]
+
+    def connected_listeners(self) -> list[str]:
+        known = {announcement.peer_id for announcement in self._directory.all()}
+        return [peer_id for peer_id in self._host.connected() if peer_id in known]
+
+    def _is_wanted(self, peer_id: str) -> bool:
+        return peer_id in self._bootstrap_ids or self._directory.get(peer_id) is not None
+
+    # -- bootstraps ----------------------------------------------------------------------------
+
+    async def stay_with_bootstraps(self, connected: Connected) -> None:
+        """Dials each bootstrap, again whenever it is lost, for ever."""
+        async with trio.open_nursery() as nursery:
+            for address in self._bootstraps:
+                nursery.start_soon(self._stay_with, address, connected)
+
+    async def _stay_with(self, address: str, connected: Connected) -> None:
+        pauses = iter(pauses_s())
+        while True:
+            self._log.info("🔗 Connecting to bootstrap node... %s", address)
+            try:
+                peer_id = await self._host.connect([address], COMMAND_TIMEOUT_S)
+            except ShardmeshError as error:
+                pause_s = next(pauses)
+                self._log.warning(
+                    "[CONNECT] ✗ Bootstrap node not reachable, trying again in %.0f s: %s",
+                    pause_s,
+                    error,
+                )
+                if not self._host.connected():
+                    await self._join_through_remembered(connected)
+                await trio.sleep(pause_s)
+                continue
+            pauses = iter(pauses_s())
+            self._bootstrap_ids.add(peer_id)
+            self._remembered.note(peer_id, (with_peer_id(address, peer_id),))
+            await connected(peer_id)
+            while peer_id in self._host.connected():
+                await self._closed.wait()
+            self._log.warning("[CONNECT] ✗ Connection to the bootstrap node lost")
+
+    async def _join_through_remembered(self, connected: Connected) -> None:
+        """Tries nodes of earlier runs; the first that answers will do."""
+        for node in self._remembered.nodes():
+            if node.peer_id == self._host.peer_id or not node.addresses:
+                continue
+            try:
+                peer_id = await self._host.connect(node.addresses, COMMAND_TIMEOUT_S)
+            except ShardmeshError:
+                continue
+            self._log.info("[CONNECT] ✓ Joined through a remembered node: %s", peer_id)
+            await connected(peer_id)
+            return
+
+    # -- listeners -----------------------------------------------------------------------------
+
+    async def stay_with_listeners(self, connected: Connected) -> None:
+        """Connects with each listener that the directory learns of, for ever."""
+        version = -1
+        tried: dict[str, int] = {}  # peer id -> sequence of the announcement that was tried
+        limiter = trio.CapacityLimiter(_DIALS_AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            while True:
+                version = await self._directory.wait_changed(version)
+                for announcement in self._directory.all():
+                    peer_id = announcement.peer_id
+                    if peer_id == self._host.peer_id or tried.get(peer_id) == announcement.sequence:
+                        continue
+                    tried[peer_id] = announcement.sequence
+                    self._host.learn(peer_id, announcement.addresses)
+                    nursery.start_soon(self._meet, announcement, connected, limiter)
+
+    async def _meet(
+        self, announcement: Announcement, connected: Connected, limiter: trio.CapacityLimiter
+    ) -> None:
+        peer_id = announcement.peer_id
+        if self._host.peer_id > peer_id:
+            await trio.sleep(_POLITE_PAUSE_S)
+        if peer_id not in self._host.connected():
+            if len(self.connected_listeners()) >= DIRECT_CONNECTIONS_MAX:
+                return
+            async with limiter:
+                try:
+                    await self._host.connect(announcement.addresses, COMMAND_TIMEOUT_S)
+                except ShardmeshError as error:
+                    self._log.info("[CONNECT] ✗ Listener not reachable: %s", error)
+                    self._directory.mark_unreachable(peer_id)
+                    return
+        self._remembered.note(peer_id, announcement.addresses)
+        await connected(peer_id)
+
+    # -- what happens to connections -----------------------------------------------------------
+
+    def _note(self, event: ConnectionEvent) -> None:
+        if event.kind == "established":
+            self._log.info(
+                "[CONNECT] ✓ Connection established! %s (%s, %s)",
+                event.peer_id,
+                event.direction,
+                event.address,
+            )
+            self._directory.mark_reachable(event.peer_id)
+            return
+        self._log.info(
+            "[CONNECT] ✗ Connection closed: %s (%s): %s",
+            event.peer_id,
+            event.direction,
+            event.cause,
+        )
+        if event.peer_id not in self._host.connected() and self._directory.get(event.peer_id):
+            self._lost.append(event.peer_id)
+        self._closed.set()
+        self._closed = trio.Event()
+
+    async def recheck_lost(self) -> None:
+        """Dials listeners whose connection was lost, and hides those that are gone, for ever."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                lost, self._lost = set(self._lost), []
+                for peer_id in lost:
+                    nursery.start_soon(self._recheck, peer_id)
+                if not self._lost:
+                    await self._closed.wait()
+
+    async def _recheck(self, peer_id: str) -> None:
+        for pause_s in _RECHECK_PAUSES_S:
+            await trio.sleep(pause_s)
+            announcement = self._directory.get(peer_id)
+            if announcement is None or peer_id in self._host.connected():
+                return
+            try:
+                await self._host.connect(announcement.addresses, COMMAND_TIMEOUT_S)
+            except ShardmeshError:
+                continue
+            return
+        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
+        self._directory.mark_unreachable(peer_id)

@@ -1,0 +1,413 @@
+"""Dialing and accepting links: over real sockets, and over memory where time plays a part."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from support.far_end import Recorder
+
+import shardmesh.links.dial as dial_module
+import shardmesh.links.link as link_module
+from shardmesh.errors import BusyError, ShardmeshError, UnreachableError
+from shardmesh.links.dial import (
+    EXPECTED_LIFETIME_S,
+    Acceptor,
+    LinkPool,
+    dial,
+    local_endpoints,
+)
+from shardmesh.links.link import Link, LinkUser
+from shardmesh.wire.limits import (
+    EXPECTED_LINKS_MAX,
+    EXPECTED_LINKS_PER_NODE_MAX,
+    HANDSHAKE_TIMEOUT_S,
+    UNNAMED_CONNECTIONS_MAX,
+)
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
+from shardmesh.wire.messages import TrimSession
+
+WORD = TrimSession(session=bytes(16), epoch=0, n_keep=1)
+NOWHERE = (Endpoint(host="127.0.0.1", port=1),)
+
+
+def new_grants(endpoints: tuple[Endpoint, ...] = NOWHERE) -> tuple[LinkGrant, LinkGrant]:
+    """The dialing and the accepting side's view of one fresh link."""
+    requester = LinkRequester("near", "far")
+    offer, expected = answer_request(
+        requester.request(), own_peer_id="far", other_peer_id="near", endpoints=endpoints
+    )
+    return requester.grant(offer), expected
+
+
+@asynccontextmanager
+async def accepting(user: Recorder) -> AsyncIterator[tuple[Acceptor, tuple[Endpoint, ...]]]:
+    """An acceptor on a real port of this machine."""
+    acceptor = Acceptor(user)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, acceptor.handle, listeners)
+        yield acceptor, (Endpoint(host="127.0.0.1", port=port),)
+        nursery.cancel_scope.cancel()
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def hears_word(link: Link, far_user: Recorder) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        link.send(WORD)
+        await far_user.heard(1)
+        link.close()
+
+
+async def test_a_dialed_link_carries_messages() -> None:
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        grant, expected = new_grants(endpoints)
+        acceptor.expect(expected)
+        await hears_word(await dial(grant, Recorder()), far_user)
+
+
+async def test_a_dead_endpoint_is_passed_over() -> None:
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        dead = Endpoint(host="127.0.0.1", port=unused_port())
+        grant, expected = new_grants((dead, *endpoints))
+        acceptor.expect(expected)
+        await hears_word(await dial(grant, Recorder()), far_user)
+
+
+async def test_no_endpoint_answers() -> None:
+    grant, _ = new_grants((Endpoint(host="127.0.0.1", port=unused_port()),))
+    with pytest.raises(UnreachableError) as caught:
+        await dial(grant, Recorder())
+    assert caught.value.code == "NO_LINK"
+    assert "127.0.0.1" in str(caught.value)
+
+
+async def test_a_link_that_was_not_offered_or_was_used_is_refused() -> None:
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        grant, expected = new_grants(endpoints)
+        with pytest.raises(UnreachableError):
+            await dial(grant, Recorder())
+        acceptor.expect(expected)
+        await hears_word(await dial(grant, Recorder()), far_user)
+        with pytest.raises(UnreachableError):
+            await dial(grant, Recorder())
+
+
+async def test_the_right_name_with_wrong_keys_is_refused() -> None:
+    async with accepting(Recorder()) as (acceptor, endpoints):
+        grant, expected = new_grants(endpoints)
+        other, _ = new_grants(endpoints)
+        acceptor.expect(expected)
+        thief = LinkGrant(grant.link_id, other.keys, grant.peer_id, grant.endpoints)
+        with pytest.raises(UnreachableError):
+            await dial(thief, Recorder())
+
+
+async def test_a_dial_that_is_cancelled_leaves_no_connection() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener:
+        grant, _ = new_grants((Endpoint(host="127.0.0.1", port=listener.getsockname()[1]),))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dial, grant, Recorder())
+            accepted, _ = await trio.to_thread.run_sync(listener.accept)
+            with accepted:
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted.dup()))
+                    async with stream:
+                        while await _reads(stream):
+                            pass
+
+
+async def test_a_dial_that_is_cancelled_just_after_the_greeting_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scope = trio.CancelScope()
+    greet = dial_module._greeted
+
+    async def greet_and_cancel(stream: trio.SocketStream, grant: LinkGrant, user: LinkUser) -> Link:
+        link = await greet(stream, grant, user)
+        scope.cancel()
+        return link
+
+    monkeypatch.setattr(dial_module, "_greeted", greet_and_cancel)
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        grant, expected = new_grants(endpoints)
+        acceptor.expect(expected)
+        with scope:
+            await dial(grant, Recorder())
+        assert scope.cancelled_caught
+        assert (await far_user.end()).code == "LINK_LOST"
+
+
+async def test_an_endpoint_that_only_accepts_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.3)
+    far_user = Recorder()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with accepting(far_user) as (acceptor, endpoints):
+            dead = Endpoint(host="127.0.0.1", port=silent.getsockname()[1])
+            grant, expected = new_grants((dead, *endpoints))
+            acceptor.expect(expected)
+            await hears_word(await dial(grant, Recorder()), far_user)
+
+
+async def _reads(stream: trio.SocketStream) -> bytes:
+    try:
+        return bytes(await stream.receive_some(100))
+    except trio.BrokenResourceError:
+        return b""
+
+
+# -- time, over memory -------------------------------------------------------------------------
+
+
+async def refused_after_s(acceptor: Acceptor, stream: trio.abc.Stream) -> float:
+    begun_s = trio.current_time()
+    await acceptor.handle(stream)
+    return trio.current_time() - begun_s
+
+
+@pytest.mark.parametrize("n_link_id", [0, 1, 15])
+async def test_a_slow_loris_is_closed(
+    n_link_id: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    near, far = trio.testing.memory_stream_pair()
+    await far.send_all(bytes(n_link_id))
+    assert await refused_after_s(Acceptor(Recorder()), near) == pytest.approx(HANDSHAKE_TIMEOUT_S)
+    assert await far.receive_some(1) == b""
+
+
+async def test_a_name_a_byte_a_second_and_then_nothing_gains_no_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    acceptor = Acceptor(Recorder())
+    _, expected = new_grants()
+    acceptor.expect(expected)
+    near, far = trio.testing.memory_stream_pair()
+
+    async def trickle() -> None:
+        await far.send_all(expected.link_id[:12])
+        for byte in expected.link_id[12:]:
+            await trio.sleep(1)
+            await far.send_all(bytes([byte]))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        assert await refused_after_s(acceptor, near) == pytest.approx(HANDSHAKE_TIMEOUT_S)
+
+
+async def test_an_offer_lapses(autojump_clock: trio.testing.MockClock) -> None:
+    acceptor = Acceptor(Recorder())
+    _, expected = new_grants()
+    acceptor.expect(expected)
+    await trio.sleep(EXPECTED_LIFETIME_S + 0.1)
+    near, far = trio.testing.memory_stream_pair()
+    await far.send_all(expected.link_id)
+    assert await refused_after_s(acceptor, near) == 0
+
+
+async def test_offers_are_bounded_and_lapsed_ones_make_room(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    acceptor = Acceptor(Recorder())
+    for number in range(EXPECTED_LINKS_MAX):
+        acceptor.expect(grant_of(f"node-{number}"))
+    with pytest.raises(BusyError):
+        acceptor.expect(grant_of("one more"))
+    await trio.sleep(EXPECTED_LIFETIME_S + 0.1)
+    acceptor.expect(grant_of("one more"))
+
+
+async def test_one_node_cannot_take_all_places() -> None:
+    acceptor = Acceptor(Recorder())
+    for _ in range(EXPECTED_LINKS_PER_NODE_MAX):
+        acceptor.expect(grant_of("greedy"))
+    with pytest.raises(BusyError):
+        acceptor.expect(grant_of("greedy"))
+    acceptor.expect(grant_of("another"))
+
+
+def grant_of(peer_id: str) -> LinkGrant:
+    return dataclasses.replace(new_grants()[1], peer_id=peer_id)
+
+
+async def test_links_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial_module, "LINKS_MAX", 1)
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        grant, expected = new_grants(endpoints)
+        acceptor.expect(expected)
+        link = await dial(grant, Recorder())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            link.send(WORD)
+            await far_user.heard(1)
+            with pytest.raises(BusyError):
+                acceptor.expect(new_grants()[1])
+            link.close()
+
+
+async def test_unnamed_connections_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    acceptor = Acceptor(Recorder())
+    async with trio.open_nursery() as nursery:
+        for _ in range(UNNAMED_CONNECTIONS_MAX):
+            nursery.start_soon(acceptor.handle, trio.testing.memory_stream_pair()[0])
+        await trio.testing.wait_all_tasks_blocked()
+        assert await refused_after_s(acceptor, trio.testing.memory_stream_pair()[0]) == 0
+    assert await refused_after_s(acceptor, trio.testing.memory_stream_pair()[0]) == pytest.approx(
+        HANDSHAKE_TIMEOUT_S
+    )
+
+
+# -- the pool ----------------------------------------------------------------------------------
+
+
+class Agreements:
+    """Stands for the agreement over libp2p; counts, and waits or fails as told."""
+
+    def __init__(self, acceptor: Acceptor, endpoints: tuple[Endpoint, ...]) -> None:
+        self.n_asked = 0
+        self.failure: ShardmeshError | None = None
+        self.may_go = trio.Event()
+        self.may_go.set()
+        self._acceptor, self._endpoints = acceptor, endpoints
+
+    async def __call__(self, peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
+        self.n_asked += 1
+        await self.may_go.wait()
+        if self.failure is not None:
+            raise self.failure
+        grant, expected = new_grants(self._endpoints)
+        self._acceptor.expect(expected)
+        return grant
+
+
+@asynccontextmanager
+async def pooled() -> AsyncIterator[tuple[LinkPool, Agreements, Recorder]]:
+    far_user, user = Recorder(), Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        agreements = Agreements(acceptor, endpoints)
+        async with trio.open_nursery() as nursery:
+            yield LinkPool(nursery, agreements, user), agreements, user
+            nursery.cancel_scope.cancel()
+
+
+async def test_all_who_ask_at_once_share_one_link() -> None:
+    async with pooled() as (pool, agreements, _):
+        found: list[Link] = []
+
+        async def ask() -> None:
+            found.append(await pool.get("far", (), 5))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask)
+        assert len(set(map(id, found))) == 1
+        assert await pool.get("far", (), 5) is found[0]
+        assert agreements.n_asked == 1
+
+
+async def test_a_dead_link_is_replaced() -> None:
+    async with pooled() as (pool, agreements, user):
+        first = await pool.get("far", (), 5)
+        first.close()
+        second = await pool.get("far", (), 5)
+        assert second is not first
+        assert second.is_open
+        assert agreements.n_asked == 2
+        await user.end()
+        assert await pool.get("far", (), 5) is second
+
+
+async def test_a_failed_agreement_is_raised_to_each_and_not_remembered() -> None:
+    async with pooled() as (pool, agreements, _):
+        agreements.failure = BusyError("no room")
+        for _ in range(2):
+            with pytest.raises(BusyError):
+                await pool.get("far", (), 5)
+        agreements.failure = None
+        assert (await pool.get("far", (), 5)).is_open
+
+
+async def test_an_asker_that_is_cancelled_leaves_the_next_to_dial() -> None:
+    async with pooled() as (pool, agreements, _):
+        agreements.may_go = trio.Event()
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def ask_and_leave() -> None:
+                with scope:
+                    await pool.get("far", (), 5)
+
+            nursery.start_soon(ask_and_leave)
+            await trio.testing.wait_all_tasks_blocked()
+            found: list[Link] = []
+
+            async def ask() -> None:
+                found.append(await pool.get("far", (), 5))
+
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            agreements.may_go.set()
+        assert found[0].is_open
+        assert agreements.n_asked == 2
+
+
+async def test_nothing_is_kept_of_nodes_that_are_not_reached() -> None:
+    async with pooled() as (pool, agreements, _):
+        agreements.failure = UnreachableError("nobody")
+        for number in range(10):
+            with pytest.raises(UnreachableError):
+                await pool.get(f"far-{number}", (), 5)
+        assert not pool._dialing
+
+
+async def test_an_agreement_that_takes_too_long(autojump_clock: trio.testing.MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        agreements = Agreements(Acceptor(Recorder()), ())
+        agreements.may_go = trio.Event()
+        with pytest.raises(UnreachableError) as caught:
+            await LinkPool(nursery, agreements, Recorder()).get("far", (), 3)
+        assert caught.value.code == "LINK_TIMEOUT"
+
+
+async def test_closing_the_pool_ends_its_links() -> None:
+    async with pooled() as (pool, _, user):
+        link = await pool.get("far", (), 5)
+        pool.close()
+        await user.end()
+        assert not link.is_open
+
+
+def test_endpoints_are_the_ip_addresses_once_each() -> None:
+    addresses = [
+        "/ip4/192.0.2.1/tcp/4001/p2p/x",
+        "/ip4/192.0.2.1/tcp/4002",
+        "/ip6/2001:db8::1/tcp/4001",
+        "/ip6/fe80::1%eth0/tcp/4001",
+        "/dns/name.example/tcp/4001",
+        "nonsense",
+    ]
+    assert local_endpoints(addresses, 7000) == (
+        Endpoint(host="192.0.2.1", port=7000),
+        Endpoint(host="2001:db8::1", port=7000),
+    )

@@ -1,0 +1,107 @@
+"""The way out of a link over a real socket: one order, from whatever thread and however full."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+import trio
+from support.far_end import new_keys
+
+import shardmesh.links.outbox as outbox_module
+from shardmesh.errors import BusyError, UnreachableError
+from shardmesh.links.outbox import Outbox
+from shardmesh.wire.framing import RecordReader
+from shardmesh.wire.sealing import Opener, Sealer
+
+N_THREADS = 3
+N_FRAMES = 40
+FRAME_BYTES = 20_000  # all together more than the kernel holds
+
+
+def socket_streams() -> tuple[trio.SocketStream, trio.SocketStream]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    return (
+        trio.SocketStream(trio.socket.from_stdlib_socket(one)),
+        trio.SocketStream(trio.socket.from_stdlib_socket(other)),
+    )
+
+
+async def test_frames_of_several_threads_arrive_whole_and_each_threads_own_in_order() -> None:
+    keys = new_keys()
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(keys.dialer_to_acceptor), "far")
+    opener = Opener(keys.dialer_to_acceptor)
+    found: list[bytes] = []
+
+    def put_all(thread: int) -> None:
+        for number in range(N_FRAMES):
+            outbox.put(bytes([thread, number]) * (FRAME_BYTES // 2))
+
+    async def read() -> None:
+        reader = RecordReader()
+        while len(found) < N_THREADS * N_FRAMES:
+            found.extend(opener.open(r) for r in reader.feed(await far.receive_some(65536)))
+
+    async with near, far, trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.write_forever)
+        async with trio.open_nursery() as putting:
+            for thread in range(N_THREADS):
+                putting.start_soon(trio.to_thread.run_sync, put_all, thread)
+        is_flushed = trio.Event()
+
+        async def flush() -> None:
+            await outbox.flush()
+            is_flushed.set()
+
+        nursery.start_soon(flush)
+        await read()
+        await is_flushed.wait()
+        nursery.cancel_scope.cancel()
+    for thread in range(N_THREADS):
+        own = [frame[1] for frame in found if frame[0] == thread]
+        assert own == list(range(N_FRAMES))
+    assert all(frame == frame[:2] * (FRAME_BYTES // 2) for frame in found)
+
+
+async def test_a_frame_goes_out_at_once_while_the_socket_takes_it() -> None:
+    keys = new_keys()
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(keys.dialer_to_acceptor), "far")
+    async with near, far:
+        thread = threading.Thread(target=outbox.put, args=(b"frame",))
+        thread.start()
+        thread.join()
+        (record,) = RecordReader().feed(await far.receive_some(1000))  # no writer runs
+        assert Opener(keys.dialer_to_acceptor).open(record) == b"frame"
+
+
+async def test_a_closed_outbox_refuses_and_a_full_one_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox_module, "LINK_QUEUE_BYTES_MAX", 1_000_000)
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(new_keys().dialer_to_acceptor), "far")
+    async with near, far:
+        with pytest.raises(BusyError):  # noqa: PT012
+            for _ in range(200):
+                outbox.put(bytes(100_000))
+        outbox.close()
+        await outbox.flush()
+        with pytest.raises(UnreachableError):
+            outbox.put(b"x")
+
+
+async def test_a_reader_that_is_gone_is_no_error_of_put() -> None:
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(new_keys().dialer_to_acceptor), "far")
+    await far.aclose()
+    async with near:
+        for _ in range(20):
+            outbox.put(bytes(100_000))
+        with pytest.raises(trio.BrokenResourceError):
+            await outbox.write_forever()

@@ -1,0 +1,221 @@
+"""Hosts on loopback: real sockets, one process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from shardmesh.errors import InputError, ProtocolError, RefusedError, UnreachableError
+from shardmesh.swarm.host import ByteStream, ConnectionEvent, Host, open_host
+from shardmesh.swarm.identity import Identity, new_identity
+from shardmesh.swarm.streams import receive_message, send_message
+
+ECHO = "/shardmesh/test/echo/1.0"
+
+
+@asynccontextmanager
+async def host_on_loopback(identity: Identity | None = None, port: int = 0) -> AsyncIterator[Host]:
+    async with open_host(identity or new_identity(), listen_host="127.0.0.1", port=port) as host:
+        yield host
+
+
+async def echo(stream: ByteStream, peer_id: str) -> None:
+    await send_message(stream, await receive_message(stream, 4 * 1024 * 1024))
+
+
+async def ask(asker: Host, peer_id: str, payload: bytes, n_bytes_max: int = 1 << 22) -> bytes:
+    return await asker.request(peer_id, ECHO, payload, timeout_s=5, response_bytes_max=n_bytes_max)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_request_is_answered() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, echo)
+        assert await asker.connect(answerer.addresses(), 5) == answerer.peer_id
+        assert await ask(asker, answerer.peer_id, b"hello") == b"hello"
+        assert await ask(asker, answerer.peer_id, b"") == b""
+        large = bytes(range(256)) * 8192
+        assert await ask(asker, answerer.peer_id, large) == large
+
+
+async def test_bare_address_tells_who_answers() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, echo)
+        bare = answerer.addresses()[0].partition("/p2p/")[0]
+        assert await asker.connect([bare], 5) == answerer.peer_id
+        assert await ask(asker, answerer.peer_id, b"hello") == b"hello"
+
+
+async def test_wrong_peer_id_is_refused() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        bare = answerer.addresses()[0].partition("/p2p/")[0]
+        with pytest.raises(UnreachableError):
+            await asker.connect([f"{bare}/p2p/{new_identity().peer_id}"], 5)
+        assert asker.connected() == []
+
+
+async def test_oversize_answer_is_refused() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, echo)
+        await asker.connect(answerer.addresses(), 5)
+        with pytest.raises(ProtocolError, match="at most 10"):
+            await ask(asker, answerer.peer_id, b"x" * 11, n_bytes_max=10)
+        assert await ask(asker, answerer.peer_id, b"x" * 10, n_bytes_max=10) == b"x" * 10
+
+
+async def test_failing_handler_does_not_end_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(stream: ByteStream, peer_id: str) -> None:
+        raise ZeroDivisionError("a defect")
+
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, fail)
+        await asker.connect(answerer.addresses(), 5)
+        for _ in range(3):
+            with pytest.raises(UnreachableError):
+                await ask(asker, answerer.peer_id, b"hello")
+        answerer.serve(ECHO, echo)
+        assert await ask(asker, answerer.peer_id, b"hello") == b"hello"
+    assert "the handler of" in caplog.text
+
+
+async def test_unknown_protocol_is_refused() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        await asker.connect(answerer.addresses(), 5)
+        with pytest.raises(RefusedError, match="does not speak"):
+            await ask(asker, answerer.peer_id, b"hello")
+
+
+async def test_cancelled_request_cancels_the_handler_and_nothing_else() -> None:
+    started, cancelled = trio.Event(), trio.Event()
+
+    async def wait_for_ever(stream: ByteStream, peer_id: str) -> None:
+        await receive_message(stream, 100)
+        started.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve("/slow", wait_for_ever)
+        answerer.serve(ECHO, echo)
+        await asker.connect(answerer.addresses(), 5)
+        async with trio.open_nursery() as nursery:
+
+            async def ask_slow() -> None:
+                await asker.request(
+                    answerer.peer_id, "/slow", b"x", timeout_s=60, response_bytes_max=100
+                )
+
+            nursery.start_soon(ask_slow)
+            with trio.fail_after(5):
+                await started.wait()
+            nursery.cancel_scope.cancel()
+        with trio.fail_after(5):
+            await cancelled.wait()
+        assert await ask(asker, answerer.peer_id, b"still there") == b"still there"
+
+
+async def test_dead_address_then_live_one() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        dead = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{answerer.peer_id}"
+        assert await asker.connect([dead, *answerer.addresses()], 5) == answerer.peer_id
+
+
+async def test_nobody_there_then_somebody() -> None:
+    identity, port = new_identity(), free_port()
+    async with host_on_loopback() as asker:
+        address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{identity.peer_id}"
+        with pytest.raises(UnreachableError):
+            await asker.connect([address], 5)
+        async with host_on_loopback(identity, port) as answerer:
+            answerer.serve(ECHO, echo)
+            assert await asker.connect([address], 5) == answerer.peer_id
+            assert await ask(asker, answerer.peer_id, b"now") == b"now"
+
+
+async def test_restarted_host_is_reached_again() -> None:
+    identity, port = new_identity(), free_port()
+    async with host_on_loopback() as asker:
+        events: list[ConnectionEvent] = []
+        closed = trio.Event()
+
+        def note(event: ConnectionEvent) -> None:
+            events.append(event)
+            if event.kind == "closed":
+                closed.set()
+
+        asker.on_connection(note)
+        for _ in range(2):
+            closed = trio.Event()
+            async with host_on_loopback(identity, port) as answerer:
+                answerer.serve(ECHO, echo)
+                await asker.connect(answerer.addresses(), 5)
+                assert await ask(asker, answerer.peer_id, b"hello") == b"hello"
+            with trio.fail_after(5):
+                await closed.wait()
+        assert [event.kind for event in events] == ["established", "closed"] * 2
+        assert {event.direction for event in events} == {"outbound"}
+        assert events[1].cause
+        assert asker.connected() == []
+
+
+async def test_port_in_use_is_said() -> None:
+    async with host_on_loopback() as first:
+        port = int(first.addresses()[0].split("/")[4])
+        with pytest.raises(InputError, match=f"port {port} .* is not free"):
+            async with host_on_loopback(port=port):
+                pass
+
+
+async def test_idle_connection_is_closed_and_a_wanted_one_kept() -> None:
+    async with (
+        open_host(new_identity(), listen_host="127.0.0.1", idle_timeout_s=0.5) as host,
+        host_on_loopback() as stranger,
+        host_on_loopback() as friend,
+    ):
+        host.keep_connections(lambda peer_id: peer_id == friend.peer_id)
+        closed = trio.Event()
+        events: list[ConnectionEvent] = []
+
+        def note(event: ConnectionEvent) -> None:
+            if event.kind == "closed":
+                events.append(event)
+                closed.set()
+
+        host.on_connection(note)
+        await host.connect(friend.addresses(), 5)
+        await host.connect(stranger.addresses(), 5)
+        with trio.fail_after(5):
+            await closed.wait()
+        assert [(event.peer_id, event.cause) for event in events] == [
+            (stranger.peer_id, "idle for 0.5 s")
+        ]
+        assert host.connected() == [friend.peer_id]
+
+
+async def test_what_is_no_address() -> None:
+    async with host_on_loopback() as host:
+        for text in ("", "localhost:51820", "/ip4/127.0.0.1", "/ip4/1.2.3.4/tcp/5/p2p/12D3KooWx"):
+            with pytest.raises(InputError):
+                await host.connect([text], 5)
+
+
+async def test_addresses_of_strangers_do_no_harm() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, echo)
+        nonsense = ["/ip4/not-an-address/tcp/1", "/ip4/10.0.0.1/tcp/99999"]
+        asker.learn(answerer.peer_id, nonsense)
+        with pytest.raises(UnreachableError):
+            await ask(asker, answerer.peer_id, b"hello")
+        asker.learn(answerer.peer_id, nonsense + answerer.addresses())
+        assert await ask(asker, answerer.peer_id, b"dialed by itself") == b"dialed by itself"
