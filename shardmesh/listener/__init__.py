@@ -1,0 +1,1 @@
+"""A node that holds one shard: control process, data process, scheduler."""

@@ -1,0 +1,218 @@
+"""The control process of a listener: joins the mesh, keeps its shard served, answers commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import trio
+
+from shardmesh.coordinator.client import agree_on_link
+from shardmesh.engine.base import EngineOptions
+from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
+from shardmesh.links.dial import local_endpoints
+from shardmesh.listener.assignment import Assignment, WantedShard, assign
+from shardmesh.listener.local_messages import Start
+from shardmesh.listener.machine import Machine, read_machine
+from shardmesh.listener.supervisor import ShardStatus, Supervisor
+from shardmesh.logs import LogFormat
+from shardmesh.shards.manifest import MANIFEST_NAME
+from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.identity import Identity
+from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.streams import ByteStream, receive_message, send_message
+from shardmesh.wire.announcement import Capabilities
+from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, LINK_AGREEMENT_BYTES_MAX
+from shardmesh.wire.link_agreement import (
+    LinkGrant,
+    LinkRequester,
+    answer_request,
+    encode_refusal,
+)
+
+logger = logging.getLogger("shardmesh")
+
+FIRST_LOAD_TIMEOUT_S = 600.0
+"""For loading a shard of tens of GB from a slow disk before joining."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """What a listener is started with."""
+
+    wanted: WantedShard
+    cluster: str
+    shards_dir: Path
+    state_dir: Path
+    cache_dir: Path
+    bootstraps: tuple[str, ...]
+    listen_host: str
+    port: int
+    data_port: int
+    refresh_interval_s: float
+    engine: EngineOptions
+    log_format: LogFormat
+    log_verbosity: int
+
+
+class Node:
+    """One listener between its start and its end; driven by `listener.run`."""
+
+    def __init__(self, options: NodeOptions, identity: Identity, store: ShardStore) -> None:
+        self.options = options
+        self.store = store
+        self.identity = identity
+        self.assignment: Assignment | None = None
+        self.machine: Machine = read_machine()
+        self.supervisor = Supervisor(self.agree, self._on_shard)
+        self._host: Host | None = None
+        self._membership: Membership | None = None
+
+    def join(self, host: Host, membership: Membership) -> None:
+        """From now on the node is on the network, and its changes are announced."""
+        self._host, self._membership = host, membership
+
+    def leave(self) -> None:
+        """The node is off the network again."""
+        self._host = self._membership = None
+
+    # -- the shard -----------------------------------------------------------------------------
+
+    async def load_shard(self, shard_id: int) -> Assignment:
+        """Serves a shard of the local model from now on; what was served before is stopped.
+
+        Raises InputError or GgufError (theirs) if its file is not there or not right.
+        """
+        manifest = await trio.to_thread.run_sync(self.store.manifest)
+        assignment = assign(self.options.wanted, shard_id, manifest)
+        entry = await trio.to_thread.run_sync(self.store.check, shard_id)
+        if entry is None:
+            raise InputError(
+                f"{self.store.shard_path(shard_id).name} is not in {self.store.directory}",
+                code="SHARD_NOT_FOUND",
+                next_step="copy it there from the machine that split the model",
+            )
+        if manifest is None:
+            raise InputError(
+                f"{MANIFEST_NAME} is not in {self.store.directory}, so nobody can tell which "
+                "model the shard belongs to",
+                code="NO_MANIFEST",
+                next_step="copy it there from the machine that split the model",
+            )
+        self.assignment = assignment
+        self.supervisor.serve(self._start(assignment))
+        return assignment
+
+    def unload_shard(self) -> None:
+        """Stops serving; the node stays in the mesh."""
+        self.supervisor.serve(None)
+
+    async def load_first_shard(self, shard_id: int) -> None:
+        """What the node does at its start: serve its shard, or say that it cannot yet."""
+        self.assignment = assign(
+            self.options.wanted, shard_id, await trio.to_thread.run_sync(self.store.manifest)
+        )
+        try:
+            await self.load_shard(shard_id)
+            await self.supervisor.wait_loaded(FIRST_LOAD_TIMEOUT_S)
+        except ShardmeshError as error:
+            if error.code == "SHARD_NOT_FOUND":
+                logger.warning("[SHARD] ⚠️  ASSIGNED SHARD %d NOT FOUND LOCALLY ⚠️", shard_id)
+            else:
+                logger.error("[SHARD] ✗ Shard %d not loaded: %s", shard_id, error)
+            if error.next_step:
+                logger.warning("[SHARD] Next step: %s", error.next_step)
+
+    def _start(self, assignment: Assignment) -> Start:
+        engine = self.options.engine
+        return Start(
+            shard_path=str(self.store.shard_path(assignment.shard_id)),
+            manifest_digest=assignment.manifest_digest,
+            layer_start=assignment.layer_start,
+            layer_end=assignment.layer_end,
+            listen_host=self.options.listen_host,
+            data_port=self.options.data_port,
+            log_format=self.options.log_format,
+            log_verbosity=self.options.log_verbosity,
+            **dataclasses.asdict(engine),
+        )
+
+    def _on_shard(self, status: ShardStatus) -> None:
+        if status.state == "loaded" and self.assignment is not None:
+            shard_id = self.assignment.shard_id
+            if self._membership is None:
+                logger.info("[SHARD] ✓✓✓ SHARD %d LOADED BEFORE JOINING NETWORK ✓✓✓", shard_id)
+            else:
+                logger.info("[SHARD] ✓ Shard %d loaded", shard_id)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._membership is not None:
+            self._membership.announce_changed()
+
+    def offer(self) -> Offer:
+        """What is announced now."""
+        assignment = self.assignment
+        if assignment is None:
+            raise UnreachableError("the node has not chosen its shard yet")
+        ready = self.supervisor.status.ready
+        is_loaded = ready is not None
+        return Offer(
+            shard_id=assignment.shard_id,
+            total_shards=assignment.total_shards,
+            total_layers=assignment.total_layers,
+            layer_start=assignment.layer_start,
+            layer_end=assignment.layer_end,
+            model_name=assignment.model_name,
+            manifest_digest=assignment.manifest_digest,
+            engine_fingerprint=ready.fingerprint if ready else "",
+            capabilities=Capabilities(
+                shard_loaded=is_loaded,
+                memory_mb=self.machine.memory_mb,
+                memory_available_mb=self.machine.memory_available_mb(),
+                cpu_cores=self.machine.cpu_cores,
+                gpu_available=self.machine.gpu_available,
+                n_ctx=ready.n_ctx if ready else 0,
+                n_parallel=ready.n_parallel if ready else 0,
+                has_tokenizer=self.store.tokenizer_path().exists(),
+            ),
+        )
+
+    # -- links ---------------------------------------------------------------------------------
+
+    async def serve_link(self, stream: ByteStream, peer_id: str) -> None:
+        """Answers one request for a link to the data process."""
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            request = await receive_message(stream, LINK_AGREEMENT_BYTES_MAX)
+            try:
+                answer = await self._offer_link(request, peer_id)
+            except ShardmeshError as error:
+                answer = encode_refusal(error)
+            await send_message(stream, answer)
+
+    async def _offer_link(self, request: bytes, peer_id: str) -> bytes:
+        host = self._joined_host()
+        ready = self.supervisor.status.ready
+        if ready is None:
+            raise UnreachableError("no shard is loaded on this node now", code="NOT_LOADED")
+        endpoints = local_endpoints(host.addresses(), ready.data_port)
+        answer, grant = answer_request(
+            request, own_peer_id=host.peer_id, other_peer_id=peer_id, endpoints=endpoints
+        )
+        await self.supervisor.expect(grant)
+        return answer
+
+    async def agree(self, peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
+        """Agrees on a link with another node, or with this node's own data process."""
+        host = self._joined_host()
+        if peer_id != host.peer_id:
+            return await agree_on_link(host, peer_id, addresses)
+        requester = LinkRequester(host.peer_id, peer_id)
+        return requester.grant(await self._offer_link(requester.request(), peer_id))
+
+    def _joined_host(self) -> Host:
+        if self._host is None:
+            raise RefusedError("the node is not on the network yet", code="NOT_JOINED")
+        return self._host

@@ -1,0 +1,160 @@
+"""A listener from its start to its end: shard, network, announcement, farewell."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from shardmesh.coordinator.client import open_client
+from shardmesh.coordinator.coordinator import Coordinator
+from shardmesh.coordinator.model_files import ModelFiles, serve_model_info
+from shardmesh.errors import UnreachableError
+from shardmesh.listener.assignment import least_served
+from shardmesh.listener.commands import NodeCommands
+from shardmesh.listener.node import Node, NodeOptions
+from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.commands import serve_commands
+from shardmesh.swarm.dht import open_dht
+from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.host import open_host
+from shardmesh.swarm.identity import load_identity
+from shardmesh.swarm.membership import Membership
+from shardmesh.swarm.state_file import locked_folder
+from shardmesh.wire.link_agreement import LINK_PROTOCOL
+
+logger = logging.getLogger("shardmesh")
+
+ANNOUNCE_TIMEOUT_S = 10.0
+"""For the first announcement; after it the node says that it has started in any case."""
+
+IDENTITY_NAME = "node.key"
+
+
+async def run_node(options: NodeOptions) -> None:
+    """Runs a listener until SIGINT, SIGTERM or a cancellation; nothing of it is left then.
+
+    Raises InputError (theirs) for options that contradict each other or the manifest, for a port
+    that is taken, and for a state folder that another listener uses.
+    """
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            leaving = _Leaving(nursery.cancel_scope)
+            nursery.start_soon(_serve, options, leaving)
+            async for number in signals:
+                logger.info("%s: leaving", signal.Signals(number).name)
+                leaving.scope.cancel()
+                break
+
+
+@dataclasses.dataclass
+class _Leaving:
+    """What a signal cancels: everything, or once the node has joined what must end first."""
+
+    scope: trio.CancelScope
+
+
+async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
+    store = ShardStore(options.shards_dir)
+    n_files = len(await trio.to_thread.run_sync(store.scan))
+    shard_id = options.wanted.shard_id
+    if shard_id is None:
+        shard_id = await choose_shard(options, store)
+    state_dir = options.state_dir / f"shard-{shard_id}"
+    with locked_folder(state_dir):
+        identity = load_identity(state_dir / IDENTITY_NAME)
+        logger.info("Peer ID: %s", identity.peer_id)
+        logger.info("[TORRENT] Found %d GGUF file(s)", n_files)
+        node = Node(dataclasses.replace(options, state_dir=state_dir), identity, store)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.supervisor.run)
+            await node.load_first_shard(shard_id)
+            async with on_network(node, nursery, shard_id) as membership:
+                await _take_part(node, membership, leaving)
+            nursery.cancel_scope.cancel()
+
+
+async def _take_part(node: Node, membership: Membership, leaving: _Leaving) -> None:
+    """Is a member of the mesh until a signal; both farewells are over then.
+
+    Others hear of the withdrawal through libp2p, whose tasks therefore go on meanwhile.
+    """
+    async with trio.open_nursery() as nursery:
+        leaving.scope = nursery.cancel_scope
+        nursery.start_soon(membership.run)
+        try:
+            with trio.move_on_after(ANNOUNCE_TIMEOUT_S):
+                await membership.announced.wait()
+            logger.info("✅ Shard listener started! Waiting for connections...")
+            await trio.sleep_forever()
+        finally:
+            node.unload_shard()  # the data process ends its sessions at the same time
+
+
+@asynccontextmanager
+async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncIterator[Membership]:
+    """Listens and serves all protocols until the block is left; the caller runs the result."""
+    options = node.options
+    agent = f"shard-listener/{options.cluster}/{shard_id}"
+    directory = Directory(options.cluster)
+    async with (
+        open_host(
+            node.identity, listen_host=options.listen_host, port=options.port, agent=agent
+        ) as host,
+        open_dht(host, cluster=options.cluster) as dht,
+    ):
+        for address in host.addresses():
+            logger.info("[LISTEN] Listening on: %s", address.split("/p2p/")[0])
+        membership = Membership(
+            host,
+            dht,
+            directory,
+            bootstraps=options.bootstraps,
+            signer=node.identity,
+            offer=node.offer,
+            refresh_interval_s=options.refresh_interval_s,
+            state_dir=options.state_dir,
+            logger=logger,
+        )
+        node.join(host, membership)
+        models = ModelFiles(host, node.store, options.cache_dir)
+        coordinator = Coordinator(membership.find_listeners, node.agree, models, nursery)
+        commands = NodeCommands(node, host, coordinator)
+        host.serve(LINK_PROTOCOL, node.serve_link)
+        serve_model_info(host, node.store)
+        serve_commands(host, commands.handlers())
+        try:
+            yield membership
+        finally:
+            models.close()
+            node.leave()
+
+
+async def choose_shard(options: NodeOptions, store: ShardStore) -> int:
+    """The shard that the mesh serves least; without a mesh, the first that is here.
+
+    Raises InputError (theirs) if neither the mesh nor a manifest says how many there are.
+    """
+    manifest = await trio.to_thread.run_sync(store.manifest)
+    total_shards = options.wanted.total_shards or (len(manifest.shards) if manifest else 0)
+    served: list[int] = []
+    try:
+        async with open_client(
+            bootstraps=options.bootstraps,
+            cluster=options.cluster,
+            shards_dir=options.shards_dir,
+            cache_dir=options.cache_dir,
+        ) as client:
+            found = await client.membership.find_listeners(total_shards or None)
+            served = [a.shard_id for a in found]
+            total_shards = total_shards or max((a.total_shards for a in found), default=0)
+    except UnreachableError as error:
+        logger.warning("[SHARD] The mesh could not be asked which shard it needs: %s", error)
+    here = [i for i in range(total_shards) if store.shard_path(i).exists()]
+    shard_id = least_served(total_shards, served, here)
+    logger.info("[SHARD] Chosen: shard %d, served by %d so far", shard_id, served.count(shard_id))
+    return shard_id

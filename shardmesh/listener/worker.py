@@ -1,0 +1,78 @@
+"""The thread that computes: takes work from the scheduler, runs the engine, hands results on.
+
+It sends what it computed by itself, since a detour over the trio thread costs more than a small
+stage computes.  What belongs to one sequence keeps its order: a job (open, trim, close) is done
+behind the pass that was under way when it was given, and before any later one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import trio
+
+from shardmesh.listener.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Job = Callable[[], None]
+
+
+class Worker(Generic[Item]):
+    """One thread with a queue; `compute` is called in it with each batch of items.
+
+    Neither `compute` nor a job may raise.
+    """
+
+    def __init__(self, compute: Callable[[list[Item]], None]) -> None:
+        self._compute = compute
+        self._scheduler: Scheduler[Item] = Scheduler()
+        self._jobs: list[Job] = []
+        self._is_stopping = False
+        self._changed = threading.Condition()
+
+    def add(self, session: bytes, n_tokens: int, item: Item) -> None:
+        """Queues a micro-batch; raises ProtocolError (theirs) when its session has too many."""
+        with self._changed:
+            self._scheduler.add(session, n_tokens, item)
+            self._changed.notify()
+
+    def forget(self, session: bytes) -> None:
+        """Drops what waits of a session; what is computed now is not stopped."""
+        with self._changed:
+            self._scheduler.remove(session)
+
+    def do(self, job: Job) -> None:
+        """Has the thread do a job before its next batch."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+
+    async def run(self) -> None:
+        """Works until cancelled; the pass under way is waited for."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, self._work)
+            try:
+                await trio.sleep_forever()
+            finally:
+                with self._changed:
+                    self._is_stopping = True
+                    self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._jobs or self._scheduler or self._is_stopping):
+                    self._changed.wait()
+                if self._is_stopping:
+                    return
+                jobs, self._jobs = self._jobs, []
+                items = self._scheduler.next_batch()
+            for job in jobs:
+                job()
+            if items:
+                self._compute(items)

@@ -1,0 +1,384 @@
+"""The supervisor with real data processes: loaded, killed, stopped, broken, orphaned."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+from support.far_end import Recorder
+from support.models import BUILT_IN, write_model
+
+import shardmesh.listener.data_child as data_child_module
+import shardmesh.listener.supervisor as supervisor_module
+from shardmesh.errors import EngineError, ShardmeshError, TheirError, UnreachableError
+from shardmesh.links.dial import dial
+from shardmesh.listener.data_child import DataChild
+from shardmesh.listener.local_messages import (
+    AskMetrics,
+    Grant,
+    LocalChannel,
+    Metrics,
+    NeedLink,
+    Ready,
+    Start,
+    Stop,
+)
+from shardmesh.listener.supervisor import (
+    PAUSE_MAX_S,
+    PAUSE_MIN_S,
+    ShardStatus,
+    Supervisor,
+    restart_pause_s,
+)
+from shardmesh.shards.layers import ranges_of_counts
+from shardmesh.shards.split import split_model
+from shardmesh.wire.limits import EXPECTED_LINKS_MAX
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
+
+LOAD_TIMEOUT_S = 30.0
+EXIT_TIMEOUT_S = 10.0
+
+
+@given(st.integers(0, 10_000))
+def test_pauses_between_starts_grow_to_a_bound(n_short_lives: int) -> None:
+    pause_s = restart_pause_s(n_short_lives)
+    assert pause_s == 0 if n_short_lives == 0 else PAUSE_MIN_S <= pause_s <= PAUSE_MAX_S
+    assert restart_pause_s(n_short_lives + 1) >= pause_s
+
+
+def test_many_deaths_in_a_row_are_no_restart_storm() -> None:
+    waited_s, n_starts = 0.0, 0
+    while waited_s < 300:
+        n_starts += 1
+        waited_s += restart_pause_s(n_starts)
+    assert n_starts < 20
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """What serves the first of two shards of a tiny model."""
+    directory = tmp_path_factory.mktemp("shards")
+    model = write_model(directory / "model.gguf", n_layer=2, vocabulary=BUILT_IN)
+    manifest = split_model(model, ranges_of_counts([1, 1]), directory, name="tiny")
+    return Start(
+        shard_path=str(directory / "shard-0.gguf"),
+        manifest_digest=manifest.digest(),
+        layer_start=0,
+        layer_end=1,
+        listen_host="127.0.0.1",
+        data_port=0,
+        n_ctx=64,
+        n_parallel=2,
+        n_threads=1,
+        n_gpu_layers=0,
+        cache_type_k="f16",
+        cache_type_v="f16",
+        flash_attention=None,
+        log_format="pretty",
+        log_verbosity=0,
+    )
+
+
+@pytest.fixture
+def broken_shard(start: Start, tmp_path: Path) -> Path:
+    broken = tmp_path / "shard-0.gguf"
+    broken.write_bytes(Path(start.shard_path).read_bytes()[:1000])
+    return broken
+
+
+async def no_agreement(peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
+    raise UnreachableError("nobody is to be reached here")
+
+
+class Watched(Supervisor):
+    """A supervisor that remembers every status it told."""
+
+    def __init__(self) -> None:
+        self.seen: list[ShardStatus] = []
+        self._seen_one = trio.Event()
+        super().__init__(no_agreement, self._on_status)
+
+    def _on_status(self, status: ShardStatus) -> None:
+        self.seen.append(status)
+        self._seen_one.set()
+        self._seen_one = trio.Event()
+
+    async def reached(self, *states: str) -> None:
+        """Waits until these states have been told in this order, others between them or not."""
+
+        def is_reached() -> bool:
+            told = iter(status.state for status in self.seen)
+            return all(state in told for state in states)
+
+        with trio.fail_after(LOAD_TIMEOUT_S):
+            while not is_reached():
+                await self._seen_one.wait()
+
+
+@asynccontextmanager
+async def supervised() -> AsyncIterator[Watched]:
+    supervisor = Watched()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        yield supervisor
+        nursery.cancel_scope.cancel()
+
+
+def pid_of(supervisor: Supervisor) -> int:
+    assert supervisor.pid is not None
+    return supervisor.pid
+
+
+async def is_gone(pid: int) -> None:
+    """Waits until there is no such process, or it is only not yet collected."""
+    with trio.fail_after(EXIT_TIMEOUT_S):
+        while psutil.pid_exists(pid):
+            try:
+                if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                    return
+            except psutil.NoSuchProcess:
+                return
+            await trio.sleep(0.01)  # the kernel tells nobody but the parent
+
+
+def some_grant() -> tuple[LinkGrant, LinkGrant]:
+    requester = LinkRequester("near", "far")
+    endpoints = (Endpoint(host="127.0.0.1", port=1),)
+    offer, expected = answer_request(
+        requester.request(), own_peer_id="far", other_peer_id="near", endpoints=endpoints
+    )
+    return requester.grant(offer), expected
+
+
+@pytest.mark.processes
+async def test_a_shard_is_loaded_reached_and_unloaded(start: Start) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        ready = await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        assert (ready.architecture, ready.n_ctx, ready.n_parallel) == ("llama", 64, 2)
+        pid = pid_of(supervisor)
+        metrics = await supervisor.metrics()
+        assert metrics is not None
+        assert metrics.memory_bytes > 0
+        grant, expected = some_grant()
+        port = await supervisor.expect(expected)
+        here = (Endpoint(host="127.0.0.1", port=port),)
+        user = Recorder()
+        link = await dial(dataclasses.replace(grant, endpoints=here), user)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            supervisor.serve(None)
+            assert (await user.end()).code == "LINK_LOST"
+        await is_gone(pid)
+        assert supervisor.status.state == "absent"
+        with pytest.raises(UnreachableError):
+            await supervisor.expect(expected)
+        assert [status.state for status in supervisor.seen] == ["loading", "loaded", "absent"]
+
+
+@pytest.mark.processes
+async def test_more_offers_than_a_process_keeps_do_not_end_it(start: Start) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        pid = pid_of(supervisor)
+        for _ in range(EXPECTED_LINKS_MAX + 5):
+            await supervisor.expect(some_grant()[1])
+        assert await supervisor.metrics() is not None
+        assert pid_of(supervisor) == pid
+
+
+@pytest.mark.processes
+async def test_a_killed_process_is_noticed_and_started_again(start: Start) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        first = pid_of(supervisor)
+        os.kill(first, signal.SIGKILL)
+        await supervisor.reached("loaded", "failed")
+        failure = next(s.error for s in supervisor.seen if s.state == "failed")
+        assert isinstance(failure, EngineError)
+        assert failure.code == "ENGINE_DIED"
+        assert "SIGKILL" in str(failure)
+        await supervisor.reached("loaded", "failed", "loading", "loaded")
+        assert pid_of(supervisor) != first
+        assert supervisor.n_restarts == 1
+
+
+@pytest.mark.processes
+async def test_another_shard_while_one_is_loading(start: Start) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await trio.testing.wait_all_tasks_blocked()
+        supervisor.serve(msgspec.structs.replace(start, n_ctx=32))
+        ready = await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        assert ready.n_ctx == 32
+        assert "failed" not in [status.state for status in supervisor.seen]
+        assert supervisor.n_restarts == 0
+
+
+@pytest.mark.processes
+async def test_a_shard_that_is_no_longer_wanted_while_it_loads(start: Start) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        while supervisor.pid is None:
+            await trio.lowlevel.checkpoint()
+        pid = supervisor.pid
+        supervisor.serve(None)
+        await is_gone(pid)
+        assert [status.state for status in supervisor.seen] == ["loading", "absent"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("n_moments", [0, 1, 2, 5, 50])
+async def test_a_cancellation_at_any_moment_leaves_no_process(start: Start, n_moments: int) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    async with trio.open_nursery() as nursery:
+        child = DataChild(no_agreement, lambda ready: None)
+        nursery.start_soon(child.run, start)
+        for _ in range(n_moments):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert {child.pid for child in psutil.Process().children()} <= before
+
+
+@pytest.mark.processes
+async def test_a_broken_file_is_a_typed_failure_and_tried_again_late(
+    start: Start, broken_shard: Path
+) -> None:
+    async with supervised() as supervisor:
+        supervisor.serve(msgspec.structs.replace(start, shard_path=str(broken_shard)))
+        with pytest.raises(TheirError):
+            await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        with trio.move_on_after(3 * PAUSE_MIN_S):
+            await supervisor.reached("failed", "loading")
+        assert supervisor.n_restarts == 1
+        assert supervisor.status.state == "failed"
+        supervisor.serve(start)  # what mends it is not waited for
+        await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+
+
+@pytest.mark.processes
+async def test_a_process_that_hangs_is_killed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_child_module, "STOP_TIMEOUT_S", 0.1)
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        pid = pid_of(supervisor)
+        os.kill(pid, signal.SIGSTOP)
+        supervisor.serve(None)
+        await is_gone(pid)
+
+
+@pytest.mark.processes
+async def test_the_process_ends_with_the_one_that_started_it(start: Start) -> None:
+    program = f"""
+import os, sys, trio, msgspec
+from shardmesh.listener.local_messages import Start
+from shardmesh.listener.supervisor import Supervisor
+start = msgspec.json.decode({msgspec.json.encode(start)!r}, type=Start)
+async def main():
+    supervisor = Supervisor(None, lambda status: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        supervisor.serve(start)
+        await supervisor.wait_loaded(30)
+        print(supervisor.pid, flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+    parent = await trio.lowlevel.open_process(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    with trio.fail_after(LOAD_TIMEOUT_S):
+        pid = int(await parent.stdout.receive_some(100))
+    parent.kill()
+    await parent.wait()
+    await parent.stdout.aclose()
+    await is_gone(pid)
+
+
+async def test_the_file_is_mended_while_the_supervisor_pauses(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, start: Start
+) -> None:
+    """The same rules without a process: what is told, and when the next start is."""
+    begun_s: list[float] = []
+
+    class Short:
+        def __init__(self, agree: object, on_ready: object) -> None:
+            self.pid = 1
+
+        async def run(self, start: Start) -> ShardmeshError | None:
+            begun_s.append(trio.current_time())
+            return EngineError("it died")
+
+        def stop(self) -> None:
+            raise AssertionError("nothing runs")
+
+    monkeypatch.setattr(supervisor_module, "DataChild", Short)
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await trio.sleep(100)
+    gaps_s = [b - a for a, b in itertools.pairwise(begun_s)]
+    assert gaps_s == pytest.approx([restart_pause_s(n) for n in range(1, len(gaps_s) + 1)])
+    assert len(begun_s) < 15
+
+
+# -- the channel between the two ---------------------------------------------------------------
+
+
+async def channel_pair() -> tuple[LocalChannel, LocalChannel, trio.abc.Stream]:
+    one, other = trio.testing.memory_stream_pair()
+    return LocalChannel(one, one), LocalChannel(other, other), other
+
+
+async def test_local_messages_go_round() -> None:
+    grant, _ = some_grant()
+    near, far, raw = await channel_pair()
+    messages = [
+        AskMetrics(number=1),
+        Metrics(number=1, n_sessions=0, memory_bytes=5, counters={"n": 1}),
+        NeedLink(number=2, peer_id="p", addresses=("a",)),
+        Ready(data_port=1, architecture="llama", n_ctx=1, n_parallel=1, fingerprint="f"),
+        Stop(),
+    ]
+    for message in messages:
+        await near.send(message)  # type: ignore[arg-type]
+    assert [await far.receive() for _ in messages] == messages
+    assert Grant.of(grant).link_grant() == grant
+    await raw.aclose()
+    with pytest.raises(UnreachableError) as caught:
+        await near.send(AskMetrics(number=1))
+    assert caught.value.code == "PROCESS_GONE"
+    assert await near.receive() is None
+
+
+async def test_a_reader_that_hangs_does_not_hold_up_the_end(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    one, _ = trio.testing.lockstep_stream_pair()
+    channel = LocalChannel(one, one)
+    with trio.move_on_after(0):
+        with pytest.raises(UnreachableError) as caught:
+            await channel.send(AskMetrics(number=1))
+        assert caught.value.code == "PROCESS_GONE"
+    assert trio.current_time() < 100
+    with pytest.raises(UnreachableError):
+        await channel.send(AskMetrics(number=2))
