@@ -1,0 +1,1 @@
+"""Drives sessions over a chain of stages."""

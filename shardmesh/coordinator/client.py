@@ -1,0 +1,106 @@
+"""A short-lived member of the mesh that serves nothing: what `run`, `status` and `command` are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from shardmesh.coordinator.coordinator import Coordinator
+from shardmesh.coordinator.model_files import ModelFiles
+from shardmesh.errors import UnreachableError, ungrouped
+from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.dht import open_dht
+from shardmesh.swarm.directory import Directory, exchange
+from shardmesh.swarm.host import Host, open_host
+from shardmesh.swarm.identity import new_identity
+from shardmesh.swarm.membership import Membership
+from shardmesh.wire.limits import LINK_AGREEMENT_BYTES_MAX
+from shardmesh.wire.link_agreement import LINK_PROTOCOL, LinkGrant, LinkRequester
+
+JOIN_TIMEOUT_S = 10.0
+"""For reaching a first node; a person waits for it."""
+
+AGREE_TIMEOUT_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """Everything a command needs to talk with the mesh."""
+
+    host: Host
+    directory: Directory
+    membership: Membership
+    coordinator: Coordinator
+
+
+@asynccontextmanager
+async def open_client(
+    *, bootstraps: Sequence[str], cluster: str, shards_dir: Path, cache_dir: Path
+) -> AsyncIterator[Client]:
+    """A client that has reached the mesh.
+
+    Raises UnreachableError (the moment's) when no bootstrap answers within JOIN_TIMEOUT_S.  All of
+    it is gone when the block is left.
+    """
+    identity = new_identity()
+    directory = Directory(cluster)
+    # A client is never dialed: loopback keeps its port out of everybody's reach.
+    with ungrouped():
+        async with (
+            open_host(identity, listen_host="127.0.0.1") as host,
+            open_dht(host, cluster=cluster, server=False) as dht,
+        ):
+            membership = Membership(host, dht, directory, bootstraps=bootstraps, signer=identity)
+            models = ModelFiles(host, ShardStore(shards_dir, create=False), cache_dir)
+            async with trio.open_nursery() as nursery:
+                await _reach(host, directory, bootstraps)
+                nursery.start_soon(membership.run)
+                with trio.move_on_after(JOIN_TIMEOUT_S):
+                    await membership.joined.wait()
+
+                agree = partial(agree_on_link, host)
+                coordinator = Coordinator(membership.find_listeners, agree, models, nursery)
+                try:
+                    yield Client(host, directory, membership, coordinator)
+                finally:
+                    models.close()
+                    nursery.cancel_scope.cancel()
+
+
+async def _reach(host: Host, directory: Directory, bootstraps: Sequence[str]) -> None:
+    """Connects with the bootstrap that answers first and takes in what it knows.
+
+    Done before joining, which would try again for ever where a person wants to know.
+    """
+    try:
+        peer_id = await host.connect(bootstraps, JOIN_TIMEOUT_S)
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"no bootstrap node answered: {', '.join(bootstraps)}",
+            code="NO_BOOTSTRAP",
+            next_step="start one with `shardmesh bootstrap`, or correct --bootstrap",
+        ) from error
+    await exchange(host, directory, peer_id)
+
+
+async def agree_on_link(host: Host, peer_id: str, addresses: Sequence[str]) -> LinkGrant:
+    """Asks another node for a link to its data process.
+
+    Raises its refusal, or UnreachableError (the moment's).
+    """
+    requester = LinkRequester(host.peer_id, peer_id)
+    if addresses:
+        host.learn(peer_id, addresses)
+    answer = await host.request(
+        peer_id,
+        LINK_PROTOCOL,
+        requester.request(),
+        timeout_s=AGREE_TIMEOUT_S,
+        response_bytes_max=LINK_AGREEMENT_BYTES_MAX,
+    )
+    return requester.grant(answer)

@@ -1,0 +1,133 @@
+"""From a request to text: directory, chain, links, session, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from shardmesh.coordinator.chain import Chain, Replica, choose_chain
+from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.model_files import ModelFiles, OpenModel
+from shardmesh.coordinator.request import (
+    CompletionRequest,
+    context_needed,
+    sampling_message,
+    uses_history,
+)
+from shardmesh.coordinator.session import SessionRouter, SessionSettings
+from shardmesh.coordinator.stops import StopScanner
+from shardmesh.engine.text import TextDecoder
+from shardmesh.errors import ungrouped
+from shardmesh.links.dial import Agree, LinkPool
+from shardmesh.links.link import Link
+from shardmesh.wire.announcement import Announcement
+
+logger = logging.getLogger(__name__)
+
+LINK_TIMEOUT_S = 12.0
+"""For agreeing on a link with a stage and dialing it."""
+
+FindListeners = Callable[[], Awaitable[list[Announcement]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A running completion: what was decided, and the items as they come."""
+
+    chain: Chain
+    n_prompt_tokens: int
+    items: AsyncIterator[Piece | Finished]
+
+
+class Coordinator:
+    """Answers requests with whatever chain the mesh has; several at once."""
+
+    def __init__(
+        self, find: FindListeners, agree: Agree, models: ModelFiles, nursery: trio.Nursery
+    ) -> None:
+        self._find = find
+        self._models = models
+        self._router = SessionRouter()
+        self._pool = LinkPool(nursery, agree, self._router)
+
+    @property
+    def n_sessions(self) -> int:
+        return self._router.n_sessions
+
+    @asynccontextmanager
+    async def complete(self, request: CompletionRequest) -> AsyncIterator[Completion]:
+        """A completion whose session is closed on all stages when the block is left.
+
+        Raises InputError (theirs), IncompleteError, BusyError or UnreachableError (the moment's)
+        and whatever a stage reports; so does iterating over the items.
+        """
+        started_s = trio.current_time()
+        stops = StopScanner(request.stop)
+        replicas = [replica_of(announcement) for announcement in await self._find()]
+        chain = choose_chain(replicas, model_name=request.model)
+        async with self._models.use(chain.stages) as model:
+            prompt = await trio.to_thread.run_sync(_prompt_tokens, model, request)
+            n_ctx = context_needed(len(prompt), request.n_tokens_max, chain.n_ctx)
+            sampling = sampling_message(request.sampling)
+            n_history = sampling.repeat_last_n if uses_history(request.sampling) else 0
+            settings = SessionSettings(
+                n_ctx=n_ctx,
+                sampling=sampling,
+                history=tuple(prompt[-n_history:] if n_history else ()),
+            )
+            links = await self._links(chain.stages)
+            async with self._router.session(chain, links, settings) as session:
+                items = generate(
+                    session,
+                    prompt,
+                    n_tokens_max=n_ctx - len(prompt),
+                    source=model.tokenizer,
+                    decoder=TextDecoder(),
+                    stops=stops,
+                    ignore_end=request.ignore_end,
+                    started_s=started_s,
+                )
+                try:
+                    yield Completion(chain, len(prompt), items)
+                finally:
+                    await items.aclose()
+
+    async def _links(self, stages: Sequence[Replica]) -> list[Link]:
+        """The links to all stages, brought up at once; raises the first error."""
+        links: dict[int, Link] = {}
+
+        async def bring_up(number: int, stage: Replica) -> None:
+            links[number] = await self._pool.get(stage.peer_id, stage.addresses, LINK_TIMEOUT_S)
+
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                for number, stage in enumerate(stages):
+                    nursery.start_soon(bring_up, number, stage)
+        return [links[number] for number in range(len(stages))]
+
+
+def replica_of(announcement: Announcement) -> Replica:
+    """An announcement as the chooser of chains sees it."""
+    return Replica(
+        peer_id=announcement.peer_id,
+        addresses=announcement.addresses,
+        model_name=announcement.model_name,
+        manifest_digest=announcement.manifest_digest,
+        shard_id=announcement.shard_id,
+        layer_start=announcement.layer_start,
+        layer_end=announcement.layer_end,
+        n_layer=announcement.total_layers,
+        n_ctx=announcement.capabilities.n_ctx,
+        shard_loaded=announcement.capabilities.shard_loaded,
+        fingerprint=announcement.engine_fingerprint,
+    )
+
+
+def _prompt_tokens(model: OpenModel, request: CompletionRequest) -> list[int]:
+    if request.prompt is not None:
+        return model.tokenizer.encode(request.prompt)
+    return model.encode_chat([dict(message) for message in request.messages])

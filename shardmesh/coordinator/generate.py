@@ -1,0 +1,116 @@
+"""Tokens and text out of an open session."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, Sequence
+from typing import Literal, Protocol
+
+import trio
+
+from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
+from shardmesh.coordinator.stops import StopScanner
+from shardmesh.coordinator.timings import TimingRecorder, Timings
+from shardmesh.errors import ProtocolError
+from shardmesh.wire.messages import BatchDone, Sampled
+
+FinishReason = Literal["stop", "length"]
+
+PREFILL_TOKENS = 32
+"""Tokens of one micro-batch of a prompt: long enough for matrix products, short enough that all
+stages get to work on a prompt of usual length.
+
+It is a constant, because the last bits of a result depend on how many rows are computed at once
+(tried with f32, f16, Q8_0 and Q4_K weights on a CPU, 1 to 128 rows): one llama.cpp process that is
+fed pieces of this length gives the same bits as a chain.
+"""
+
+
+class TextSource(Protocol):
+    """What turns tokens into text: `engine.tokenizer.Tokenizer`."""
+
+    def piece(self, token: int) -> bytes: ...
+
+    def is_end(self, token: int) -> bool: ...
+
+
+class Decoder(Protocol):
+    """What turns bytes into characters, never cutting one: `engine.text.TextDecoder`."""
+
+    def feed(self, piece: bytes) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text that became certain, and the token that made it so (None at the very end)."""
+
+    text: str
+    token: Sampled | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """The end of a generation."""
+
+    reason: FinishReason
+    timings: Timings
+
+
+async def prefill(session: Session, tokens: Sequence[int]) -> BatchDone:
+    """Sends a prompt in pieces, several under way at once; the result of the last one.
+
+    Raises what the session's `send` and `receive` raise.
+    """
+    pieces = [tokens[i : i + PREFILL_TOKENS] for i in range(0, len(tokens), PREFILL_TOKENS)]
+    n_in_flight = 0
+    for number, piece in enumerate(pieces):
+        if n_in_flight == N_BATCHES_IN_FLIGHT_MAX:
+            await session.receive()
+            n_in_flight -= 1
+        session.send(piece, sample=number == len(pieces) - 1)
+        n_in_flight += 1
+    for _ in range(n_in_flight - 1):
+        await session.receive()
+    return await session.receive()
+
+
+async def generate(
+    session: Session,
+    prompt: Sequence[int],
+    *,
+    n_tokens_max: int,
+    source: TextSource,
+    decoder: Decoder,
+    stops: StopScanner,
+    ignore_end: bool = False,
+    started_s: float | None = None,
+) -> AsyncGenerator[Piece | Finished, None]:
+    """The text that follows a prompt, as it comes; a Finished is the last item.
+
+    Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far.
+    """
+    now_s = trio.current_time()
+    recorder = TimingRecorder(len(prompt), now_s if started_s is None else started_s)
+    done = await prefill(session, prompt)
+    reason: FinishReason = "length"
+    for n_so_far in range(1, n_tokens_max + 1):
+        sampled = done.sampled
+        if sampled is None:
+            raise ProtocolError("the last stage sampled no token")
+        recorder.token(trio.current_time(), done.timings, session.first_hop_us)
+        if source.is_end(sampled.token) and not ignore_end:
+            reason = "stop"
+            break
+        text, is_stopped = stops.feed(decoder.feed(source.piece(sampled.token)))
+        yield Piece(text, sampled)
+        if is_stopped:
+            yield Finished("stop", recorder.finish(trio.current_time()))
+            return
+        if n_so_far < n_tokens_max:
+            session.send([sampled.token], sample=True)
+            done = await session.receive()
+    text, is_stopped = stops.feed(decoder.finish())
+    yield Piece(text if is_stopped else text + stops.flush(), None)
+    yield Finished(reason, recorder.finish(trio.current_time()))

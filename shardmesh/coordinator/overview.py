@@ -1,0 +1,121 @@
+"""What a mesh looks like right now: models, shards, replicas, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import trio
+
+from shardmesh.coordinator.chain import missing_layers, models_of
+from shardmesh.coordinator.coordinator import replica_of
+from shardmesh.errors import ShardmeshError
+from shardmesh.swarm.commands import send_command
+from shardmesh.swarm.host import Host
+from shardmesh.wire.announcement import Announcement
+
+ASK_TIMEOUT_S = 3.0
+"""For one node's answer; a node that takes longer is shown as not answering."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaView:
+    """One listener as it is shown."""
+
+    peer_id: str
+    shard_id: int
+    layer_start: int
+    layer_end: int
+    state: str  # loaded, loading, absent, failed, or "no answer"
+    memory_mb: int
+    memory_available_mb: int
+    n_ctx: int
+    fingerprint: str
+    round_trip_ms: float | None
+    addresses: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelView:
+    """One model of the mesh."""
+
+    model_name: str
+    manifest_digest: str
+    n_layer: int
+    total_shards: int
+    replicas: tuple[ReplicaView, ...]
+    missing: tuple[tuple[int, int], ...]  # half-open layer ranges
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all loaded replicas compute alike, so that any chain gives the same bits."""
+        return len({r.fingerprint for r in self.replicas if r.state == "loaded"}) <= 1
+
+
+async def look_at_mesh(host: Host, announcements: Sequence[Announcement]) -> tuple[ModelView, ...]:
+    """Asks every announced node itself, all at once; a silent one counts as not there."""
+    answers: dict[str, tuple[str, float | None]] = {}
+
+    async def ask(peer_id: str) -> None:
+        started_s = trio.current_time()
+        try:
+            data = await send_command(host, peer_id, "GET_CAPABILITIES", None, ASK_TIMEOUT_S)
+        except ShardmeshError:
+            answers[peer_id] = ("no answer", None)
+        else:
+            elapsed_ms = (trio.current_time() - started_s) * 1e3
+            answers[peer_id] = (str(data["shard_state"]), round(elapsed_ms, 1))
+
+    async with trio.open_nursery() as nursery:
+        for announcement in announcements:
+            nursery.start_soon(ask, announcement.peer_id)
+    return overview(announcements, answers)
+
+
+def overview(
+    announcements: Sequence[Announcement], answers: dict[str, tuple[str, float | None]]
+) -> tuple[ModelView, ...]:
+    """Announcements and (state, round trip) of each node, by model.  Pure."""
+    by_peer = {a.peer_id: a for a in announcements}
+    replicas = [
+        dataclasses.replace(replica_of(a), shard_loaded=answers[a.peer_id][0] == "loaded")
+        for a in announcements
+    ]
+    views = []
+    for (model_name, digest), found in sorted(models_of(replicas).items()):
+        missing = missing_layers(found)
+        views.append(
+            ModelView(
+                model_name=model_name,
+                manifest_digest=digest,
+                n_layer=found[0].n_layer,
+                total_shards=by_peer[found[0].peer_id].total_shards,
+                replicas=tuple(
+                    _view(by_peer[r.peer_id], *answers[r.peer_id])
+                    for r in sorted(found, key=lambda r: (r.shard_id, r.peer_id))
+                ),
+                missing=tuple(missing),
+            )
+        )
+    return tuple(views)
+
+
+def _view(announcement: Announcement, state: str, round_trip_ms: float | None) -> ReplicaView:
+    capabilities = announcement.capabilities
+    return ReplicaView(
+        peer_id=announcement.peer_id,
+        shard_id=announcement.shard_id,
+        layer_start=announcement.layer_start,
+        layer_end=announcement.layer_end,
+        state=state,
+        memory_mb=capabilities.memory_mb,
+        memory_available_mb=capabilities.memory_available_mb,
+        n_ctx=capabilities.n_ctx,
+        fingerprint=announcement.engine_fingerprint,
+        round_trip_ms=round_trip_ms,
+        addresses=announcement.addresses,
+    )

@@ -1,0 +1,83 @@
+"""What a user asks of the mesh, checked before anything is sent.  Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from shardmesh.engine.base import SamplingSettings
+from shardmesh.errors import InputError
+from shardmesh.wire.commands import InferenceParams
+from shardmesh.wire.limits import PROMPT_BYTES_MAX
+from shardmesh.wire.messages import Sampling
+
+N_TOKENS_MAX_DEFAULT = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionRequest:
+    """A prompt, or messages for the model's chat template, and how to go on from there."""
+
+    prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    model: str | None = None  # None: the only one that the mesh serves
+    n_tokens_max: int = N_TOKENS_MAX_DEFAULT
+    stop: tuple[str, ...] = ()
+    sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
+    ignore_end: bool = False  # go on behind the model's end of text, for measurements
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (not self.messages):
+            raise InputError("give either a prompt or messages")
+        if self.n_tokens_max < 1:
+            raise InputError("at least one token has to be asked for")
+        n_bytes = len((self.prompt or "").encode("utf-8", "surrogatepass"))
+        if n_bytes > PROMPT_BYTES_MAX:
+            raise InputError(
+                f"the prompt has {n_bytes} bytes, {PROMPT_BYTES_MAX} are allowed",
+                code="PROMPT_TOO_LONG",
+            )
+
+
+def request_of_command(params: InferenceParams, *, fresh_seed: int) -> CompletionRequest:
+    """The request in an INFERENCE command; `fresh_seed` is used if it names none."""
+    names = {field.name for field in dataclasses.fields(SamplingSettings)}
+    given = {name: getattr(params, name) for name in names if getattr(params, name) is not None}
+    return CompletionRequest(
+        prompt=params.prompt,
+        messages=tuple({"role": m.role, "content": m.content} for m in params.messages),
+        model=params.model,
+        n_tokens_max=params.max_tokens,
+        stop=params.stop,
+        sampling=SamplingSettings(**{"seed": fresh_seed, **given}),
+    )
+
+
+def sampling_message(settings: SamplingSettings) -> Sampling:
+    """The settings as they travel to the last stage."""
+    return Sampling(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)})
+
+
+def uses_history(settings: SamplingSettings) -> bool:
+    """Whether the sampler looks back at the prompt."""
+    return (
+        settings.repeat_penalty != 1.0
+        or settings.frequency_penalty != 0.0
+        or settings.presence_penalty != 0.0
+    )
+
+
+def context_needed(n_prompt: int, n_tokens_max: int, n_ctx: int) -> int:
+    """Tokens of context to reserve, as many as there are at most.
+
+    Raises InputError (theirs) if the prompt leaves no room for a single token.
+    """
+    if n_prompt == 0:
+        raise InputError("the prompt is empty", next_step="give some text to go on from")
+    if n_prompt + 1 > n_ctx:
+        raise InputError(
+            f"the prompt has {n_prompt} tokens, the mesh has a context of {n_ctx}",
+            code="PROMPT_TOO_LONG",
+            next_step="shorten the prompt, or start the listeners with a larger --ctx-size",
+        )
+    return min(n_prompt + n_tokens_max, n_ctx)

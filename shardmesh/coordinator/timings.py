@@ -1,0 +1,107 @@
+"""Where the time of a generation went, per stage and on the way.  Pure arithmetic.
+
+Stages report what they waited and computed, by their own clocks.  The rest of a step, as the
+coordinator's clock has it, was spent on the way: sockets, wires, waking up.  It is divided among
+the hops in proportion to the round trips that heartbeats measured on their links, so that the
+parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from shardmesh.wire.messages import StageTiming
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTotal:
+    """Sums of one stage over the decode phase, in milliseconds."""
+
+    layer_start: int
+    layer_end: int
+    compute_ms: float
+    queue_ms: float
+    wire_ms: float  # the hop behind this stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """A finished generation."""
+
+    n_prompt_tokens: int
+    n_tokens: int
+    first_token_s: float  # from the request to the first token
+    total_s: float  # from the request to the last token
+    decode_tokens_per_s: float | None  # None for fewer than two tokens
+    first_hop_ms: float  # from the coordinator to the first stage, over the decode phase
+    stages: tuple[StageTotal, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One decode step: its length and what its stages report."""
+
+    elapsed_us: float
+    first_hop_us: float
+    stages: Sequence[StageTiming]
+
+
+class TimingRecorder:
+    """Collects what the results report while a generation runs; times come from the caller."""
+
+    def __init__(self, n_prompt_tokens: int, started_s: float) -> None:
+        self._n_prompt_tokens = n_prompt_tokens
+        self._started_s = started_s
+        self._token_times_s: list[float] = []
+        self._steps: list[_Step] = []
+
+    def token(self, now_s: float, stages: Sequence[StageTiming], first_hop_us: float) -> None:
+        """One token came; the first one closes the prefill and is not a decode step."""
+        if self._token_times_s:
+            elapsed_us = (now_s - self._token_times_s[-1]) * 1e6
+            self._steps.append(_Step(elapsed_us, first_hop_us, stages))
+        self._token_times_s.append(now_s)
+
+    def finish(self, now_s: float) -> Timings:
+        """The sums so far."""
+        times = self._token_times_s or [now_s]
+        decode_s = times[-1] - times[0]
+        n_decode = len(times) - 1
+        hops_ms = _sum_columns([hops_of_step(s) for s in self._steps])
+        return Timings(
+            n_prompt_tokens=self._n_prompt_tokens,
+            n_tokens=len(self._token_times_s),
+            first_token_s=times[0] - self._started_s,
+            total_s=times[-1] - self._started_s,
+            decode_tokens_per_s=n_decode / decode_s if n_decode and decode_s > 0 else None,
+            first_hop_ms=hops_ms[0] if hops_ms else 0.0,
+            stages=self._stage_totals(hops_ms[1:]),
+        )
+
+    def _stage_totals(self, hops_ms: Sequence[float]) -> tuple[StageTotal, ...]:
+        columns = list(zip(*(step.stages for step in self._steps), strict=True))
+        return tuple(
+            StageTotal(
+                layer_start=column[0].layer_start,
+                layer_end=column[0].layer_end,
+                compute_ms=sum(t.compute_us for t in column) / 1e3,
+                queue_ms=sum(t.queue_us for t in column) / 1e3,
+                wire_ms=hop_ms,
+            )
+            for column, hop_ms in zip(columns, hops_ms, strict=True)
+        )
+
+
+def hops_of_step(step: _Step) -> list[float]:
+    """Milliseconds of each hop of a step, the one to the first stage first."""
+    busy_us = sum(t.compute_us + t.queue_us for t in step.stages)
+    way_us = max(0.0, step.elapsed_us - busy_us)
+    weights = [step.first_hop_us, *(t.next_hop_us for t in step.stages)]
+    if not any(weights):
+        weights = [1.0] * len(weights)  # no heartbeat has come back yet
+    return [way_us * weight / sum(weights) / 1e3 for weight in weights]
+
+
+def _sum_columns(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]

@@ -1,0 +1,179 @@
+"""Text out of a mesh of fake engines: stop strings, ends, cut characters, cancellation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+import trio
+from support.mesh import GREEDY, MemoryMesh, memory_mesh
+
+from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.stops import StopScanner
+from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
+from shardmesh.engine.text import TextDecoder
+
+SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
+PROMPT = [3, 1, 4, 1, 5]
+
+
+class Letters:
+    """Token n is the n-th piece; `ends` end the text."""
+
+    def __init__(self, pieces: dict[int, bytes] | None = None, ends: frozenset[int] = frozenset()):
+        self._pieces = pieces or {}
+        self._ends = ends
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces.get(token, b"<%d>" % token)
+
+    def is_end(self, token: int) -> bool:
+        return token in self._ends
+
+
+def expected_tokens(n_tokens: int) -> list[int]:
+    """What one engine with all layers says after the prompt."""
+    engine = FakeEngine(fake_info(n_batch_tokens_max=256))
+    engine.open_sequence(0, SamplingSettings(temperature=0.0))
+    tokens: list[int] = []
+    position, given = 0, PROMPT
+    for _ in range(n_tokens):
+        micro = MicroBatch(sequence=0, position=position, tokens=tuple(given), sample=True)
+        (output,) = engine.compute([micro])
+        assert output.sampled is not None
+        position += len(given)
+        given = [output.sampled.token]
+        tokens += given
+    return tokens
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(f"<{token}>" for token in tokens)
+
+
+def items_of(
+    session: Session,
+    *,
+    n_tokens_max: int = 12,
+    source: Letters | None = None,
+    stops: tuple[str, ...] = (),
+    ignore_end: bool = False,
+) -> AsyncGenerator[Piece | Finished, None]:
+    return generate(
+        session,
+        PROMPT,
+        n_tokens_max=n_tokens_max,
+        source=source or Letters(),
+        decoder=TextDecoder(),
+        stops=StopScanner(stops),
+        ignore_end=ignore_end,
+    )
+
+
+async def run(mesh: MemoryMesh, **how: object) -> tuple[str, list[int], Finished]:
+    """All text, the tokens that came with it, and the end."""
+    async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+        found = [item async for item in items_of(session, **how)]  # type: ignore[arg-type]
+    *pieces, finished = found
+    assert isinstance(finished, Finished)
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+    tokens = [p.token.token for p in pieces if isinstance(p, Piece) and p.token is not None]
+    return text, tokens, finished
+
+
+async def test_as_many_tokens_as_were_asked_for() -> None:
+    async with memory_mesh(fake_chain((0, 1, 4))) as mesh:
+        for n_tokens in (1, 2, 12):
+            text, tokens, finished = await run(mesh, n_tokens_max=n_tokens)
+            assert tokens == expected_tokens(n_tokens)
+            assert text == text_of(tokens)
+            assert (finished.reason, finished.timings.n_tokens) == ("length", n_tokens)
+            assert finished.timings.n_prompt_tokens == len(PROMPT)
+
+
+async def test_the_end_token_ends_the_text_and_is_not_shown() -> None:
+    expected = expected_tokens(12)
+    end = next(token for i, token in enumerate(expected) if i >= 4 and token not in expected[:i])
+    n_before = expected.index(end)
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        source = Letters(ends=frozenset([end]))
+        text, tokens, finished = await run(mesh, source=source)
+        assert tokens == expected[:n_before]
+        assert text == text_of(tokens)
+        assert finished.reason == "stop"
+        text, _, finished = await run(mesh, source=source, ignore_end=True)
+        assert text == text_of(expected)
+        assert finished.reason == "length"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+async def test_a_stop_string_over_several_tokens_is_not_shown(cut: int) -> None:
+    expected = expected_tokens(12)
+    whole = text_of(expected)
+    stop = whole[whole.index(">", 8) - cut :][:6]  # begins inside a token, ends in another
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        text, _, finished = await run(mesh, stops=(stop, "never"))
+    assert text == whole[: whole.index(stop)]
+    assert finished.reason == "stop"
+
+
+async def test_a_beginning_of_a_stop_string_is_shown_at_the_end() -> None:
+    expected = expected_tokens(5)
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        text, _, finished = await run(mesh, n_tokens_max=5, stops=(text_of(expected)[-3:] + "x",))
+    assert text == text_of(expected)
+    assert finished.reason == "length"
+
+
+async def test_a_character_cut_between_tokens_comes_whole() -> None:
+    first, second, *_ = expected_tokens(4)
+    assert first != second
+    euro = "€".encode()
+    source = Letters({first: euro[:2], second: euro[2:]})
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            items = [item async for item in items_of(session, n_tokens_max=2, source=source)]
+        assert [item.text for item in items if isinstance(item, Piece)] == ["", "€", ""]
+        text, _, _ = await run(mesh, n_tokens_max=1, source=source)
+        assert text == "\ufffd"  # never completed
+
+
+async def is_free(mesh: MemoryMesh) -> None:
+    while any(stage.n_sessions for stage in mesh.stages):
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_cancellation_in_the_middle_frees_all_stages() -> None:
+    async with memory_mesh(fake_chain((0, 1, 2, 4))) as mesh:
+        with trio.CancelScope() as scope:
+            async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+                async with aclosing(items_of(session)) as items:
+                    n_seen = 0
+                    async for _ in items:
+                        n_seen += 1
+                        if n_seen == 3:
+                            scope.cancel()
+        assert scope.cancelled_caught
+        await is_free(mesh)
+        assert mesh.router.n_sessions == 0
+        assert (await run(mesh))[1] == expected_tokens(12)
+
+
+async def test_leaving_in_the_middle_frees_all_stages() -> None:
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            async with aclosing(items_of(session)) as items:
+                assert isinstance(await anext(items), Piece)
+        await is_free(mesh)
+
+
+async def test_timings_name_every_stage_of_the_decode_phase() -> None:
+    async with memory_mesh(fake_chain((0, 1, 4))) as mesh:
+        _, _, finished = await run(mesh, n_tokens_max=4)
+    stages = finished.timings.stages
+    assert [(stage.layer_start, stage.layer_end) for stage in stages] == [(0, 1), (1, 4)]
+    assert all(stage.compute_ms >= 0 for stage in stages)
