@@ -1,0 +1,1 @@
+"""The commands: click and rich, no protocol and no engine."""

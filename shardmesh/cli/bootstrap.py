@@ -1,0 +1,78 @@
+"""`shardmesh bootstrap`: run the entry point of a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardmesh.cli.options import (
+    AddressType,
+    cluster_option,
+    config_option,
+    listen_addr_option,
+    log_options,
+    start_logging,
+    state_dir_option,
+)
+
+
+@click.command("bootstrap")
+@listen_addr_option
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=51820,
+    show_default=True,
+    envvar="LLAMA_PORT",
+    help="TCP port to listen on; 0 picks one.",
+)
+@click.option(
+    "--identity-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="LLAMA_IDENTITY_FILE",
+    help="Key of this node, made if missing.  [default: bootstrap/identity.pem in --state-dir]",
+)
+@click.option(
+    "--join",
+    type=AddressType(),
+    multiple=True,
+    envvar="LLAMA_JOIN",
+    help="Multiaddress of another bootstrap of the same mesh; may be given several times.",
+)
+@cluster_option
+@state_dir_option
+@config_option
+@log_options
+def command(
+    listen_addr: str,
+    port: int,
+    identity_file: Path | None,
+    join: tuple[str, ...],
+    cluster: str,
+    state_dir: Path,
+    log_format: str,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Run the entry point of a mesh: it holds no model, and listeners find each other through it.
+
+    Its identity is kept, so the line that it prints for listeners stays valid.
+    """
+    start_logging(log_format, verbose, quiet)
+    import logging
+
+    import trio
+
+    from shardmesh.swarm.bootstrap import BootstrapSettings, run_bootstrap
+
+    own_dir = state_dir / "bootstrap"
+    settings = BootstrapSettings(
+        listen_addr=listen_addr,
+        port=port,
+        cluster=cluster,
+        identity_file=identity_file or own_dir / "identity.pem",
+        state_dir=own_dir,
+        join=join,
+    )
+    trio.run(run_bootstrap, settings, logging.getLogger("shardmesh.bootstrap"))

@@ -1,0 +1,89 @@
+"""`shardmesh command`: one JSON command by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cache_dir,
+    cluster_option,
+    config_option,
+    shards_dir_option,
+)
+from shardmesh.errors import InputError, ProtocolError
+
+
+@click.command("command")
+@click.argument("peer")
+@click.argument("name", metavar="COMMAND")
+@click.argument("params", metavar="[JSON]", default="{}")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(0.1), default=600.0, show_default=True
+)
+@shards_dir_option
+@bootstrap_option
+@cluster_option
+@config_option
+def command(
+    peer: str,
+    name: str,
+    params: str,
+    timeout_s: float,
+    shards_dir: Path,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+) -> None:
+    """Send COMMAND with its parameters to PEER: a peer id, its end, or an address.
+
+    `shardmesh status` shows the ends.
+
+    \b
+    shardmesh command 12D3Koo... GET_CAPABILITIES
+    shardmesh command 12D3Koo... INFERENCE '{"prompt": "Once", "max_tokens": 20}'
+    """
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+    import trio
+
+    from shardmesh.coordinator.client import open_client
+    from shardmesh.swarm.commands import send_command
+    from shardmesh.wire.codec import parse_json
+    from shardmesh.wire.commands import encode_command
+
+    try:
+        values = parse_json(params.encode())
+        encode_command(name, values)
+    except ProtocolError as error:
+        raise InputError(str(error), code=error.code, next_step=error.next_step) from error
+
+    async def run() -> None:
+        async with open_client(
+            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+        ) as client:
+            if peer.startswith("/"):
+                peer_id = await client.host.connect([peer], timeout_s)
+            else:
+                found = await client.membership.find_listeners()
+                peer_id = matching_peer(peer, [a.peer_id for a in found])
+            answer = await send_command(client.host, peer_id, name, values, timeout_s)
+        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+    trio.run(run)
+
+
+def matching_peer(text: str, known: list[str]) -> str:
+    """The one known peer id that begins or ends with `text`; InputError (theirs) otherwise."""
+    found = [peer_id for peer_id in known if peer_id.startswith(text) or peer_id.endswith(text)]
+    if len(found) == 1:
+        return found[0]
+    raise InputError(
+        f"{text!r} is the peer id of {len(found)} nodes in this mesh",
+        code="UNKNOWN_PEER",
+        next_step="`shardmesh status` lists the peer ids",
+    )

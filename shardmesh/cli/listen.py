@@ -1,0 +1,198 @@
+"""`shardmesh listen`: serve one shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cache_dir,
+    cluster_option,
+    config_option,
+    listen_addr_option,
+    log_options,
+    shards_dir_option,
+    start_logging,
+    state_dir_option,
+)
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+@click.command("listen")
+@click.option(
+    "--shard-id",
+    type=click.IntRange(0),
+    envvar="LLAMA_SHARD_ID",
+    help="Shard to serve.  [default: the one that the mesh serves least]",
+)
+@click.option(
+    "--total-shards",
+    type=click.IntRange(1),
+    envvar="LLAMA_TOTAL_SHARDS",
+    help="Shards of the model.  [default: as the manifest says]",
+)
+@click.option(
+    "--total-layers",
+    type=click.IntRange(1),
+    envvar="LLAMA_TOTAL_LAYERS",
+    help="Layers of the model.  [default: as the manifest says]",
+)
+@click.option(
+    "--model-name",
+    envvar="LLAMA_MODEL_NAME",
+    help="Name of the model.  [default: as the manifest says]",
+)
+@listen_addr_option
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    envvar="LLAMA_PORT",
+    help="TCP port of the control process.  [default: any]",
+)
+@click.option(
+    "--data-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    envvar="LLAMA_DATA_PORT",
+    help="TCP port for hidden states.  [default: any]",
+)
+@click.option(
+    "--refresh-interval",
+    "refresh_interval_s",
+    type=click.FloatRange(1, 599),
+    default=300.0,
+    show_default=True,
+    envvar="LLAMA_REFRESH_INTERVAL",
+    help="Seconds between announcements.",
+)
+@click.option(
+    "--ctx-size",
+    "n_ctx",
+    type=click.IntRange(0),
+    default=0,
+    envvar="LLAMA_CTX_SIZE",
+    help="Tokens of one sequence.  [default: by model and memory]",
+)
+@click.option(
+    "--parallel",
+    "n_parallel",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    envvar="LLAMA_PARALLEL",
+    help="Sequences at once.",
+)
+@click.option(
+    "--threads",
+    "n_threads",
+    type=click.IntRange(0),
+    default=0,
+    envvar="LLAMA_THREADS",
+    help="Threads that compute.  [default: cores less one]",
+)
+@click.option(
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=0,
+    show_default=True,
+    envvar="LLAMA_N_GPU_LAYERS",
+    help="Layers of the shard on a GPU; -1 for all.",
+)
+@click.option(
+    "--cache-type-k",
+    type=click.Choice(CACHE_TYPES),
+    default="f16",
+    show_default=True,
+    envvar="LLAMA_CACHE_TYPE_K",
+    help="Type of cached keys.",
+)
+@click.option(
+    "--cache-type-v",
+    type=click.Choice(CACHE_TYPES),
+    default="f16",
+    show_default=True,
+    envvar="LLAMA_CACHE_TYPE_V",
+    help="Type of cached values; a quantized one turns flash attention on.",
+)
+@click.option(
+    "--flash-attn/--no-flash-attn",
+    "flash_attention",
+    default=None,
+    envvar="LLAMA_FLASH_ATTN",
+    help="Must be the same on all stages.  [default: chosen alike everywhere]",
+)
+@shards_dir_option
+@bootstrap_option
+@cluster_option
+@state_dir_option
+@config_option
+@log_options
+def command(
+    shard_id: int | None,
+    total_shards: int | None,
+    total_layers: int | None,
+    model_name: str | None,
+    listen_addr: str,
+    port: int,
+    data_port: int,
+    refresh_interval_s: float,
+    n_ctx: int,
+    n_parallel: int,
+    n_threads: int,
+    n_gpu_layers: int,
+    cache_type_k: str,
+    cache_type_v: str,
+    flash_attention: bool | None,
+    shards_dir: Path,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+    state_dir: Path,
+    log_format: str,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Serve one shard of a model to the mesh, until Ctrl-C.
+
+    What the manifest knows need not be given; a contradiction with it is an error.
+    """
+    start_logging(log_format, verbose, quiet)
+    import trio
+
+    from shardmesh.engine.base import EngineOptions
+    from shardmesh.listener.assignment import WantedShard
+    from shardmesh.listener.node import NodeOptions
+    from shardmesh.listener.run import run_node
+
+    options = NodeOptions(
+        wanted=WantedShard(
+            shard_id=shard_id,
+            total_shards=total_shards,
+            total_layers=total_layers,
+            model_name=model_name,
+        ),
+        cluster=cluster,
+        shards_dir=shards_dir,
+        state_dir=state_dir,
+        cache_dir=cache_dir(),
+        bootstraps=bootstrap,
+        listen_host=listen_addr,
+        port=port,
+        data_port=data_port,
+        refresh_interval_s=refresh_interval_s,
+        engine=EngineOptions(
+            n_ctx=n_ctx,
+            n_parallel=n_parallel,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            flash_attention=flash_attention,
+        ),
+        log_format="json" if log_format == "json" else "pretty",
+        log_verbosity=-1 if quiet else verbose,
+    )
+    trio.run(run_node, options)

@@ -1,0 +1,102 @@
+"""The `shardmesh` command: a group that imports a subcommand only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from shardmesh import __version__
+from shardmesh.errors import InputError, ShardmeshError, TheirError, known_error
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS: dict[str, str] = {
+    "demo": "Run a whole mesh on this machine and let it write a fairy tale.",
+    "split": "Cut a GGUF model into shard files.",
+    "verify": "Prove that a model computes the same bits cut as whole.",
+    "bootstrap": "Run the entry point of a mesh.",
+    "listen": "Serve one shard.",
+    "run": "Answer a prompt with a running mesh.",
+    "status": "Show shards, replicas and what is missing.",
+    "command": "Send one JSON command to a node.",
+}
+"""Subcommand -> its line in --help; the code is `command` in shardmesh.cli.<subcommand>."""
+
+
+class LazyGroup(click.Group):
+    """Lists all subcommands without importing any: --help stays under 0.3 s."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"shardmesh.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardmesh")
+def group() -> None:
+    """One large language model on several ordinary machines."""
+
+
+def explain(error: ShardmeshError) -> str:
+    """One sentence and the next step, for a person."""
+    step = f"\n  next step: {error.next_step}" if error.next_step else ""
+    return f"Error [{error.code}]: {error}{step}"
+
+
+def is_bad_input(error: ShardmeshError) -> bool:
+    """Whether the person has to change something; a node's word of it is the base class."""
+    return isinstance(error, InputError) or type(error) is TheirError
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, or a group that holds one: the rest came of cleaning up after it."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(is_interruption(e) for e in error.exceptions)
+    return isinstance(error, KeyboardInterrupt)
+
+
+def is_unread(error: BaseException) -> bool:
+    """Whether the reader of our output has gone, as `head` does; other pipes are our own affair."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_unread(e) for e in error.exceptions)
+    return isinstance(error, BrokenPipeError | SystemExit)  # rich turns the one into the other
+
+
+def main() -> NoReturn:
+    """Runs the command line; exit codes 0, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        status = group.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    except (ShardmeshError, BrokenPipeError, BaseExceptionGroup) as error:
+        if is_interruption(error):
+            sys.exit(EXIT_INTERRUPTED)
+        if is_unread(error):
+            # Python would complain once more when it flushes what nobody takes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FAILED)
+        known = known_error(error)
+        if known is None:
+            raise
+        click.echo(explain(known), err=True)
+        sys.exit(EXIT_BAD_INPUT if is_bad_input(known) else EXIT_FAILED)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,182 @@
+"""Options that several commands share, and the TOML file behind all of them.
+
+A flag is stronger than its LLAMA_* variable, which is stronger than the file.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import platformdirs
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_BOOTSTRAP: Final = "/ip4/127.0.0.1/tcp/51820"
+DEFAULT_CLUSTER: Final = "llama-cluster"
+DEFAULT_CONFIG: Final = "shardmesh.toml"
+SHARED_KEYS: Final = frozenset({"cluster", "bootstrap", "state_dir", "log_format"})
+"""Keys that may stand at the top of the file; all others stand in the table of their command."""
+
+CONFIG_BYTES_MAX: Final = 1024 * 1024
+
+
+class AddressType(click.types.StringParamType):
+    """A multiaddress; several in one variable are divided by commas or spaces."""
+
+    name = "multiaddr"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [address for address in re.split(r"[,\s]+", rv) if address]
+
+
+def log_options(command: Command) -> Command:
+    """--log-format, -v, -q as `log_format`, `verbose`, `quiet`; see `start_logging`."""
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only."),
+        click.option("-v", "--verbose", count=True, help="Show more; twice: libraries too."),
+        click.option(
+            "--log-format",
+            type=click.Choice(["pretty", "json"]),
+            default="pretty",
+            show_default=True,
+            envvar="LLAMA_LOG_FORMAT",
+            help="Lines for people, or one JSON object per line.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def start_logging(log_format: str, verbose: int, quiet: bool) -> None:
+    """Sets up logging as the options of `log_options` say."""
+    from shardmesh.logs import configure_logging
+
+    configure_logging(
+        "json" if log_format == "json" else "pretty", verbosity=-1 if quiet else verbose
+    )
+
+
+def bootstrap_option(command: Command) -> Command:
+    """--bootstrap, several times, as `bootstrap`: a tuple of multiaddresses."""
+    return click.option(
+        "--bootstrap",
+        type=AddressType(),
+        multiple=True,
+        default=(DEFAULT_BOOTSTRAP,),
+        show_default=True,
+        envvar="LLAMA_BOOTSTRAP",
+        help="Multiaddress of a bootstrap node; may be given several times.",
+    )(command)
+
+
+def cluster_option(command: Command) -> Command:
+    """--cluster as `cluster`."""
+    return click.option(
+        "--cluster",
+        default=DEFAULT_CLUSTER,
+        show_default=True,
+        envvar="LLAMA_CLUSTER",
+        help="Name of the mesh; nodes of other names are not seen.",
+    )(command)
+
+
+def state_dir_option(command: Command) -> Command:
+    """--state-dir as `state_dir`: a Path that may not exist yet."""
+    return click.option(
+        "--state-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=lambda: Path(platformdirs.user_data_dir("shardmesh")),
+        show_default="the user's data folder",
+        envvar="LLAMA_STATE_DIR",
+        help="Where identity and known nodes are kept.",
+    )(command)
+
+
+def config_option(command: Command) -> Command:
+    """--config: defaults from a TOML file; without it from ./shardmesh.toml if there is one."""
+    return click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="LLAMA_CONFIG",
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help=f"TOML file with defaults.  [default: {DEFAULT_CONFIG} if it exists]",
+    )(command)
+
+
+def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        path = Path(DEFAULT_CONFIG)
+        if not path.exists():
+            return
+    try:
+        with path.open("rb") as file:
+            values = tomllib.loads(file.read(CONFIG_BYTES_MAX).decode())
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise click.BadParameter(f"{path} is not valid TOML: {error}") from error
+    own_keys = {option.name for option in ctx.command.params if option.name}
+    ctx.default_map = read_config(values, ctx.info_name or "", own_keys, str(path))
+
+
+def read_config(
+    values: dict[str, Any], command: str, own_keys: set[str], file_name: str
+) -> dict[str, Any]:
+    """The defaults for one command out of a file for all; click's BadParameter names the key."""
+    from shardmesh.cli.main import COMMANDS
+
+    defaults: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict) and key in COMMANDS:
+            tables[key] = value
+        elif name in SHARED_KEYS:
+            defaults[name] = value
+        else:
+            raise click.BadParameter(f"{file_name}: unknown key {key!r}")
+    for key, value in tables.get(command, {}).items():
+        name = key.replace("-", "_")
+        if name not in own_keys:
+            raise click.BadParameter(f"{file_name}: unknown key {key!r} in [{command}]")
+        defaults[name] = value
+    return {
+        name: value if not isinstance(value, str) or name != "bootstrap" else (value,)
+        for name, value in defaults.items()
+        if name in own_keys
+    }
+
+
+def listen_addr_option(command: Command) -> Command:
+    """--listen-addr as `listen_addr`: an IP address."""
+    return click.option(
+        "--listen-addr",
+        default="0.0.0.0",
+        show_default=True,
+        envvar="LLAMA_LISTEN_ADDR",
+        help="IP address to listen on.",
+    )(command)
+
+
+def shards_dir_option(command: Command) -> Command:
+    """--shards-dir as `shards_dir`: a Path that may not exist yet."""
+    return click.option(
+        "--shards-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("models_cache/shards"),
+        show_default=True,
+        envvar="LLAMA_SHARDS_DIR",
+        help="Folder with shard files, tokenizer.gguf and manifest.json.",
+    )(command)
+
+
+def cache_dir() -> Path:
+    """Where tokenizers that were fetched from the mesh are kept."""
+    return Path(platformdirs.user_cache_dir("shardmesh"))

@@ -1,0 +1,197 @@
+"""`shardmesh run`: answer a prompt with a running mesh."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cache_dir,
+    cluster_option,
+    config_option,
+    shards_dir_option,
+)
+from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.wire.limits import PROMPT_BYTES_MAX
+
+if TYPE_CHECKING:
+    from shardmesh.coordinator.client import Client
+    from shardmesh.coordinator.coordinator import Completion
+    from shardmesh.coordinator.generate import Finished
+    from shardmesh.coordinator.request import CompletionRequest
+
+
+@click.command("run")
+@click.argument("prompt")
+@click.option("--model", help="Name of the model, if the mesh serves several.")
+@click.option(
+    "--max-tokens", "n_tokens_max", type=click.IntRange(1), default=256, show_default=True
+)
+@click.option("--temperature", type=click.FloatRange(0, 100), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=40, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option(
+    "--repeat-penalty", type=click.FloatRange(0, 100, min_open=True), default=1.0, show_default=True
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="[default: a new one each time]")
+@click.option("--stop", multiple=True, help="Ends the text; may be given several times.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--system", help="System message, with --chat.")
+@click.option("--ignore-end", is_flag=True, help="Go on behind the model's end of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option("--timings", is_flag=True, help="Show where the time went.")
+@shards_dir_option
+@bootstrap_option
+@cluster_option
+@config_option
+def command(
+    prompt: str,
+    model: str | None,
+    n_tokens_max: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    chat: bool,
+    system: str | None,
+    ignore_end: bool,
+    as_json: bool,
+    timings: bool,
+    shards_dir: Path,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+) -> None:
+    """Write the text that follows PROMPT; `-` reads it from standard input."""
+    from shardmesh.coordinator.request import CompletionRequest
+    from shardmesh.engine.base import SamplingSettings
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+    text = _read_standard_input() if prompt == "-" else prompt
+    if system is not None and not chat:
+        raise InputError("--system needs --chat")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    request = CompletionRequest(
+        prompt=None if chat else text,
+        messages=tuple(messages) if chat else (),
+        model=model,
+        n_tokens_max=n_tokens_max,
+        stop=stop,
+        ignore_end=ignore_end,
+        sampling=SamplingSettings(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=secrets.randbits(32) if seed is None else seed,
+        ),
+    )
+    import trio
+
+    from shardmesh.coordinator.client import open_client
+
+    async def run() -> None:
+        async with open_client(
+            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+        ) as client:
+            await _answer(client, request, as_json=as_json, show_timings=timings)
+
+    trio.run(run)
+
+
+def _read_standard_input() -> str:
+    data = sys.stdin.buffer.read(PROMPT_BYTES_MAX + 1)
+    if len(data) > PROMPT_BYTES_MAX:
+        raise InputError(
+            f"the prompt has more than {PROMPT_BYTES_MAX} bytes", code="PROMPT_TOO_LONG"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("the prompt on standard input is not UTF-8 text") from error
+
+
+async def _answer(
+    client: Client, request: CompletionRequest, *, as_json: bool, show_timings: bool
+) -> None:
+    from shardmesh.coordinator.generate import Piece
+
+    texts: list[str] = []
+    is_line_open = False
+    try:
+        async with client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Piece):
+                    texts.append(item.text)
+                    if not as_json:
+                        click.echo(item.text, nl=False)
+                        is_line_open = True
+                elif as_json:
+                    click.echo(_as_json("".join(texts), request, completion, item))
+                else:
+                    click.echo()
+                    is_line_open = False
+                    if show_timings:
+                        _print_timings(item)
+    except (ShardmeshError, KeyboardInterrupt):
+        if is_line_open:
+            click.echo()  # what comes next shall not stick to the text
+        raise
+
+
+def _as_json(
+    text: str, request: CompletionRequest, completion: Completion, finished: Finished
+) -> str:
+    import dataclasses
+    import json
+
+    return json.dumps(
+        {
+            "text": text,
+            "finish_reason": finished.reason,
+            "model": completion.chain.stages[0].model_name,
+            "seed": request.sampling.seed,
+            "chain": [stage.peer_id for stage in completion.chain.stages],
+            "timings": dataclasses.asdict(finished.timings),
+        },
+        ensure_ascii=False,
+    )
+
+
+def _print_timings(finished: Finished) -> None:
+    """On standard error, so that standard output holds the text alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    timings = finished.timings
+    console = Console(stderr=True)
+    rate = timings.decode_tokens_per_s
+    console.print(
+        f"{timings.n_prompt_tokens} prompt tokens, first token after "
+        f"{timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
+        + (f" at {rate:.1f} tokens/s" if rate is not None else "")
+    )
+    n_steps = max(1, timings.n_tokens - 1)
+    table = Table(title="milliseconds of one token", title_justify="left")
+    table.add_column("stage")
+    for name in ("compute", "queue", "wire"):
+        table.add_column(name, justify="right")
+    table.add_row("to the first stage", "", "", f"{timings.first_hop_ms / n_steps:.2f}")
+    for stage in timings.stages:
+        values = (stage.compute_ms, stage.queue_ms, stage.wire_ms)
+        table.add_row(
+            f"layers [{stage.layer_start}, {stage.layer_end})",
+            *(f"{value / n_steps:.2f}" for value in values),
+        )
+    console.print(table)

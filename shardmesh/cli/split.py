@@ -1,0 +1,174 @@
+"""`shardmesh split`: cut a model, or show how it would be cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardmesh.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardmesh.shards.costs import ModelCosts
+    from shardmesh.shards.gguf_file import GgufFile
+    from shardmesh.shards.layers import LayerRange
+    from shardmesh.shards.manifest import Manifest
+
+N_SHARDS_DEFAULT = 2
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@click.command(name="split")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--shards", "n_shards", type=int, help="So many shards of even size.  [default: 2]")
+@click.option("--layers", "layer_list", help="Layers of each shard, as in 8,8,10,6.")
+@click.option("--memory", "memory_list", help="Memory of each machine, as in 8G,4G,16G.")
+@click.option(
+    "--ctx-size",
+    "n_ctx",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Tokens of one sequence that memory is counted for.",
+)
+@click.option(
+    "--parallel",
+    "n_parallel",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Sequences at once that memory is counted for.",
+)
+@click.option("--name", help="Name of the model in the mesh.  [default: its own]")
+@click.option(
+    "--out",
+    "out_dir",
+    type=click.Path(path_type=Path),
+    envvar="LLAMA_SHARDS_DIR",
+    default=Path("models_cache/shards"),
+    show_default=True,
+    help="Folder to write to.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show the plan.")
+def command(
+    model: Path,
+    n_shards: int | None,
+    layer_list: str | None,
+    memory_list: str | None,
+    n_ctx: int,
+    n_parallel: int,
+    name: str | None,
+    out_dir: Path,
+    dry_run: bool,
+) -> None:
+    """Cut MODEL.gguf into shard files, with tokenizer.gguf and manifest.json beside them."""
+    from rich.console import Console
+
+    from shardmesh.shards.costs import costs_of
+    from shardmesh.shards.gguf_check import read_gguf
+    from shardmesh.shards.legal_cuts import check_legal
+    from shardmesh.shards.plan import plan_layers, plan_memory, plan_shards
+    from shardmesh.shards.split import default_name
+
+    if sum(each is not None for each in (n_shards, layer_list, memory_list)) > 1:
+        raise InputError(
+            "--shards, --layers and --memory exclude each other", next_step="give one of them"
+        )
+    console = Console(stderr=True)
+    source = read_gguf(model)
+    costs = costs_of(source)
+    n_ctx_train = source.get_int(f"{source.architecture}.context_length")
+    n_cached = min(n_ctx, n_ctx_train) * n_parallel
+    if layer_list is not None:
+        ranges = plan_layers(costs.n_layer, parse_counts(layer_list))
+        check_legal(costs.legal, ranges)
+    elif memory_list is not None:
+        ranges = plan_memory(costs, parse_sizes(memory_list), n_cached)
+    else:
+        ranges = plan_shards(costs, N_SHARDS_DEFAULT if n_shards is None else n_shards)
+    if dry_run:
+        Console().print(plan_table(costs, ranges, n_cached))
+        return
+    manifest = _split(console, source, ranges, out_dir, name or default_name(source))
+    console.print(plan_table(costs, ranges, n_cached))
+    console.print(f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}")
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Numbers between commas; raises InputError (theirs)."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", word) for word in words):
+        raise InputError(
+            f"{text[:100]!r} is not a list of layer counts", next_step="write it as in 8,8,10,6"
+        )
+    return tuple(int(word) for word in words)
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Sizes between commas in bytes; K, M, G, T are powers of 1024.  Raises InputError (theirs)."""
+    matches = [_SIZE.fullmatch(word.strip()) for word in text.split(",")]
+    sizes = [int(float(m[1]) * 1024 ** _POWER[m[2].upper()]) for m in matches if m is not None]
+    if len(sizes) != len(matches) or not all(sizes):
+        raise InputError(
+            f"{text[:100]!r} is not a list of memory sizes", next_step="write it as in 8G,4G,16G"
+        )
+    return tuple(sizes)
+
+
+def plan_table(costs: ModelCosts, ranges: Sequence[LayerRange], n_cached: int) -> Table:
+    """A table of the shards: layers, size of the file, memory with so many cached tokens."""
+    from rich.table import Table
+
+    from shardmesh.shards.plan import memory_needed, readable_size
+
+    table = Table(title=f"{costs.n_layer} layers in {len(ranges)} shards")
+    for heading in ("shard", "layers", "number", "file", f"memory at {n_cached} tokens"):
+        table.add_column(heading, justify="right")
+    for shard_id, needed in enumerate(memory_needed(costs, ranges, n_cached)):
+        layers = ranges[shard_id]
+        table.add_row(
+            str(shard_id),
+            str(layers),
+            str(layers.n_layer),
+            readable_size(costs.file_bytes(layers)),
+            readable_size(needed),
+        )
+    return table
+
+
+def _split(
+    console: Console, source: GgufFile, ranges: Sequence[LayerRange], out_dir: Path, name: str
+) -> Manifest:
+    """Splits under a progress bar with rate and remaining time."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from shardmesh.shards.split import plan_n_bytes, split_model
+
+    n_bytes = plan_n_bytes(source, ranges, name)
+    bar = Progress(
+        TextColumn("splitting"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("splitting", total=n_bytes)
+        return split_model(
+            source.path, ranges, out_dir, name=name, progress=lambda n: bar.advance(task, n)
+        )

@@ -1,0 +1,160 @@
+"""`shardmesh status`: what the mesh looks like."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cache_dir,
+    cluster_option,
+    config_option,
+    shards_dir_option,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from shardmesh.coordinator.client import Client
+    from shardmesh.coordinator.overview import ModelView
+
+WATCH_INTERVAL_S = 1.0
+EXIT_INCOMPLETE = 1
+SHORT_PEER_ID_LETTERS = 8
+
+
+@click.command("status")
+@click.option("--watch", is_flag=True, help="Show again every second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shards_dir_option
+@bootstrap_option
+@cluster_option
+@config_option
+def command(
+    watch: bool, as_json: bool, shards_dir: Path, bootstrap: tuple[str, ...], cluster: str
+) -> int:
+    """Show shards and replicas, and whether all layers are served.
+
+    Exit code 0: at least one model is complete; 1: none is.
+    """
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+    import trio
+
+    from shardmesh.coordinator.client import open_client
+
+    async def run() -> int:
+        async with open_client(
+            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+        ) as client:
+            if watch:
+                await _watch(client, as_json=as_json)
+            models = await _look(client)
+            click.echo(models_as_json(models)) if as_json else _print(models)
+            return 0 if any(model.is_complete for model in models) else EXIT_INCOMPLETE
+
+    return trio.run(run)
+
+
+async def _look(client: Client) -> tuple[ModelView, ...]:
+    from shardmesh.coordinator.overview import look_at_mesh
+
+    return await look_at_mesh(client.host, await client.membership.find_listeners())
+
+
+async def _watch(client: Client, *, as_json: bool) -> None:
+    """Shows the mesh again and again; ends only by an interruption."""
+    import trio
+    from rich.live import Live
+
+    if as_json:
+        while True:
+            click.echo(models_as_json(await _look(client)))
+            await trio.sleep(WATCH_INTERVAL_S)
+    with Live(auto_refresh=False, screen=False) as live:
+        while True:
+            live.update(models_as_table(await _look(client)), refresh=True)
+            await trio.sleep(WATCH_INTERVAL_S)
+
+
+def _print(models: tuple[ModelView, ...]) -> None:
+    from rich.console import Console
+
+    Console().print(models_as_table(models))
+
+
+def models_as_json(models: tuple[ModelView, ...]) -> str:
+    """One line of JSON: a list of models with their replicas."""
+    import dataclasses
+    import json
+
+    return json.dumps(
+        [
+            {
+                **dataclasses.asdict(model),
+                "complete": model.is_complete,
+                "exact": model.is_exact,
+            }
+            for model in models
+        ],
+        ensure_ascii=False,
+    )
+
+
+def models_as_table(models: tuple[ModelView, ...]) -> RenderableType:
+    """A table for each model, with a verdict under it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    if not models:
+        return Text("Nobody in this mesh serves a shard.")
+    parts: list[RenderableType] = []
+    for model in models:
+        table = Table(
+            title=f"{model.model_name or 'unknown model'}: {model.n_layer} layers "
+            f"in {model.total_shards} shards",
+            title_justify="left",
+        )
+        for name in ("shard", "layers", "state", "memory", "context", "round trip"):
+            table.add_column(name, justify="right" if name != "state" else "left")
+        table.add_column("node", no_wrap=True)
+        for replica in model.replicas:
+            trip = replica.round_trip_ms
+            table.add_row(
+                str(replica.shard_id),
+                f"[{replica.layer_start}, {replica.layer_end})",
+                Text(replica.state, style="green" if replica.state == "loaded" else "yellow"),
+                f"{replica.memory_available_mb / 1024:.1f}/{replica.memory_mb / 1024:.1f} GiB",
+                str(replica.n_ctx or "-"),
+                f"{trip:.0f} ms" if trip is not None else "-",
+                short_peer_id(replica.peer_id),
+            )
+        parts.append(table)
+        parts.append(_verdict(model))
+    return Group(*parts)
+
+
+def short_peer_id(peer_id: str) -> str:
+    """The end of a peer id, which `shardmesh command` takes too; its beginning is always alike."""
+    return peer_id[-SHORT_PEER_ID_LETTERS:]
+
+
+def _verdict(model: ModelView) -> RenderableType:
+    from rich.text import Text
+
+    if model.is_complete and model.is_exact:
+        return Text("✓ pipeline complete", style="green")
+    if model.is_complete:
+        return Text(
+            "✓ pipeline complete, but its nodes compute differently (another llama.cpp, processor "
+            "or option): the last bits may differ from one process",
+            style="yellow",
+        )
+    ranges = ", ".join(f"[{start}, {end})" for start, end in model.missing) or "all"
+    return Text(f"✗ pipeline incomplete: nobody serves the layers {ranges}", style="red")

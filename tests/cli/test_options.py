@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from shardmesh.cli.options import bootstrap_option, cluster_option, config_option, state_dir_option
+
+
+@click.command("listen")
+@bootstrap_option
+@cluster_option
+@state_dir_option
+@click.option("--port", type=int, default=0)
+@config_option
+def show(bootstrap: tuple[str, ...], cluster: str, state_dir: Path, port: int) -> None:
+    click.echo(f"{','.join(bootstrap)} {cluster} {port}")
+
+
+def run(tmp_path: Path, toml: str | None, *flags: str, **variables: str) -> tuple[int, str]:
+    if toml is not None:
+        (tmp_path / "shardmesh.toml").write_text(toml)
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(show, flags, env=variables, prog_name="listen")
+    return result.exit_code, result.output.strip()
+
+
+def test_defaults(tmp_path: Path) -> None:
+    assert run(tmp_path, None) == (0, "/ip4/127.0.0.1/tcp/51820 llama-cluster 0")
+
+
+def test_flag_beats_variable_beats_file(tmp_path: Path) -> None:
+    toml = 'cluster = "of-file"\n[listen]\nport = 7\n'
+    assert run(tmp_path, toml)[1].endswith("of-file 7")
+    assert run(tmp_path, toml, LLAMA_CLUSTER="of-variable")[1].endswith("of-variable 7")
+    flags = ("--cluster", "of-flag", "--port", "8")
+    assert run(tmp_path, toml, *flags, LLAMA_CLUSTER="of-variable")[1].endswith("of-flag 8")
+
+
+def test_several_bootstraps(tmp_path: Path) -> None:
+    assert run(tmp_path, None, LLAMA_BOOTSTRAP="/a, /b\n/c")[1].startswith("/a,/b,/c ")
+    assert run(tmp_path, 'bootstrap = ["/a", "/b"]')[1].startswith("/a,/b ")
+    assert run(tmp_path, 'bootstrap = "/a"')[1].startswith("/a ")
+    assert run(tmp_path, None, "--bootstrap", "/a", "--bootstrap", "/b")[1].startswith("/a,/b ")
+
+
+def test_tables_of_other_commands_are_left_alone(tmp_path: Path) -> None:
+    assert run(tmp_path, "[bootstrap]\nanything = 1\n")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("clutser = 'x'", "unknown key 'clutser'"),
+        ("[listen]\nprot = 1", "unknown key 'prot' in [listen]"),
+        ("[lisden]\nport = 1", "unknown key 'lisden'"),
+        ("cluster =", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, toml: str, message: str) -> None:
+    code, output = run(tmp_path, toml)
+    assert code == 2
+    assert message in " ".join(output.split())
+
+
+def test_missing_file_is_said(tmp_path: Path) -> None:
+    code, output = run(tmp_path, None, "--config", "nowhere.toml")
+    assert code == 2
+    assert "nowhere.toml" in output
