@@ -1,0 +1,36 @@
+"""What both sides of a comparison are asked, and what they answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from shardmesh.engine.base import SamplingSettings
+
+GREEDY: Final = SamplingSettings(temperature=0.0)
+"""The same tokens on both sides, which is checked."""
+
+N_THREADS: Final = 1
+"""Of each process: the baseline's, and each stage's."""
+
+DECODE_PROMPT: Final = "Once upon a time there was a king who"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One finished generation and its clock."""
+
+    n_prompt_tokens: int
+    tokens: tuple[int, ...]
+    total_s: float  # from the request to the last token
+    decode_tokens_per_s: float | None  # (n - 1) / (last - first); None for fewer than two tokens
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Generation:
+        """Out of the JSON of `dataclasses.asdict`."""
+        return cls(**{**values, "tokens": tuple(values["tokens"])})
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of a generation of one token: the prompt's tokens by the time to it."""
+        return self.n_prompt_tokens / self.total_s

@@ -1,0 +1,75 @@
+"""A mesh of real processes on this machine, to be measured through a real coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from benchmarks.generation import GREEDY, N_THREADS, Generation
+from shardmesh.cli.demo_mesh import start_mesh
+from shardmesh.coordinator.client import Client, open_client
+from shardmesh.coordinator.generate import Finished, Piece
+from shardmesh.coordinator.request import CompletionRequest
+from shardmesh.coordinator.timings import Timings
+from shardmesh.errors import OurError
+from shardmesh.shards.costs import costs_of
+from shardmesh.shards.gguf_check import read_gguf
+from shardmesh.shards.plan import plan_shards
+from shardmesh.shards.split import default_name, split_model
+
+CLUSTER: Final = "benchmarks"
+
+
+class Mesh:
+    """A running mesh; idle while nothing is asked of it."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.timings: list[Timings] = []  # of all generations
+
+    async def generate(self, prompt: str, n_tokens: int) -> Generation:
+        """A generation that does not stop at the model's end of text."""
+        request = CompletionRequest(
+            prompt=prompt, n_tokens_max=n_tokens, sampling=GREEDY, ignore_end=True
+        )
+        tokens: list[int] = []
+        async with self._client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Finished):
+                    self.timings.append(item.timings)
+                    return Generation(
+                        n_prompt_tokens=completion.n_prompt_tokens,
+                        tokens=tuple(tokens),
+                        total_s=item.timings.total_s,
+                        decode_tokens_per_s=item.timings.decode_tokens_per_s,
+                    )
+                if isinstance(item, Piece) and item.token is not None:
+                    tokens.append(item.token.token)
+        raise OurError("a generation ended without its last item")
+
+
+def split(model: Path, n_shards: int, folder: Path) -> Path:
+    """Cuts the model into `folder`/shards; the path of its tokenizer."""
+    source = read_gguf(model)
+    ranges = plan_shards(costs_of(source), n_shards)
+    split_model(model, ranges, folder / "shards", name=default_name(source))
+    return folder / "shards" / "tokenizer.gguf"
+
+
+@asynccontextmanager
+async def open_mesh(folder: Path, n_shards: int) -> AsyncIterator[Mesh]:
+    """A mesh of the shards in `folder`/shards; all of it has ended when the block is left."""
+    async with (
+        start_mesh(
+            folder, n_shards, cluster=CLUSTER, on_change=lambda mesh: None, n_threads=N_THREADS
+        ) as nodes,
+        open_client(
+            bootstraps=[nodes.bootstrap_address],
+            cluster=CLUSTER,
+            shards_dir=folder / "shards",
+            cache_dir=folder / "cache",
+        ) as client,
+    ):
+        yield Mesh(client)
