@@ -4,6 +4,9 @@ Under `<cluster>/shard/<id>` stand provider records: hints of who serves a shard
 48 hours and cannot be taken back.  Under a key of its own stands each node's signed announcement,
 which a validator holds to its owner, its time and its sequence.  A hint without a valid
 announcement counts for nothing.
+
+The routing table holds whom this node itself has met and knows to serve the DHT (bootstraps and
+listeners that announced themselves), and only until they cannot be reached.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht import kad_dht, peer_routing, provider_store
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.routing_table import RoutingTable
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
@@ -78,10 +82,17 @@ class AnnouncementValidator(Validator):
 class Dht:
     """The DHT as the mesh uses it; made by `open_dht`."""
 
-    def __init__(self, kad: KadDHT, cluster: str, wall_clock: Callable[[], float]) -> None:
+    def __init__(
+        self, host: Host, kad: KadDHT, cluster: str, wall_clock: Callable[[], float]
+    ) -> None:
         self._kad = kad
         self._cluster = cluster
         self._wall_clock = wall_clock
+        self._routing_listeners: list[Callable[[str], None]] = []
+        table = kad.routing_table
+        self._add_peer = table.add_peer
+        table.add_peer = self._refresh_member  # type: ignore[method-assign, assignment]
+        host.on_forgotten(lambda peer_id: _remove(table, peer_id))
 
     def known_nodes(self) -> list[str]:
         """Peer ids in the routing table."""
@@ -89,24 +100,28 @@ class Dht:
 
     def on_routing_updated(self, listener: Callable[[str], None]) -> None:
         """Calls the listener with each peer id that comes into the routing table."""
-        table = self._kad.routing_table
-        add_peer = table.add_peer
-
-        async def add_and_tell(
-            peer: PeerInfo | ID, *, skip_server_mode_check: bool = False
-        ) -> bool:
-            peer_id = peer.peer_id if isinstance(peer, PeerInfo) else peer
-            is_new = not table.peer_in_table(peer_id)
-            added = await add_peer(peer, skip_server_mode_check=skip_server_mode_check)
-            if is_new and added:
-                listener(str(peer_id))
-            return added
-
-        table.add_peer = add_and_tell  # type: ignore[method-assign, assignment]
+        self._routing_listeners.append(listener)
 
     async def add(self, peer_id: str) -> None:
         """Puts a connected node, which must serve the DHT, into the routing table."""
-        await self._kad.add_peer(ID.from_base58(peer_id), skip_server_mode_check=True)
+        node = ID.from_base58(peer_id)
+        if self._kad.routing_table.peer_in_table(node):
+            return
+        if await self._add_peer(node, skip_server_mode_check=True):
+            for listener in self._routing_listeners:
+                listener(peer_id)
+
+    async def _refresh_member(
+        self, peer: PeerInfo | ID, *, skip_server_mode_check: bool = False
+    ) -> bool:
+        """The library adds whoever asks or is named by others; here that only renews a member.
+
+        A command that asks and leaves would otherwise stay in every table as a ghost.
+        """
+        peer_id = peer.peer_id if isinstance(peer, PeerInfo) else peer
+        if not self._kad.routing_table.peer_in_table(peer_id):
+            return False
+        return await self._add_peer(peer, skip_server_mode_check=True)
 
     async def refresh(self) -> None:
         """Looks around for nodes; the library itself does so only every ten minutes."""
@@ -202,11 +217,15 @@ async def open_dht(
     failure: Exception | None = None
     async with background_trio_service(kad):
         try:
-            yield Dht(kad, cluster, wall_clock)
+            yield Dht(host, kad, cluster, wall_clock)
         except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
             failure = error
     if failure is not None:
         raise failure
+
+
+def _remove(table: RoutingTable, peer_id: str) -> None:
+    table.remove_peer(ID.from_base58(peer_id))
 
 
 @contextmanager

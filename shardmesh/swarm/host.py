@@ -55,6 +55,7 @@ class Host:
         self._watch = watch
         self._nursery = nursery
         self._n_served: dict[str, int] = {}
+        watch.listen_to_events(self._forget_stranger)
 
     def addresses(self) -> list[str]:
         """Where others reach this node, with the peer id; loopback addresses last."""
@@ -72,9 +73,19 @@ class Host:
         """Calls the listener whenever a connection is established or closed."""
         self._watch.listen_to_events(listener)
 
+    def on_forgotten(self, listener: Callable[[str], None]) -> None:
+        """Calls the listener with each peer id that proved unreachable or left as a stranger."""
+        self._swarm.on_forgotten.append(lambda peer_id: listener(str(peer_id)))
+
     def keep_connections(self, wanted: Callable[[str], bool]) -> None:
         """Connections with a node for which `wanted(peer_id)` holds are not closed when idle."""
         self._watch.wanted = wanted
+
+    def _forget_stranger(self, event: ConnectionEvent) -> None:
+        """Clients come and go; what is remembered of them would be named to others as a node."""
+        gone = event.kind == "closed" and event.peer_id not in self.connected()
+        if gone and not self._watch.wanted(event.peer_id):
+            self._swarm.forget(ID.from_base58(event.peer_id))
 
     def learn(self, peer_id: str, addresses: Sequence[str]) -> None:
         """Remembers where a node is said to be, so that streams to it can be opened.

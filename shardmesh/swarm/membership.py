@@ -115,6 +115,7 @@ class Membership:
                 nursery.start_soon(self._neighbours.recheck_lost)
                 nursery.start_soon(self._neighbours.stay_with_bootstraps, self._join_through)
                 nursery.start_soon(self._keep_pulling)
+                nursery.start_soon(self._route_through_listeners)
                 if self._offer is not None:
                     nursery.start_soon(self._neighbours.stay_with_listeners, self._greet)
                     nursery.start_soon(self._keep_announcing, self._offer)
@@ -176,6 +177,20 @@ class Membership:
             await self._tell(peer_id, pull=False)
         except ShardmeshError as error:
             self._log.info("[CONNECT] ✗ %s could not be told of this node: %s", peer_id, error)
+
+    async def _route_through_listeners(self) -> None:
+        """Puts whoever connects and announces itself into the routing table.
+
+        A bootstrap meets nobody by itself, but who joins through it announces anew afterwards.
+        """
+        version = -1
+        while True:
+            version = await self._directory.wait_changed(version)
+            connected = set(self._host.connected())
+            for announcement in self._directory.all():
+                if announcement.peer_id in connected:
+                    self._host.learn(announcement.peer_id, announcement.addresses)
+                    await self._dht.add(announcement.peer_id)
 
     async def _keep_pulling(self) -> None:
         while True:

@@ -11,12 +11,14 @@ What is different from the library's own, each found by trying or by reading its
 - An exception in a stream handler or in Yamux ends that stream or connection, not the host.
 - Cancelling a reader or a writer does not ruin the connection under it.
 - Nobody is dialed unasked (the library's auto-connector dials whatever it has ever heard of).
+- A node that cannot be reached is forgotten (the library names it to everybody who asks the DHT,
+  for hours, and a mesh that many have visited and left is then full of ghosts).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import trio
@@ -75,6 +77,13 @@ class MeshSwarm(Swarm):
         """To be called once, before the swarm runs."""
         self.auto_connector = QuietAutoConnector(self)
         self._inbound_limiter = trio.CapacityLimiter(HANDSHAKES_MAX)
+        self.on_forgotten: list[Callable[[ID], None]] = []
+
+    def forget(self, peer_id: ID) -> None:
+        """Drops what is known of a node and tells whoever listens."""
+        self.peerstore.clear_peerdata(peer_id)
+        for listener in self.on_forgotten:
+            listener(peer_id)
 
     async def stop_listening(self) -> None:
         """Frees the port; the library forgets to when its service is stopped by a cancellation."""
@@ -97,6 +106,9 @@ class MeshSwarm(Swarm):
         self._ongoing_dials[peer_id] = trio.Event()
         try:
             return [await self.dial_first([(address, peer_id) for address in addresses])]
+        except SwarmException:
+            self.forget(peer_id)
+            raise
         finally:
             self._ongoing_dials.pop(peer_id).set()
 

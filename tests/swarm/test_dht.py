@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+import trio
 from support.announcements import CLUSTER, an_announcement
 
-from shardmesh.errors import ProtocolError
+from shardmesh.errors import ProtocolError, UnreachableError
 from shardmesh.swarm.dht import (
     AnnouncementValidator,
     Dht,
@@ -31,7 +32,10 @@ async def dhts(identities: Sequence[Identity]) -> AsyncIterator[list[tuple[Host,
             host = await stack.enter_async_context(open_host(identity, listen_host="127.0.0.1"))
             dht = await stack.enter_async_context(open_dht(host, cluster=CLUSTER))
             if nodes:
-                await dht.add(await host.connect(nodes[0][0].addresses(), 5))
+                bootstrap_host, bootstrap_dht = nodes[0]
+                await dht.add(await host.connect(bootstrap_host.addresses(), 5))
+                bootstrap_host.learn(host.peer_id, host.addresses())
+                await bootstrap_dht.add(host.peer_id)
                 await dht.refresh()
             nodes.append((host, dht))
         yield nodes
@@ -87,6 +91,43 @@ async def test_routing_updates_are_told() -> None:
         await dht.refresh()
         assert told == [first.peer_id]
         assert dht.known_nodes() == [first.peer_id]
+
+
+async def test_visitors_that_left_are_no_part_of_the_dht() -> None:
+    """A command is a client that asks and leaves; once 20 of them kept nodes from announcing."""
+    identities = [new_identity() for _ in range(3)]
+    async with dhts(identities) as nodes:
+        (bootstrap, bootstrap_dht), (_, dht), _ = nodes
+        for _ in range(21):
+            async with (
+                open_host(new_identity(), listen_host="127.0.0.1") as visitor,
+                open_dht(visitor, cluster=CLUSTER, server=False) as visitor_dht,
+            ):
+                await visitor_dht.add(await visitor.connect(bootstrap.addresses(), 5))
+                await visitor_dht.refresh()
+        assert set(bootstrap_dht.known_nodes()) == {i.peer_id for i in identities[1:]}
+        assert set(dht.known_nodes()) <= {i.peer_id for i in identities}
+        known = {str(peer_id) for peer_id in bootstrap.libp2p.get_peerstore().peer_ids()}
+        while len(known) > len(identities):  # the last one's connection may still be closing
+            await trio.lowlevel.checkpoint()
+            known = {str(peer_id) for peer_id in bootstrap.libp2p.get_peerstore().peer_ids()}
+        await dht.announce(0, encode_signed(an_announcement(identities[1]), identities[1]))
+        (found,) = await nodes[2][1].find_announcements(0)
+        assert open_signed(found).peer_id == identities[1].peer_id
+
+
+async def test_a_node_that_cannot_be_reached_leaves_the_routing_table() -> None:
+    async with (
+        open_host(new_identity(), listen_host="127.0.0.1") as first,
+        open_dht(first, cluster=CLUSTER) as dht,
+    ):
+        async with open_host(new_identity(), listen_host="127.0.0.1") as second:
+            first.keep_connections(lambda peer_id: True)  # known as a member, so not a stranger
+            await dht.add(await first.connect(second.addresses(), 5))
+        assert dht.known_nodes() == [second.peer_id]
+        with pytest.raises(UnreachableError):
+            await first.open_stream(second.peer_id, "/none/1.0")
+        assert dht.known_nodes() == []
 
 
 def test_validator_refuses_the_forged_the_foreign_and_the_old() -> None:
