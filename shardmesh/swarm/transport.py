@@ -81,7 +81,8 @@ class MeshSwarm(Swarm):
 
     def forget(self, peer_id: ID) -> None:
         """Drops what is known of a node and tells whoever listens."""
-        self.peerstore.clear_peerdata(peer_id)
+        if self.peerstore.has_peer(peer_id):
+            self.peerstore.clear_peerdata(peer_id)
         for listener in self.on_forgotten:
             listener(peer_id)
 
