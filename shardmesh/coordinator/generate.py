@@ -12,7 +12,7 @@ from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.coordinator.timings import TimingRecorder, Timings
 from shardmesh.errors import ProtocolError
-from shardmesh.wire.messages import BatchDone, Sampled
+from shardmesh.wire.messages import BatchDone, Sampled, StageTiming
 
 FinishReason = Literal["stop", "length"]
 
@@ -48,6 +48,8 @@ class Piece:
 
     text: str
     token: Sampled | None
+    stages: Sequence[StageTiming] = ()  # where the token's micro-batch spent its time
+    first_hop_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ async def generate(
             reason = "stop"
             break
         text, is_stopped = stops.feed(decoder.feed(source.piece(sampled.token)))
-        yield Piece(text, sampled)
+        yield Piece(text, sampled, done.timings, session.first_hop_us)
         if is_stopped:
             yield Finished("stop", recorder.finish(trio.current_time()))
             return

@@ -39,7 +39,7 @@ class Timings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class Step:
     """One decode step: its length and what its stages report."""
 
     elapsed_us: float
@@ -54,13 +54,13 @@ class TimingRecorder:
         self._n_prompt_tokens = n_prompt_tokens
         self._started_s = started_s
         self._token_times_s: list[float] = []
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
 
     def token(self, now_s: float, stages: Sequence[StageTiming], first_hop_us: float) -> None:
         """One token came; the first one closes the prefill and is not a decode step."""
         if self._token_times_s:
             elapsed_us = (now_s - self._token_times_s[-1]) * 1e6
-            self._steps.append(_Step(elapsed_us, first_hop_us, stages))
+            self._steps.append(Step(elapsed_us, first_hop_us, stages))
         self._token_times_s.append(now_s)
 
     def finish(self, now_s: float) -> Timings:
@@ -93,7 +93,7 @@ class TimingRecorder:
         )
 
 
-def hops_of_step(step: _Step) -> list[float]:
+def hops_of_step(step: Step) -> list[float]:
     """Milliseconds of each hop of a step, the one to the first stage first."""
     busy_us = sum(t.compute_us + t.queue_us for t in step.stages)
     way_us = max(0.0, step.elapsed_us - busy_us)
