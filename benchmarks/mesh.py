@@ -18,6 +18,8 @@ from shardmesh.shards.costs import costs_of
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.plan import plan_shards
 from shardmesh.shards.split import default_name, split_model
+from shardmesh.swarm.admission import Admission
+from shardmesh.swarm.cluster_files import make_secret
 
 CLUSTER: Final = "benchmarks"
 
@@ -68,6 +70,7 @@ async def open_mesh(folder: Path, n_shards: int) -> AsyncIterator[Mesh]:
         open_client(
             bootstraps=[nodes.bootstrap_address],
             cluster=CLUSTER,
+            admission=Admission(make_secret(folder / "state", CLUSTER)),
             shards_dir=folder / "shards",
             cache_dir=folder / "cache",
         ) as client,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.admission import bootstrap_admission
 from shardmesh.cli.options import (
     AddressType,
     cluster_option,
@@ -15,6 +17,9 @@ from shardmesh.cli.options import (
     start_logging,
     state_dir_option,
 )
+
+if TYPE_CHECKING:
+    from shardmesh.swarm.admission import Admission
 
 
 @click.command("bootstrap")
@@ -41,6 +46,7 @@ from shardmesh.cli.options import (
     help="Multiaddress of another bootstrap of the same mesh; may be given several times.",
 )
 @cluster_option
+@bootstrap_admission
 @state_dir_option
 @config_option
 @log_options
@@ -50,6 +56,7 @@ def command(
     identity_file: Path | None,
     join: tuple[str, ...],
     cluster: str,
+    admission: Admission,
     state_dir: Path,
     log_format: str,
     verbose: int,
@@ -65,12 +72,16 @@ def command(
     import trio
 
     from shardmesh.swarm.bootstrap import BootstrapSettings, run_bootstrap
+    from shardmesh.swarm.cluster_files import secret_path
 
     own_dir = state_dir / "bootstrap"
     settings = BootstrapSettings(
         listen_addr=listen_addr,
         port=port,
         cluster=cluster,
+        admission=admission,
+        secret_path=secret_path(state_dir, cluster),
+        shows_secret=log_format == "pretty" and not quiet,
         identity_file=identity_file or own_dir / "identity.pem",
         state_dir=own_dir,
         join=join,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.admission import client_admission
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -16,6 +18,9 @@ from shardmesh.cli.options import (
     shards_dir_option,
 )
 from shardmesh.errors import InputError, ProtocolError
+
+if TYPE_CHECKING:
+    from shardmesh.swarm.admission import Admission
 
 
 @click.command("command")
@@ -28,6 +33,7 @@ from shardmesh.errors import InputError, ProtocolError
 @shards_dir_option
 @bootstrap_option
 @cluster_option
+@client_admission
 @config_option
 def command(
     peer: str,
@@ -37,6 +43,7 @@ def command(
     shards_dir: Path,
     bootstrap: tuple[str, ...],
     cluster: str,
+    admission: Admission,
 ) -> None:
     """Send COMMAND with its parameters to PEER: a peer id, its end, or an address.
 
@@ -64,7 +71,11 @@ def command(
 
     async def run() -> None:
         async with open_client(
-            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+            bootstraps=bootstrap,
+            cluster=cluster,
+            admission=admission,
+            shards_dir=shards_dir,
+            cache_dir=cache_dir(),
         ) as client:
             if peer.startswith("/"):
                 peer_id = await client.host.connect([peer], timeout_s)

@@ -143,10 +143,12 @@ class Demo:
         import trio
 
         from shardmesh.coordinator.client import open_client
+        from shardmesh.swarm.admission import Admission
 
         async with open_client(
             bootstraps=[mesh.bootstrap_address],
             cluster=CLUSTER,
+            admission=Admission(mesh.secret),
             shards_dir=self.folder / "shards",
             cache_dir=cache_dir(),
         ) as client:
@@ -216,7 +218,10 @@ class Demo:
         return True
 
     def _show_how_to_talk(self, mesh: DemoMesh) -> None:
-        where = f"--cluster {CLUSTER} --bootstrap {mesh.bootstrap_address}"
+        from shardmesh.swarm.cluster_files import secret_path
+
+        secret = secret_path(self.folder / "state", CLUSTER)
+        where = f"--cluster {CLUSTER} --bootstrap {mesh.bootstrap_address} --secret-file {secret}"
         self.console.print("\nThe mesh stays up until Ctrl-C. From another terminal:")
         for line in (
             f"shardmesh status {where}",

@@ -9,13 +9,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from shardmesh.errors import OurError, UnreachableError
+from shardmesh.swarm.cluster_files import make_secret
+from shardmesh.wire.cluster_secret import ClusterSecret
 
 START_TIMEOUT_S = 120.0
 """For all processes to be up; a slow machine imports libp2p five times at once."""
@@ -70,9 +72,12 @@ class DemoProcess:
 class DemoMesh:
     """The processes of a demo mesh; made by `start_mesh`."""
 
-    def __init__(self, processes: Sequence[DemoProcess], bootstrap_address: str) -> None:
+    def __init__(
+        self, processes: Sequence[DemoProcess], bootstrap_address: str, secret: ClusterSecret
+    ) -> None:
         self.processes = processes
         self.bootstrap_address = bootstrap_address
+        self.secret = secret
 
 
 def free_port() -> int:
@@ -101,6 +106,7 @@ async def start_mesh(
     `n_threads` of each stage, None for an even share of the cores.  Raises OurError with the last
     words of a process that died, UnreachableError (the moment's) when they are not up in time.
     """
+    secret = make_secret(folder / "state", cluster)  # found there by all that are started below
     port = free_port()
     address = f"/ip4/127.0.0.1/tcp/{port}"
     n_threads = n_threads or threads_per_node(n_shards)
@@ -120,7 +126,7 @@ async def start_mesh(
         )
         for shard_id in range(n_shards)
     ]
-    mesh = DemoMesh([bootstrap, *listeners], address)
+    mesh = DemoMesh([bootstrap, *listeners], address, secret)
     on_change(mesh)
     async with trio.open_nursery() as nursery:
         for process in mesh.processes:
@@ -139,6 +145,7 @@ async def _run_process(node: DemoProcess, on_change: Callable[[], None]) -> None
     """Runs one node until it is cancelled, then sees it out."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "shardmesh", *node.arguments],
+        env=_without_admission(os.environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -152,6 +159,12 @@ async def _run_process(node: DemoProcess, on_change: Callable[[], None]) -> None
             await _end(process)
     last_words = "\n  ".join(list(node.lines)[-5:])
     raise OurError(f"{node.name} ended by itself; its last words:\n  {last_words}")
+
+
+def _without_admission(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables without those that would send a node into the mesh of its user."""
+    names = {f"LLAMA_{name}" for name in ("SECRET", "SECRET_FILE", "PUBLIC", "ALLOW", "DENY")}
+    return {name: value for name, value in environment.items() if name not in names}
 
 
 async def _read_log(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.admission import listener_admission
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -17,6 +19,9 @@ from shardmesh.cli.options import (
     start_logging,
     state_dir_option,
 )
+
+if TYPE_CHECKING:
+    from shardmesh.swarm.admission import Admission
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -128,6 +133,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @shards_dir_option
 @bootstrap_option
 @cluster_option
+@listener_admission
 @state_dir_option
 @config_option
 @log_options
@@ -150,6 +156,7 @@ def command(
     shards_dir: Path,
     bootstrap: tuple[str, ...],
     cluster: str,
+    admission: Admission,
     state_dir: Path,
     log_format: str,
     verbose: int,
@@ -175,6 +182,7 @@ def command(
             model_name=model_name,
         ),
         cluster=cluster,
+        admission=admission,
         shards_dir=shards_dir,
         state_dir=state_dir,
         cache_dir=cache_dir(),

@@ -19,7 +19,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_BOOTSTRAP: Final = "/ip4/127.0.0.1/tcp/51820"
 DEFAULT_CLUSTER: Final = "llama-cluster"
 DEFAULT_CONFIG: Final = "shardmesh.toml"
-SHARED_KEYS: Final = frozenset({"cluster", "bootstrap", "state_dir", "log_format"})
+SHARED_KEYS: Final = frozenset(
+    {"cluster", "bootstrap", "state_dir", "log_format", "secret_file", "public"}
+)
 """Keys that may stand at the top of the file; all others stand in the table of their command."""
 
 CONFIG_BYTES_MAX: Final = 1024 * 1024

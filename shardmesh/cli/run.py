@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.admission import client_admission
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.coordinator import Completion
     from shardmesh.coordinator.generate import Finished
     from shardmesh.coordinator.request import CompletionRequest
+    from shardmesh.swarm.admission import Admission
 
 
 @click.command("run")
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 @shards_dir_option
 @bootstrap_option
 @cluster_option
+@client_admission
 @config_option
 def command(
     prompt: str,
@@ -69,6 +72,7 @@ def command(
     shards_dir: Path,
     bootstrap: tuple[str, ...],
     cluster: str,
+    admission: Admission,
 ) -> None:
     """Write the text that follows PROMPT; `-` reads it from standard input."""
     from shardmesh.coordinator.request import CompletionRequest
@@ -103,7 +107,11 @@ def command(
 
     async def run() -> None:
         async with open_client(
-            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+            bootstraps=bootstrap,
+            cluster=cluster,
+            admission=admission,
+            shards_dir=shards_dir,
+            cache_dir=cache_dir(),
         ) as client:
             await _answer(client, request, as_json=as_json, show_timings=timings)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.admission import client_admission
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.overview import ModelView
+    from shardmesh.swarm.admission import Admission
 
 WATCH_INTERVAL_S = 1.0
 EXIT_INCOMPLETE = 1
@@ -33,9 +35,15 @@ SHORT_PEER_ID_LETTERS = 8
 @shards_dir_option
 @bootstrap_option
 @cluster_option
+@client_admission
 @config_option
 def command(
-    watch: bool, as_json: bool, shards_dir: Path, bootstrap: tuple[str, ...], cluster: str
+    watch: bool,
+    as_json: bool,
+    shards_dir: Path,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+    admission: Admission,
 ) -> int:
     """Show shards and replicas, and whether all layers are served.
 
@@ -50,7 +58,11 @@ def command(
 
     async def run() -> int:
         async with open_client(
-            bootstraps=bootstrap, cluster=cluster, shards_dir=shards_dir, cache_dir=cache_dir()
+            bootstraps=bootstrap,
+            cluster=cluster,
+            admission=admission,
+            shards_dir=shards_dir,
+            cache_dir=cache_dir(),
         ) as client:
             if watch:
                 await _watch(client, as_json=as_json)

@@ -14,6 +14,7 @@ from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.coordinator.model_files import ModelFiles
 from shardmesh.errors import UnreachableError, ungrouped
 from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host, open_host
@@ -40,19 +41,24 @@ class Client:
 
 @asynccontextmanager
 async def open_client(
-    *, bootstraps: Sequence[str], cluster: str, shards_dir: Path, cache_dir: Path
+    *,
+    bootstraps: Sequence[str],
+    cluster: str,
+    admission: Admission,
+    shards_dir: Path,
+    cache_dir: Path,
 ) -> AsyncIterator[Client]:
     """A client that has reached the mesh.
 
-    Raises UnreachableError (the moment's) when no bootstrap answers within JOIN_TIMEOUT_S.  All of
-    it is gone when the block is left.
+    Raises UnreachableError (the moment's) when no bootstrap answers within JOIN_TIMEOUT_S, and
+    RefusedError (theirs) when one does not admit it.  All of it is gone when the block is left.
     """
     identity = new_identity()
     directory = Directory(cluster)
     # A client is never dialed: loopback keeps its port out of everybody's reach.
     with ungrouped():
         async with (
-            open_host(identity, listen_host="127.0.0.1") as host,
+            open_host(identity, listen_host="127.0.0.1", admission=admission) as host,
             open_dht(host, cluster=cluster, server=False) as dht,
         ):
             membership = Membership(host, dht, directory, bootstraps=bootstraps, signer=identity)

@@ -19,6 +19,7 @@ from shardmesh.listener.supervisor import ShardStatus, Supervisor
 from shardmesh.logs import LogFormat
 from shardmesh.shards.manifest import MANIFEST_NAME
 from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership, Offer
@@ -44,6 +45,7 @@ class NodeOptions:
 
     wanted: WantedShard
     cluster: str
+    admission: Admission
     shards_dir: Path
     state_dir: Path
     cache_dir: Path

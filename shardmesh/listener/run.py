@@ -103,7 +103,11 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
     directory = Directory(options.cluster)
     async with (
         open_host(
-            node.identity, listen_host=options.listen_host, port=options.port, agent=agent
+            node.identity,
+            listen_host=options.listen_host,
+            port=options.port,
+            agent=agent,
+            admission=options.admission,
         ) as host,
         open_dht(host, cluster=options.cluster) as dht,
     ):
@@ -146,6 +150,7 @@ async def choose_shard(options: NodeOptions, store: ShardStore) -> int:
         async with open_client(
             bootstraps=options.bootstraps,
             cluster=options.cluster,
+            admission=options.admission,
             shards_dir=options.shards_dir,
             cache_dir=options.cache_dir,
         ) as client:

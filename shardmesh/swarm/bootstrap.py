@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from shardmesh import __version__
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.commands import CommandHandler, serve_commands
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
@@ -26,6 +27,9 @@ class BootstrapSettings:
     listen_addr: str
     port: int
     cluster: str
+    admission: Admission
+    secret_path: Path  # where the secret is kept, for those who must not see it here
+    shows_secret: bool  # whether the lines for others may hold the secret itself
     identity_file: Path
     state_dir: Path
     join: Sequence[str] = ()  # other bootstraps of the same mesh
@@ -54,6 +58,7 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
             listen_host=settings.listen_addr,
             port=settings.port,
             agent=f"bootstrap/{settings.cluster}",
+            admission=settings.admission,
         ) as host,
         open_dht(host, cluster=settings.cluster) as dht,
     ):
@@ -68,17 +73,34 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
             logger=logger,
         )
         serve_commands(host, _BootstrapCommands(host, directory).handlers())
-        _say_how_to_join(host, settings.cluster, logger)
+        _say_how_to_join(host, settings, logger)
         await membership.run()
 
 
-def _say_how_to_join(host: Host, cluster: str, logger: logging.Logger) -> None:
+def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Logger) -> None:
     addresses = host.addresses()
     for address in addresses:
         logger.info("[LISTEN] Listening on: %s", address)
+    secret = settings.admission.secret
+    if secret is None:
+        logger.warning(
+            "This mesh is public: whoever reaches it can join, see who serves what, send prompts, "
+            "and read those of others with a stage of their own"
+        )
     logger.info("Start listeners with one of these lines:")
-    for address in addresses:
-        logger.info("  shardmesh listen --cluster %s --bootstrap %s", cluster, address)
+    lines = [f"  shardmesh listen --cluster {settings.cluster} --bootstrap {a}" for a in addresses]
+    for line in lines:
+        if secret is None:
+            logger.info("%s --public", line)
+        elif settings.shows_secret:  # past the log: what is kept of it must not hold the secret
+            print(f"{line} --secret {secret.text()}", flush=True)
+        else:
+            logger.info("%s --secret-file %s", line, settings.secret_path)
+    if secret is not None:
+        logger.info(
+            "The cluster is private. Its secret is kept in %s; who has it is a member",
+            settings.secret_path,
+        )
     logger.info("✅ Bootstrap node started! Waiting for connections...")
 
 

@@ -22,8 +22,10 @@ from libp2p.peer.id import ID
 
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
 from shardmesh.swarm.addresses import check_port, listen_address, parse_address, port_taken
+from shardmesh.swarm.admission import PUBLIC, Admission
 from shardmesh.swarm.connections import ConnectionEvent, ConnectionWatch
 from shardmesh.swarm.identity import Identity
+from shardmesh.swarm.noise import NotAdmitted
 from shardmesh.swarm.streams import ByteStream, Libp2pStream, receive_message, send_message
 from shardmesh.swarm.transport import MeshHost, MeshSwarm, new_libp2p_host
 from shardmesh.wire.limits import (
@@ -111,7 +113,8 @@ class Host:
         """Connects with the node at these addresses and gives its peer id.
 
         Each address may lack the peer id.  Raises UnreachableError (the moment's) if none answers
-        in time, InputError (theirs) for what is no address.
+        in time, RefusedError (theirs) if this node is not admitted, InputError (theirs) for what
+        is no address.
         """
         targets = [parse_address(text) for text in addresses]
         connected = self.connected()
@@ -123,6 +126,8 @@ class Host:
                 conn = await self._swarm.dial_first(
                     [(address, ID.from_base58(p) if p else None) for address, p in targets]
                 )
+        except NotAdmitted as error:
+            raise error.refusal from error
         except SwarmException as error:
             raise _unreachable(", ".join(addresses), str(error)) from error
         except trio.TooSlowError as error:
@@ -188,6 +193,8 @@ class Host:
         """Runs in the host's own nursery: cancelled half-way it would ruin the connection."""
         try:
             stream = await self.libp2p.new_stream(ID.from_base58(peer_id), [TProtocol(protocol)])
+        except NotAdmitted as error:
+            opening.error = error.refusal
         except StreamFailure as error:
             opening.error = _no_stream(peer_id, protocol, error)
         except (BaseLibp2pError, OSError, ValueError, trio.TooSlowError) as error:
@@ -299,17 +306,18 @@ async def open_host(
     listen_host: str = "0.0.0.0",
     port: int = 0,
     agent: str = "shardmesh",
+    admission: Admission = PUBLIC,
     ping_interval_s: float = PING_INTERVAL_S,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
 ) -> AsyncIterator[Host]:
     """A host that listens on TCP until the block is left; port 0 picks one.
 
     Raises InputError (theirs) if the address or the port cannot be had.  `agent` is what others
-    see in identify; it holds for the whole process.
+    see in identify; it holds for the whole process.  `admission` says who may connect.
     """
     await check_port(listen_host, port)
     identify.AGENT_VERSION = agent
-    libp2p = new_libp2p_host(identity)
+    libp2p = new_libp2p_host(identity, admission)
     swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
     watch = ConnectionWatch(swarm, ping_interval_s, idle_timeout_s)
     failure: Exception | None = None

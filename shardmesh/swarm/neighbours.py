@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
-from shardmesh.errors import ShardmeshError
+from shardmesh.errors import RefusedError, ShardmeshError
 from shardmesh.swarm.addresses import parse_address, with_peer_id
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import ConnectionEvent, Host
@@ -58,6 +58,7 @@ class Neighbours:
         self._remembered = remembered
         self._log = logger
         self._bootstrap_ids: set[str] = set()
+        self._refused: set[str] = set()  # bootstraps that did not admit this node
         self._closed = trio.Event()
         self._lost: list[str] = []
         host.keep_connections(self._is_wanted)
@@ -76,7 +77,10 @@ class Neighbours:
     # -- bootstraps ----------------------------------------------------------------------------
 
     async def stay_with_bootstraps(self, connected: Connected) -> None:
-        """Dials each bootstrap, again whenever it is lost, for ever."""
+        """Dials each bootstrap, again whenever it is lost, for ever.
+
+        Raises RefusedError (theirs) if all of them refuse this node before one has admitted it.
+        """
         async with trio.open_nursery() as nursery:
             for address in self._bootstraps:
                 nursery.start_soon(self._stay_with, address, connected)
@@ -88,9 +92,14 @@ class Neighbours:
             try:
                 peer_id = await self._host.connect([address], COMMAND_TIMEOUT_S)
             except ShardmeshError as error:
+                if isinstance(error, RefusedError):
+                    self._refused.add(address)
+                    if not self._bootstrap_ids and self._refused >= set(self._bootstraps):
+                        raise
                 pause_s = next(pauses)
                 self._log.warning(
-                    "[CONNECT] ✗ Bootstrap node not reachable, trying again in %.0f s: %s",
+                    "[CONNECT] ✗ Bootstrap node %s, trying again in %.0f s: %s",
+                    "refuses" if isinstance(error, RefusedError) else "not reachable",
                     pause_s,
                     error,
                 )

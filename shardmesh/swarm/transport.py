@@ -11,6 +11,7 @@ What is different from the library's own, each found by trying or by reading its
 - An exception in a stream handler or in Yamux ends that stream or connection, not the host.
 - Cancelling a reader or a writer does not ruin the connection under it.
 - Nobody is dialed unasked (the library's auto-connector dials whatever it has ever heard of).
+- Who is no member is turned away in the handshake (swarm/noise.py), before it can ask anything.
 - A node that cannot be reached is forgotten (the library names it to everybody who asks the DHT,
   for hours, and a mesh that many have visited and left is then full of ghosts).
 """
@@ -37,8 +38,7 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore, PeerStoreError
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
-from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
@@ -46,7 +46,9 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from shardmesh.swarm.addresses import reachable_addresses
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.identity import Identity
+from shardmesh.swarm.noise import AdmittingNoise, NotAdmitted
 from shardmesh.wire.limits import (
     CONNECTIONS_MAX,
     CONNECTIONS_PER_NODE_MAX,
@@ -116,16 +118,20 @@ class MeshSwarm(Swarm):
     async def dial_first(self, targets: Sequence[tuple[Multiaddr, ID | None]]) -> INetConn:
         """Connects with the target that answers first; each has a small head start on the next.
 
-        Raises SwarmException with the reason of each if none answers.
+        Raises SwarmException with the reason of each if none answers, NotAdmitted if one answered
+        and did not want this node.
         """
         found: list[INetConn] = []
         reasons: list[str] = []
+        refusals: list[NotAdmitted] = []
 
         async def attempt(address: Multiaddr, peer_id: ID | None, failed: trio.Event) -> None:
             try:
                 conn = await self._dial_one(address, peer_id)
             except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes provoke
                 reasons.append(f"{address}: {_reason(error)}")
+                if isinstance(error, NotAdmitted):
+                    refusals.append(error)
                 failed.set()
             else:
                 found.append(conn)
@@ -137,6 +143,8 @@ class MeshSwarm(Swarm):
                 nursery.start_soon(attempt, address, peer_id, failed)
                 with trio.move_on_after(DIAL_STAGGER_S):
                     await failed.wait()
+        if refusals and not found:
+            raise refusals[0]
         if not found:
             raise SwarmException("; ".join(reasons) or "no addresses to dial")
         return found[0]
@@ -162,8 +170,15 @@ class MeshSwarm(Swarm):
 
     async def _upgrade(self, raw: IRawConnection, peer_id: ID | None) -> IMuxedConn:
         """Noise and Yamux on an outbound connection, with whoever is there if peer_id is None."""
-        chosen = await self.upgrader.security_multistream.select_transport(raw, True)
-        noise = cast(NoiseTransport, chosen)  # the only one that `open_host` offers
+        security = self.upgrader.security_multistream
+        (only,) = security.transports.values()
+        noise = cast(AdmittingNoise, only)
+        try:
+            await security.select_transport(raw, True)
+        except MultiselectError as error:
+            if "not supported" in _reason(error):
+                raise noise.nothing_in_common() from error
+            raise
         secured = await noise.get_pattern().handshake_outbound(raw, peer_id)
         remote = secured.get_remote_peer()
         if remote == self.self_id:
@@ -253,11 +268,11 @@ class MeshHost(BasicHost):
             await net_stream.reset()
 
 
-def new_libp2p_host(identity: Identity) -> MeshHost:
-    """A host that offers Noise and Yamux alone and dials nobody unasked."""
+def new_libp2p_host(identity: Identity, admission: Admission) -> MeshHost:
+    """A host that offers one Noise and Yamux alone and dials nobody unasked."""
     private_key = Ed25519PrivateKey.from_bytes(identity.secret())
     key_pair = KeyPair(private_key, private_key.get_public_key())
-    noise = NoiseTransport(key_pair, noise_privkey=new_x25519_key_pair().private_key)
+    noise = AdmittingNoise(key_pair, new_x25519_key_pair().private_key, admission)
     peer_id = ID.from_base58(identity.peer_id)
     peer_store = PeerStore()
     peer_store.add_key_pair(peer_id, key_pair)
@@ -265,7 +280,7 @@ def new_libp2p_host(identity: Identity) -> MeshHost:
         peer_id,
         peer_store,
         TransportUpgrader(
-            secure_transports_by_protocol={NOISE_PROTOCOL: noise},
+            secure_transports_by_protocol={noise.protocol: noise},
             muxer_transports_by_protocol={TProtocol(YAMUX_PROTOCOL): Yamux},
         ),
         transports=[TCP()],

@@ -11,6 +11,7 @@ from support.processes import Mesh
 
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.overview import ModelView, look_at_mesh
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.commands import send_command
 
 Result = TypeVar("Result")
@@ -25,6 +26,7 @@ def as_client(mesh: Mesh, use: Callable[[Client], Awaitable[Result]]) -> Result:
         async with open_client(
             bootstraps=[mesh.bootstrap.address],
             cluster=mesh.cluster,
+            admission=Admission(mesh.space.secret),
             shards_dir=mesh.shards_dir,
             cache_dir=mesh.space.folder / "cache",
         ) as client:

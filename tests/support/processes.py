@@ -17,6 +17,9 @@ from pathlib import Path
 
 import psutil
 
+from shardmesh.swarm.identity import new_identity
+from shardmesh.wire.cluster_secret import new_secret
+
 COMMAND = (sys.executable, "-m", "shardmesh")
 START_TIMEOUT_S = 60.0  # a machine with little to spare imports libp2p five times at once
 LINE_TIMEOUT_S = 30.0
@@ -161,11 +164,12 @@ class Running:
 
 
 class Workspace:
-    """A folder with homes for all that is started in it; made by `workspace`."""
+    """A folder with homes and one secret for all that is started in it; made by `workspace`."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
         self.started: list[Running] = []
+        self.secret = new_secret(new_identity().public_key)
         self._stack = stack
         for name in ("home", "cache", "data", "tmp"):
             (folder / name).mkdir()
@@ -177,6 +181,7 @@ class Workspace:
             "XDG_DATA_HOME": str(folder / "data"),
             "TMPDIR": str(folder / "tmp"),
             "COLUMNS": "200",
+            "LLAMA_SECRET": self.secret.text(),
         }
 
     def start(self, *arguments: str, variables: Mapping[str, str] | None = None) -> Running:

@@ -10,19 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.commands import get_metrics, send_command
 from shardmesh.swarm.host import ConnectionEvent, Host, open_host
 from shardmesh.swarm.identity import new_identity
+from shardmesh.wire.cluster_secret import new_secret
+from shardmesh.wire.limits import PING_INTERVAL_S
 
 pytestmark = pytest.mark.processes
 
 START_TIMEOUT_S = 30
+SECRET = new_secret(new_identity().public_key)
 COMMAND = (sys.executable, "-m", "shardmesh", "bootstrap", "--listen-addr", "127.0.0.1")
 ADDRESS = re.compile(r"--bootstrap (/ip4/127\.0\.0\.1/tcp/(\d+)/p2p/(\w+))")
 
@@ -47,6 +51,7 @@ class Bootstrap:
 @contextmanager
 def bootstrap(state_dir: Path, *options: str) -> Iterator[Bootstrap]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_")}
+    environment["LLAMA_SECRET"] = SECRET.text()
     process = subprocess.Popen(
         [*COMMAND, "--state-dir", str(state_dir), *(options or ("--port", "0"))],
         stdout=subprocess.PIPE,
@@ -69,6 +74,15 @@ def bootstrap(state_dir: Path, *options: str) -> Iterator[Bootstrap]:
         process.stdout.close()
 
 
+def a_member(ping_interval_s: float = PING_INTERVAL_S) -> AbstractAsyncContextManager[Host]:
+    return open_host(
+        new_identity(),
+        listen_host="127.0.0.1",
+        admission=Admission(SECRET),
+        ping_interval_s=ping_interval_s,
+    )
+
+
 def closed_events(host: Host) -> trio.MemoryReceiveChannel[ConnectionEvent]:
     send, receive = trio.open_memory_channel[ConnectionEvent](10)
 
@@ -85,7 +99,7 @@ async def test_it_leaves_at_a_signal_within_three_seconds(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     with bootstrap(tmp_path) as running:
-        async with open_host(new_identity(), listen_host="127.0.0.1") as host:
+        async with a_member() as host:
             assert await host.connect([running.address], 10) == running.peer_id
             code, took_s = await trio.to_thread.run_sync(running.end, number)
         assert (code, took_s < 3) == (0, True)
@@ -93,7 +107,7 @@ async def test_it_leaves_at_a_signal_within_three_seconds(
 
 async def test_it_answers_commands(tmp_path: Path) -> None:
     with bootstrap(tmp_path) as running:
-        async with open_host(new_identity(), listen_host="127.0.0.1") as host:
+        async with a_member() as host:
             await host.connect([running.address.partition("/p2p/")[0]], 10)
             answer = await send_command(host, running.peer_id, "GET_CAPABILITIES")
             assert (answer["role"], answer["peer_id"]) == ("bootstrap", running.peer_id)
@@ -130,7 +144,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 async def test_killed_neighbour_is_noticed_at_once(tmp_path: Path) -> None:
     with bootstrap(tmp_path) as running:
-        async with open_host(new_identity(), listen_host="127.0.0.1") as host:
+        async with a_member() as host:
             closed = closed_events(host)
             await host.connect([running.address], 10)
             running.process.kill()
@@ -147,7 +161,7 @@ async def test_stopped_neighbour_is_noticed_by_a_ping(
 ) -> None:
     monkeypatch.setattr("shardmesh.swarm.connections.PING_TIMEOUT_S", 1)
     with bootstrap(tmp_path) as running:
-        async with open_host(new_identity(), listen_host="127.0.0.1", ping_interval_s=0.5) as host:
+        async with a_member(ping_interval_s=0.5) as host:
             closed = closed_events(host)
             await host.connect([running.address], 10)
             running.process.send_signal(signal.SIGSTOP)

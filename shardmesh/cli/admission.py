@@ -1,0 +1,179 @@
+"""The options that say which mesh a command may enter, and the secret behind them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from shardmesh.cli.options import Command, state_dir_option
+from shardmesh.errors import InputError
+
+if TYPE_CHECKING:
+    from shardmesh.wire.cluster_secret import ClusterSecret
+
+
+def client_admission(command: Command) -> Command:
+    """--secret, --secret-file, --public and --state-dir as `admission`."""
+    return _with_admission(command, lists=False, makes_secret=False, own_state_dir=True)
+
+
+def listener_admission(command: Command) -> Command:
+    """--secret, --secret-file, --public, --allow and --deny as `admission`."""
+    return _with_admission(command, lists=True, makes_secret=False, own_state_dir=False)
+
+
+def bootstrap_admission(command: Command) -> Command:
+    """As `listener_admission`, but the secret is made if there is none."""
+    return _with_admission(command, lists=True, makes_secret=True, own_state_dir=False)
+
+
+def _with_admission(
+    command: Command, *, lists: bool, makes_secret: bool, own_state_dir: bool
+) -> Command:
+    @functools.wraps(command)
+    def admitted(
+        *,
+        secret: str | None,
+        secret_file: Path | None,
+        public: bool,
+        state_dir: Path,
+        allow: tuple[str, ...] = (),
+        deny: tuple[str, ...] = (),
+        **others: Any,
+    ) -> Any:
+        from shardmesh.swarm.admission import Admission
+
+        if not own_state_dir:
+            others["state_dir"] = state_dir
+        cluster = others["cluster"]
+        given = strongest({"secret": secret, "secret_file": secret_file, "public": public})
+        chosen = choose_secret(cluster, state_dir, given)
+        keep = keeper(state_dir, cluster, chosen) if chosen is not None else None
+        if makes_secret and keep is not None and chosen is not None:
+            keep(chosen)  # a bootstrap proves it to others
+        if chosen is None and not given.get("public"):
+            chosen = _made_or_missing(state_dir, cluster, makes_secret)
+        admission = Admission(chosen, allowed=allow, denied=deny, keep=keep)
+        return command(admission=admission, **others)
+
+    options = [*_LIST_OPTIONS] if lists else []
+    options += [*_SECRET_OPTIONS]
+    for option in options:
+        admitted = option(admitted)
+    if own_state_dir:
+        admitted = state_dir_option(admitted)
+    return admitted  # type: ignore[return-value]
+
+
+_SECRET_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--public",
+        is_flag=True,
+        envvar="LLAMA_PUBLIC",
+        help="A mesh without a secret: whoever reaches it may use it and read prompts.",
+    ),
+    click.option(
+        "--secret-file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar="LLAMA_SECRET_FILE",
+        help="File with the cluster's secret, which only you may read.",
+    ),
+    click.option(
+        "--secret",
+        envvar="LLAMA_SECRET",
+        help="Secret of the cluster, as `bootstrap` prints it.  [default: the one kept for it]",
+    ),
+)
+_LIST_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--deny",
+        multiple=True,
+        envvar="LLAMA_DENY",
+        help="Peer id that is turned away; may be given several times.",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        envvar="LLAMA_ALLOW",
+        help="Peer id that is let in, and no other; may be given several times.",
+    ),
+)
+
+
+def strongest(values: dict[str, Any]) -> dict[str, Any]:
+    """Of several options that say the same thing, those given in the strongest way.
+
+    A flag is stronger than a variable, which is stronger than the file, whatever their names.
+    """
+    context = click.get_current_context()
+    sources = {name: context.get_parameter_source(name) for name, v in values.items() if v}
+    for source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
+        if source in sources.values():
+            return {name: values[name] for name, s in sources.items() if s == source}
+    return {name: values[name] for name in sources}
+
+
+def choose_secret(cluster: str, state_dir: Path, given: dict[str, Any]) -> ClusterSecret | None:
+    """The secret that was given, else the one that is kept; None for a public mesh or if none is.
+
+    Raises InputError (theirs) for flags that contradict each other and for what is no secret.
+    """
+    from shardmesh.swarm.cluster_files import kept_secret, read_secret
+    from shardmesh.wire.cluster_secret import parse_secret
+
+    if len(given) > 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(
+            f"{flags} contradict each other", code="CONTRADICTION", next_step="give one of them"
+        )
+    if "public" in given:
+        return None
+    if "secret" in given:
+        _warn_of_the_command_line()
+        return parse_secret(given["secret"])
+    if "secret_file" in given:
+        return read_secret(given["secret_file"])
+    return kept_secret(state_dir, cluster)
+
+
+def keeper(
+    state_dir: Path, cluster: str, secret: ClusterSecret
+) -> Callable[[ClusterSecret], None] | None:
+    """What keeps the secret once it has proven right; None if it is kept already."""
+    from shardmesh.swarm.cluster_files import keep_secret, secret_path
+
+    path = secret_path(state_dir, cluster)
+    try:
+        if path.read_text(encoding="ascii").strip() == secret.text():
+            return None
+    except (OSError, UnicodeDecodeError):
+        pass  # there is none yet, or none that could be read
+    return functools.partial(keep_secret, state_dir, cluster)
+
+
+def _made_or_missing(state_dir: Path, cluster: str, makes_secret: bool) -> ClusterSecret:
+    from shardmesh.swarm.admission import SAY_HOW
+    from shardmesh.swarm.cluster_files import make_secret
+
+    if makes_secret:
+        return make_secret(state_dir, cluster)
+    raise InputError(
+        f"no secret of the cluster {cluster!r} is known here",
+        code="NO_SECRET",
+        next_step=f"{SAY_HOW}; or --public, if the mesh is",
+    )
+
+
+def _warn_of_the_command_line() -> None:
+    source = click.get_current_context().get_parameter_source("secret")
+    if source == ParameterSource.COMMANDLINE:
+        click.echo(
+            "Other users of this machine can see a command line. The secret is kept once it has "
+            "proven right; leave --secret out from then on, or use --secret-file.",
+            err=True,
+        )
