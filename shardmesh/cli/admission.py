@@ -22,6 +22,11 @@ def client_admission(command: Command) -> Command:
     return _with_admission(command, lists=False, makes_secret=False, own_state_dir=True)
 
 
+def gateway_admission(command: Command) -> Command:
+    """--secret, --secret-file and --public as `admission`, beside the command's own --state-dir."""
+    return _with_admission(command, lists=False, makes_secret=False, own_state_dir=False)
+
+
 def listener_admission(command: Command) -> Command:
     """--secret, --secret-file, --public, --allow and --deny as `admission`."""
     return _with_admission(command, lists=True, makes_secret=False, own_state_dir=False)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "verify": "Prove that a model computes the same bits cut as whole.",
     "bootstrap": "Run the entry point of a mesh.",
     "listen": "Serve one shard.",
+    "web": "Run the gateway: an OpenAI-compatible API over a mesh.",
     "run": "Answer a prompt with a running mesh.",
     "status": "Show shards, replicas and what is missing.",
     "command": "Send one JSON command to a node.",

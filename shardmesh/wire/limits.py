@@ -282,3 +282,20 @@ CHAT_RENDER_TIMEOUT_S: Final = 5.0
 
 CHAT_PROCESS_BYTES_MAX: Final = 1024 * MIB
 """Address space of the process that runs templates; Python itself takes a tenth of it."""
+
+# -- the gateway -------------------------------------------------------------------------------
+
+HTTP_CONNECTIONS_MAX: Final = 4096
+"""Connections of clients and pages; each costs a socket, three tasks and some 60 KiB."""
+
+HTTP_HEADER_BYTES_MAX: Final = 32 * KIB
+"""Request line and headers of an HTTP request; browsers send a few KiB."""
+
+HTTP_KEEP_ALIVE_S: Final = 60.0
+"""A quiet HTTP connection is closed after so long; a quiet WebSocket is pinged then."""
+
+WEBSOCKET_MESSAGE_BYTES_MAX: Final = 64 * KIB
+"""A message from a page to the gateway; it only says what it wants to see."""
+
+EVENTS_WAITING_MAX: Final = 1024
+"""Events that a reader of the gateway has not taken yet; beyond it misses some and is told."""
