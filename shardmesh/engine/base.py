@@ -62,6 +62,7 @@ class EngineInfo:
     n_parallel: int
     n_batch_tokens_max: int  # rows of one call of compute
     fingerprint: str  # engine and version; equal fingerprints give equal bits
+    numbers_at_once: tuple[int, ...] = ()  # of sequences whose single rows are computed together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Engine(Protocol):
         ...
 
     def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
-        """Computes the micro-batches, one output each, in order.
+        """Computes the micro-batches, one output each, in order; some at once (`engine.at_once`).
 
         What a micro-batch gives does not depend on the others or on other sequences, to the bit.
 

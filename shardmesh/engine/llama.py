@@ -1,7 +1,9 @@
-"""The engine on llama.cpp: one shard, several sequences in one unified KV cache."""
+"""The engine on llama.cpp: one shard, several sequences, each with a KV cache of its own."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine import options as choices
+from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import (
-    Engine,
     EngineInfo,
     EngineOptions,
     MicroBatch,
@@ -41,7 +43,7 @@ N_BATCH_TOKENS_MAX = 512
 """Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
 
 
-def load_engine(path: Path, options: EngineOptions) -> Engine:
+def load_engine(path: Path, options: EngineOptions) -> LlamaEngine:
     """Loads a shard, or a whole model, and makes room for its sequences.
 
     Raises InputError (theirs) for options or a file that cannot be used, EngineError (ours) if
@@ -118,14 +120,20 @@ class LlamaEngine:
         self._require_open()
         self._table.check(batch)
         try:
-            # One at a time: rows of several sequences in one computation change each other's
-            # last bits where the weights are f16 or f32.
-            outputs = [self._run(micro) for micro in batch]
+            outputs = [
+                output
+                for part in computations(batch, self._info.numbers_at_once)
+                for output in self._run(part)
+            ]
         except BaseException:
             self._table.damage(batch)
             raise
         self._table.advance(batch)
         return outputs
+
+    def join_sequences(self, numbers: Sequence[int]) -> None:
+        """See `engine.at_once`."""
+        self._info = dataclasses.replace(self._info, numbers_at_once=tuple(sorted(numbers)))
 
     def n_held(self, sequence: int) -> int:
         return self._table.n_held(sequence)
@@ -193,18 +201,21 @@ class LlamaEngine:
         if self._context is None:
             raise EngineError("the engine is closed")
 
-    def _run(self, micro: MicroBatch) -> Output:
+    def _run(self, micros: Sequence[MicroBatch]) -> list[Output]:
+        """One computation."""
         is_last = self._info.is_last
         if self._tap is not None:
-            self._tap.start(micro.hidden)
-        status = api.llama_decode(self._context, self._batch.fill(micro, output_all=not is_last))
+            self._tap.start([micro.hidden for micro in micros if micro.hidden is not None])
+        status = api.llama_decode(self._context, self._batch.fill(micros, output_all=not is_last))
         if status != 0:
             raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
+        ends = list(itertools.accumulate(micro.n_tokens for micro in micros))
         if self._tap is not None:
             self._tap.check()
             if not is_last:
-                return Output(hidden=self._tap.take(micro.n_tokens).copy())
-        return self._finish(micro, micro.n_tokens - 1)
+                hidden = self._tap.take(ends[-1]).copy()
+                return [Output(hidden=rows) for rows in np.split(hidden, ends[:-1])]
+        return [self._finish(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
 
     def _finish(self, micro: MicroBatch, row: int) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""

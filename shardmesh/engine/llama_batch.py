@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,22 +39,26 @@ class LlamaBatch:
         )  # each row belongs to one sequence, so that the pointers never change
         self._is_output = np.zeros(n_rows_max, dtype=np.int8)
 
-    def fill(self, micro: MicroBatch, *, output_all: bool) -> Any:
+    def fill(self, micros: Sequence[MicroBatch], *, output_all: bool) -> Any:
         """The struct for `llama_decode`, valid until the next fill.
 
-        `output_all`: every row is an output; else the last one, if something is wanted of it.
+        `output_all`: every row is an output; else the last of each, if something is wanted of it.
         """
-        n_rows = micro.n_tokens
-        if micro.tokens is not None:
-            self._tokens[:n_rows] = micro.tokens
-        elif micro.hidden is not None and self._hidden.size:
-            self._hidden[:n_rows, : micro.hidden.shape[1]] = micro.hidden
-        self._sequences[:n_rows] = micro.sequence
-        self._is_output[:n_rows] = output_all
-        if micro.sample or micro.want_logits:
-            self._is_output[n_rows - 1] = True
-        self._set_positions(np.arange(micro.position, micro.position + n_rows, dtype=np.int32))
-        return self._struct(n_rows)
+        first, positions = 0, []
+        for micro in micros:
+            end = first + micro.n_tokens
+            if micro.tokens is not None:
+                self._tokens[first:end] = micro.tokens
+            elif micro.hidden is not None and self._hidden.size:
+                self._hidden[first:end, : micro.hidden.shape[1]] = micro.hidden
+            self._sequences[first:end] = micro.sequence
+            self._is_output[first:end] = output_all
+            if micro.sample or micro.want_logits:
+                self._is_output[end - 1] = True
+            positions.append(np.arange(micro.position, micro.position + micro.n_tokens))
+            first = end
+        self._set_positions(np.concatenate(positions).astype(np.int32))
+        return self._struct(first)
 
     def _set_positions(self, positions: npt.NDArray[np.int32]) -> None:
         """Section by section, as llama.cpp lays them out for text: p, p, p and 0."""

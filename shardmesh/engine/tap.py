@@ -12,6 +12,7 @@ states there.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,12 @@ class HiddenTap:
         # llama.cpp keeps only the address: this object must live as long as the context.
         self.callback: Any = api.ggml_backend_sched_eval_callback(self._on_node)
 
-    def start(self, hidden: Hidden | None) -> None:
-        """Forgets the computation before; `hidden` (n_rows, n_embd) are the rows put in."""
+    def start(self, hidden: Sequence[Hidden]) -> None:
+        """Forgets the computation before; `hidden`, each (n_rows, n_embd), are the rows put in."""
         self._n_rows = 0
         self._error = None
         self._is_input_put = False
-        self._input = None if hidden is None else np.ascontiguousarray(hidden, dtype=np.float32)
+        self._input = np.concatenate(hidden, dtype=np.float32) if hidden else None
 
     def check(self) -> None:
         """Raises EngineError (ours) if the graph did not take or give what it should."""

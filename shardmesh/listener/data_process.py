@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import trio
 
+from shardmesh.engine.at_once import find_numbers_at_once
 from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
 from shardmesh.errors import BusyError, OurError, ShardmeshError, StorageError, known_error
@@ -165,7 +166,10 @@ async def _open_listeners(host: str, port: int) -> Sequence[trio.SocketListener]
 def _load(start: Start) -> Engine:
     names = [field.name for field in dataclasses.fields(EngineOptions)]
     options = EngineOptions(**{name: getattr(start, name) for name in names})
-    return load_engine(Path(start.shard_path), options)
+    engine = load_engine(Path(start.shard_path), options)
+    numbers = find_numbers_at_once(engine)
+    logger.info("numbers of sequences computed at once: %s", ", ".join(map(str, (1, *numbers))))
+    return engine
 
 
 async def _main(incoming: int, outgoing: int) -> int:

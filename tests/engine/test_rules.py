@@ -55,7 +55,7 @@ def test_cut_equals_whole(architecture: str, cut: tuple[int, ...], tmp_path: Pat
 
 def test_hidden_states_that_found_no_place_are_an_error() -> None:
     tap = HiddenTap(4, 8, input_node="inp_scaled")
-    tap.start(np.zeros((2, 4), dtype=np.float32))
+    tap.start([np.zeros((2, 4), dtype=np.float32)])
     with pytest.raises(EngineError, match="no place for the hidden states"):
         tap.check()
 

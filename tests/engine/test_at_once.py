@@ -1,0 +1,150 @@
+"""Rows of several sequences are computed together only where that changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.models import write_model
+
+from shardmesh.engine.at_once import computations, find_numbers_at_once
+from shardmesh.engine.base import EngineOptions, MicroBatch, Output, SamplingSettings
+from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.engine.llama import load_engine
+from shardmesh.errors import EngineError
+
+
+class JoiningFake(FakeEngine):
+    """Gives other bits when more than `n_exact` sequences are computed at once."""
+
+    def __init__(self, n_exact: int, clock: Clock, *, n_parallel: int = 16) -> None:
+        super().__init__(fake_info(0, 2, 4, n_parallel=n_parallel))
+        self.numbers: tuple[int, ...] = ()
+        self._n_exact = n_exact
+        self._clock = clock
+
+    def join_sequences(self, numbers: Sequence[int]) -> None:
+        self.numbers = tuple(numbers)
+
+    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+        outputs: list[Output] = []
+        for part in computations(batch, self.numbers):
+            self._clock.now_s += 1e-3 + 1e-4 * len(part)
+            given = super().compute(part)
+            if len(part) > self._n_exact:
+                hidden = given[0].hidden
+                assert hidden is not None
+                given[0] = Output(hidden=np.nextafter(hidden, np.float32(0)))
+            outputs += given
+        return outputs
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(
+    ("n_exact", "found"), [(1, ()), (3, (2, 3)), (7, (2, 3, 4, 6)), (99, (2, 3, 4, 6, 8, 12, 16))]
+)
+def test_finds_the_numbers_that_change_nothing(n_exact: int, found: tuple[int, ...]) -> None:
+    clock = Clock()
+    engine = JoiningFake(n_exact, clock)
+    assert find_numbers_at_once(engine, clock) == found == engine.numbers
+    assert all(engine.n_held(sequence) == 0 for sequence in range(16))
+
+
+def test_numbers_that_save_no_time_are_left_out() -> None:
+    class Slow(JoiningFake):
+        def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+            outputs = super().compute(batch)
+            if self.numbers and self.numbers[0] > 1:
+                self._clock.now_s += 0.1
+            return outputs
+
+    clock = Clock()
+    assert find_numbers_at_once(Slow(99, clock, n_parallel=8), clock) == ()
+
+
+def test_what_is_not_tried_in_time_is_not_done() -> None:
+    clock = Clock()
+
+    class Heavy(JoiningFake):
+        def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+            self._clock.now_s += 0.1
+            return super().compute(batch)
+
+    engine = Heavy(99, clock)
+    assert find_numbers_at_once(engine, clock)[-1] < 16
+
+
+def test_a_failing_trial_leaves_rows_alone() -> None:
+    class Failing(JoiningFake):
+        def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+            raise EngineError("no")
+
+    engine = Failing(99, Clock())
+    assert find_numbers_at_once(engine) == () == engine.numbers
+
+
+def test_computations_join_single_rows_of_neighbours() -> None:
+    batch = [_row(0), _row(1), _row(2), _row(4), _row(5), _row(6, 3), _row(7), _row(8)]
+    parts = [[micro.sequence for micro in part] for part in computations(batch, (2, 3))]
+    assert parts == [[0, 1, 2], [4, 5], [6], [7, 8]]
+    assert [len(part) for part in computations([_row(s) for s in range(5)], (2,))] == [2, 2, 1]
+    assert [len(part) for part in computations([_row(s) for s in range(3)], ())] == [1, 1, 1]
+
+
+def _row(sequence: int, n_tokens: int = 1) -> MicroBatch:
+    return MicroBatch(sequence=sequence, position=0, tokens=(1,) * n_tokens)
+
+
+@pytest.mark.parametrize("flash_attention", [False, True])
+@pytest.mark.parametrize("weights", ["f32", "f16", "q8_0", "q4_k"])
+def test_what_is_found_holds_for_llama_cpp(
+    tmp_path: Path, weights: str, flash_attention: bool
+) -> None:
+    """Longer texts of different lengths than were tried; each number that was found."""
+    path = write_model(
+        tmp_path / "m.gguf", "llama", n_layer=2, weights=weights, vocabulary="built-in", n_embd=256
+    )
+    options = EngineOptions(n_ctx=512, n_parallel=8, n_threads=1, flash_attention=flash_attention)
+    engine = load_engine(path, options)
+    generator = np.random.default_rng(7)
+    tokens = generator.integers(0, 200, (8, 400)).tolist()
+    lengths = [5, 280, 33, 64, 1, 130, 17, 255]
+
+    def logits(numbers: Sequence[int]) -> list[bytes]:
+        engine.join_sequences(numbers)
+        for sequence, length in enumerate(lengths):
+            engine.open_sequence(sequence, SamplingSettings(temperature=0.0))
+            first = tuple(tokens[sequence][:length])
+            engine.compute([MicroBatch(sequence=sequence, position=0, tokens=first)])
+        given = []
+        for step in range(8):
+            rows = [
+                MicroBatch(
+                    sequence=sequence,
+                    position=length + step,
+                    tokens=(tokens[sequence][length + step],),
+                    want_logits=True,
+                )
+                for sequence, length in enumerate(lengths)
+            ]
+            for output in engine.compute(rows):
+                assert output.logits is not None
+                given.append(output.logits.tobytes())
+        return given
+
+    try:
+        found = find_numbers_at_once(engine)
+        alone = logits(())
+        for number in found:
+            assert logits((number,)) == alone
+    finally:
+        engine.close()
