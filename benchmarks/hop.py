@@ -116,6 +116,7 @@ def _batch(n_tokens: int) -> tuple[HiddenBatch, bytes]:
         n_embd=N_EMBD,
         dtype="f32",
         sample=False,
+        embed=False,
         timings=(),
     )
     return message, bytes(4 * n_tokens * N_EMBD)

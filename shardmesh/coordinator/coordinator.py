@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain
+from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.request import (
@@ -21,10 +22,11 @@ from shardmesh.coordinator.request import (
 from shardmesh.coordinator.session import SessionRouter, SessionSettings
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
-from shardmesh.errors import ungrouped
+from shardmesh.errors import InputError, ungrouped
 from shardmesh.links.dial import Agree, LinkPool
 from shardmesh.links.link import Link
 from shardmesh.wire.announcement import Announcement
+from shardmesh.wire.limits import EMBEDDING_TEXTS_MAX, PROMPT_BYTES_MAX
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,29 @@ class Coordinator:
                 finally:
                     await items.aclose()
 
+    async def embed(
+        self, texts: Sequence[str | Sequence[int]], *, model: str | None = None
+    ) -> list[Embedding]:
+        """The embeddings of texts, or of what is tokens already, one after the other.
+
+        Raises what `complete` raises, and InputError (theirs) for a text without tokens, or one
+        longer than the context or than the model's kind of pooling can take.
+        """
+        if not 1 <= len(texts) <= EMBEDDING_TEXTS_MAX:
+            raise InputError(f"give 1 to {EMBEDDING_TEXTS_MAX} texts, not {len(texts)}")
+        replicas = [replica_of(announcement) for announcement in await self._find()]
+        chain = choose_chain(replicas, model_name=model)
+        embeddings = []
+        async with self._models.use(chain.stages) as opened:
+            for text in texts:
+                tokens = await trio.to_thread.run_sync(_text_tokens, opened, text)
+                n_ctx = context_needed(len(tokens), 0, chain.n_ctx)
+                settings = SessionSettings(n_ctx=n_ctx, sampling=sampling_message(UNUSED_SAMPLING))
+                links = await self._links(chain.stages)
+                async with self._router.session(chain, links, settings) as session:
+                    embeddings.append(await embed_tokens(session, tokens))
+        return embeddings
+
     async def _links(self, stages: Sequence[Replica]) -> list[Link]:
         """The links to all stages, brought up at once; raises the first error."""
         links: dict[int, Link] = {}
@@ -131,3 +156,13 @@ def _prompt_tokens(model: OpenModel, request: CompletionRequest) -> list[int]:
     if request.prompt is not None:
         return model.tokenizer.encode(request.prompt)
     return model.encode_chat([dict(message) for message in request.messages])
+
+
+def _text_tokens(model: OpenModel, text: str | Sequence[int]) -> list[int]:
+    if not isinstance(text, str):
+        return list(text)
+    if len(text) > PROMPT_BYTES_MAX:
+        raise InputError(
+            f"a text has more than {PROMPT_BYTES_MAX} characters", code="PROMPT_TOO_LONG"
+        )
+    return model.tokenizer.encode(text)

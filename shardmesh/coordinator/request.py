@@ -70,11 +70,11 @@ def uses_history(settings: SamplingSettings) -> bool:
 def context_needed(n_prompt: int, n_tokens_max: int, n_ctx: int) -> int:
     """Tokens of context to reserve, as many as there are at most.
 
-    Raises InputError (theirs) if the prompt leaves no room for a single token.
+    Raises InputError (theirs) if the prompt leaves no room for a single token, where one is wanted.
     """
     if n_prompt == 0:
         raise InputError("the prompt is empty", next_step="give some text to go on from")
-    if n_prompt + 1 > n_ctx:
+    if n_prompt + min(n_tokens_max, 1) > n_ctx:
         raise InputError(
             f"the prompt has {n_prompt} tokens, the mesh has a context of {n_ctx}",
             code="PROMPT_TOO_LONG",

@@ -54,6 +54,7 @@ class SessionSettings:
     n_ctx: int
     sampling: Sampling
     history: tuple[int, ...] = ()
+    adapter: str = ""  # a LoRA adapter of the manifest
 
 
 class SessionRouter:
@@ -142,7 +143,7 @@ class Session:
                 if isinstance(event, SessionOpened):
                     waiting.discard(self._links.index(link))
 
-    def send(self, tokens: Sequence[int], *, sample: bool) -> None:
+    def send(self, tokens: Sequence[int], *, sample: bool, embed: bool = False) -> None:
         """Sends a micro-batch to the first stage; raises what the link's `send` raises."""
         batch = TokenBatch(
             session=self.session_id,
@@ -150,6 +151,7 @@ class Session:
             position=self.n_sent,
             tokens=tuple(tokens),
             sample=sample,
+            embed=embed,
         )
         self._links[0].send(batch)
         self.n_sent += len(tokens)
@@ -194,6 +196,7 @@ class Session:
             next_stage=None if is_last else _next_stage(stages[number + 1]),
             sampling=settings.sampling if is_last else None,
             history=settings.history if is_last else (),
+            adapter=settings.adapter,
         )
 
 

@@ -155,7 +155,8 @@ def computations(
 
 def _follows(micro: MicroBatch, following: MicroBatch) -> bool:
     single = micro.n_tokens == following.n_tokens == 1
-    return single and following.sequence == micro.sequence + 1
+    alone = micro.want_embedding or following.want_embedding
+    return single and not alone and following.sequence == micro.sequence + 1
 
 
 def _digest(output: Output) -> bytes:

@@ -63,6 +63,7 @@ class EngineInfo:
     n_batch_tokens_max: int  # rows of one call of compute
     fingerprint: str  # engine and version; equal fingerprints give equal bits
     numbers_at_once: tuple[int, ...] = ()  # of sequences whose single rows are computed together
+    adapters: tuple[str, ...] = ()  # names of the LoRA adapters that a sequence may use
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class MicroBatch:
     hidden: Hidden | None = None
     sample: bool = False  # the last stage samples after the last row
     want_logits: bool = False  # the last stage gives the logits of the last row
+    want_embedding: bool = False  # the last stage gives what stands for the text of these rows
 
     @property
     def n_tokens(self) -> int:
@@ -99,12 +101,14 @@ class Output:
     """What became of one micro-batch.
 
     `hidden` (n_tokens, n_embd) on stages before the last; `sampled` and `logits` (n_vocab,) on
-    the last, as far as they were asked for.
+    the last, as far as they were asked for; so is `embedding` (n_embd_out,), pooled from the rows
+    as the model says, or its last row.
     """
 
     hidden: Hidden | None = None
     sampled: SampledToken | None = None
     logits: npt.NDArray[np.float32] | None = None
+    embedding: npt.NDArray[np.float32] | None = None
 
 
 class Engine(Protocol):

@@ -33,11 +33,13 @@ from shardmesh.engine.sampler import SamplerChain
 from shardmesh.engine.sampling import describe_choice
 from shardmesh.engine.sequences import SequenceTable
 from shardmesh.engine.tap import HiddenTap
-from shardmesh.errors import EngineError
+from shardmesh.errors import EngineError, InputError
 from shardmesh.shards.gguf_check import read_gguf
 
 CANNOT_TRIM = "CANNOT_TRIM"
 """Code of the EngineError when the architecture cannot forget the tail of a sequence."""
+
+_POOLING_OF_LAST = (api.LLAMA_POOLING_TYPE_NONE, api.LLAMA_POOLING_TYPE_LAST)
 
 N_BATCH_TOKENS_MAX = 512
 """Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
@@ -98,6 +100,7 @@ class LlamaEngine:
         )
         self._table = SequenceTable(self._info)
         self._context = self._open_context(options)
+        self._pooling = api.llama_pooling_type(self._context)
 
     @property
     def info(self) -> EngineInfo:
@@ -119,6 +122,7 @@ class LlamaEngine:
     def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
         self._require_open()
         self._table.check(batch)
+        self._check_embeddings(batch)
         try:
             outputs = [
                 output
@@ -206,7 +210,10 @@ class LlamaEngine:
         is_last = self._info.is_last
         if self._tap is not None:
             self._tap.start([micro.hidden for micro in micros if micro.hidden is not None])
-        status = api.llama_decode(self._context, self._batch.fill(micros, output_all=not is_last))
+        wants_embedding = is_last and micros[0].want_embedding
+        rows = self._batch.fill(micros, output_all=wants_embedding or not is_last)
+        api.llama_set_embeddings(self._context, wants_embedding)
+        status = api.llama_decode(self._context, rows)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
         ends = list(itertools.accumulate(micro.n_tokens for micro in micros))
@@ -219,6 +226,8 @@ class LlamaEngine:
 
     def _finish(self, micro: MicroBatch, row: int) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""
+        if micro.want_embedding:
+            return Output(embedding=self._embedding(micro.sequence, row))
         if not (micro.sample or micro.want_logits):
             return Output()
         logits = self._logits(row)
@@ -228,6 +237,37 @@ class LlamaEngine:
             token = sampler.sample(self._context, row)
             sampled = describe_choice(logits, token, sampler.settings.n_top_logprobs)
         return Output(sampled=sampled, logits=logits.copy() if micro.want_logits else None)
+
+    def _check_embeddings(self, batch: Sequence[MicroBatch]) -> None:
+        """Raises InputError (theirs) for what the model's kind of pooling cannot do."""
+        if not self._info.is_last or not any(micro.want_embedding for micro in batch):
+            return
+        if self._pooling == api.LLAMA_POOLING_TYPE_RANK:
+            raise InputError("this model ranks texts; it has no embeddings", code="NO_EMBEDDINGS")
+        for micro in batch:
+            if micro.want_embedding and (micro.sample or micro.want_logits):
+                raise InputError("a micro-batch gives either an embedding or a token")
+            if micro.want_embedding and micro.position and self._pooling not in _POOLING_OF_LAST:
+                raise InputError(
+                    f"this model's embeddings are of at most {self._info.n_batch_tokens_max}"
+                    " tokens: all are pooled at once",
+                    code="PROMPT_TOO_LONG",
+                    next_step="cut the text into parts",
+                )
+
+    def _embedding(self, sequence: int, row: int) -> npt.NDArray[np.float32]:
+        """As llama.cpp pools the rows of this computation; without pooling the last of them."""
+        if self._pooling == api.LLAMA_POOLING_TYPE_NONE:
+            pointer = api.llama_get_embeddings_ith(self._context, row)
+        else:
+            pointer = api.llama_get_embeddings_seq(self._context, sequence)
+        if not pointer:
+            raise EngineError("llama.cpp gave no embedding")
+        width = int(api.llama_model_n_embd_out(self._model.handle))
+        embedding = np.ctypeslib.as_array(pointer, shape=(width,)).copy()
+        if not np.isfinite(embedding).all():
+            raise EngineError("the model computed an embedding that is not numbers")
+        return embedding
 
     def _logits(self, row: int) -> npt.NDArray[np.float32]:
         """llama.cpp's own memory, (n_vocab,), valid until the next computation."""

@@ -221,6 +221,7 @@ class Stage:
             position=message.position,
             tokens=message.tokens,
             sample=message.sample,
+            want_embedding=message.embed,
         )
         self._enqueue(session, batch, ())
 
@@ -242,6 +243,7 @@ class Stage:
             position=message.position,
             hidden=hidden,
             sample=message.sample,
+            want_embedding=message.embed,
         )
         self._enqueue(session, batch, message.timings)
 

@@ -74,6 +74,12 @@ def check_request(
     """Raises InputError (theirs) or BusyError (the moment's) unless the session can be opened."""
     if StageIdentity(message.manifest_digest, message.layer_start, message.layer_end) != serves:
         raise InputError("this node serves another shard now", code="WRONG_SHARD")
+    if message.adapter and message.adapter not in info.adapters:
+        raise InputError(
+            f"this node has no LoRA adapter named {message.adapter[:64]}",
+            code="NO_ADAPTER",
+            next_step="use one of the model's manifest, whose files must lie beside the shard",
+        )
     fits = (
         info.is_first == (message.previous_stage is None)
         and info.is_last == (message.next_stage is None)
@@ -118,6 +124,7 @@ def result_message(
             dtype="f32",
             sample=batch.sample,
             timings=timings,
+            embed=batch.want_embedding,
         )
         return hidden_batch, hidden_to_body(output.hidden)
     chosen = output.sampled
@@ -128,6 +135,7 @@ def result_message(
         n_tokens=batch.n_tokens,
         sampled=None if chosen is None else Sampled(**dataclasses.asdict(chosen)),
         timings=timings,
+        embedding=b"" if output.embedding is None else output.embedding.astype("<f4").tobytes(),
     )
     return done, b""
 

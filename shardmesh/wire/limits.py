@@ -23,6 +23,12 @@ FRAME_HEADER_BYTES_MAX: Final = 256 * KIB
 FRAME_BODY_BYTES_MAX: Final = 64 * MIB
 """Tensor bytes of a frame: 1,024 rows of the widest known model (n_embd 16,384) in f32."""
 
+EMBEDDING_TEXTS_MAX: Final = 2048
+"""Texts of one request for embeddings; as many as the well-known HTTP interface takes."""
+
+EMBEDDING_BYTES_MAX: Final = 128 * KIB
+"""An embedding, in the header of a frame: 32,768 numbers, twice the widest known model."""
+
 MICRO_BATCH_TOKENS_MAX: Final = 1024
 """Rows of one micro-batch; larger ones would only delay the next stage."""
 

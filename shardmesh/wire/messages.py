@@ -17,6 +17,7 @@ from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    EMBEDDING_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
@@ -110,6 +111,7 @@ class OpenSession(_Message, frozen=True, tag="open"):
     next_stage: NextStage | None
     sampling: Sampling | None  # on the last stage
     history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
+    adapter: Text  # name of the LoRA adapter in the manifest; empty: none
 
 
 class SessionOpened(_Message, frozen=True, tag="opened"):
@@ -125,6 +127,7 @@ class TokenBatch(_Message, frozen=True, tag="tokens"):
     position: Count
     tokens: Tokens
     sample: bool
+    embed: bool  # the last stage gives an embedding of these tokens
 
 
 class HiddenBatch(_Message, frozen=True, tag="hidden"):
@@ -138,6 +141,7 @@ class HiddenBatch(_Message, frozen=True, tag="hidden"):
     dtype: Literal["f32"]
     sample: bool
     timings: Timings
+    embed: bool
 
 
 class Sampled(_Message, frozen=True):
@@ -159,6 +163,16 @@ class BatchDone(_Message, frozen=True, tag="done"):
     n_tokens: Count
     sampled: Sampled | None
     timings: Timings
+    embedding: Annotated[bytes, msgspec.Meta(max_length=EMBEDDING_BYTES_MAX)]  # f32; empty
+
+    def embedding_values(self) -> npt.NDArray[np.float32]:
+        """The embedding (n_embd,); raises ProtocolError (theirs) unless it is finite numbers."""
+        if len(self.embedding) % 4:
+            raise ProtocolError(f"an embedding of {len(self.embedding)} bytes", code="BAD_FRAME")
+        values = np.frombuffer(self.embedding, dtype="<f4")
+        if not np.isfinite(values).all():
+            raise ProtocolError("an embedding holds a value that is not finite", code="NOT_FINITE")
+        return values
 
 
 class TrimSession(_Message, frozen=True, tag="trim"):

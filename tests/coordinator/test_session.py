@@ -105,7 +105,13 @@ async def played() -> AsyncIterator[tuple[Played, trio.Nursery]]:
 
 def done(session_id: bytes, *, epoch: int = 0) -> BatchDone:
     return BatchDone(
-        session=session_id, epoch=epoch, position=0, n_tokens=1, sampled=None, timings=()
+        session=session_id,
+        epoch=epoch,
+        position=0,
+        n_tokens=1,
+        sampled=None,
+        timings=(),
+        embedding=b"",
     )
 
 

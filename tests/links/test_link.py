@@ -41,6 +41,7 @@ HIDDEN = HiddenBatch(
     n_embd=3,
     dtype="f32",
     sample=False,
+    embed=False,
     timings=(),
 )
 

@@ -144,7 +144,12 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
     async with memory_mesh(fake_chain((0, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             late = TokenBatch(
-                session=session.session_id, epoch=7, position=0, tokens=(1,), sample=True
+                session=session.session_id,
+                epoch=7,
+                position=0,
+                tokens=(1,),
+                sample=True,
+                embed=False,
             )
             mesh.links[0].send(late)
             assert await mesh_tokens(session, [5], 3) == whole_tokens([5], 3)
@@ -162,6 +167,7 @@ async def test_hidden_states_from_a_stranger_close_the_link() -> None:
                 n_embd=8,
                 dtype="f32",
                 sample=True,
+                embed=False,
                 timings=(),
             )
             mesh.links[1].send(forged, bytes(4 * 8))
@@ -183,6 +189,7 @@ async def test_hidden_states_that_are_not_finite_end_the_session() -> None:
                 n_embd=8,
                 dtype="f32",
                 sample=True,
+                embed=False,
                 timings=(),
             )
             body = np.full((1, 8), np.nan, dtype="<f4").tobytes()

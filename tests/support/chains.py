@@ -58,6 +58,7 @@ def compute(chain: Sequence[Engine], batch: Sequence[MicroBatch]) -> list[Output
                     hidden=output.hidden,
                     sample=micro.sample,
                     want_logits=micro.want_logits,
+                    want_embedding=micro.want_embedding,
                 )
                 for micro, output in zip(batch, outputs, strict=True)
             ]

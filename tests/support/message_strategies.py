@@ -81,6 +81,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         next_stage=st.none() | next_stages,
         sampling=st.none() | samplings,
         history=st.lists(counts, max_size=5).map(tuple),
+        adapter=texts,
     ),
     SessionOpened: st.builds(SessionOpened, **_session),
     TokenBatch: st.builds(
@@ -89,6 +90,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         position=counts,
         tokens=st.lists(counts, min_size=1, max_size=5).map(tuple),
         sample=st.booleans(),
+        embed=st.booleans(),
     ),
     HiddenBatch: st.builds(
         HiddenBatch,
@@ -99,6 +101,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         dtype=st.just("f32"),
         sample=st.booleans(),
         timings=timings,
+        embed=st.booleans(),
     ),
     BatchDone: st.builds(
         BatchDone,
@@ -107,6 +110,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         n_tokens=counts,
         sampled=st.none() | sampled,
         timings=timings,
+        embedding=st.binary(max_size=16),
     ),
     TrimSession: st.builds(TrimSession, **_session, n_keep=counts),
     CloseSession: st.builds(CloseSession, session=session_ids),

@@ -72,14 +72,26 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
     write_model(
         path, rule.base, n_layer=N_LAYER, n_embd=n_embd, tied=rule.tied, vocabulary=BUILT_IN
     )
+    metadata, tensors = read_model(path)
     metadata = {
         key.replace(f"{rule.base}.", f"{architecture}.", 1)
         if key.startswith(f"{rule.base}.")
         else key: value
-        for key, value in raw_metadata(path.read_bytes())
+        for key, value in metadata.items()
     }
     metadata["general.architecture"] = string_value(architecture)
     metadata |= {f"{architecture}.{key}": value for key, value in rule.values.items()}
+    tensors = [tensor for tensor in tensors if not tensor.name.endswith(rule.left_out or ("?",))]
+    generator = np.random.default_rng(0)
+    for layer in range(N_LAYER):
+        for name in rule.norms:
+            data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
+            tensors.append(TensorData(f"blk.{layer}.{name}.weight", (n_embd,), 0, data))
+    return replace_model(path, metadata, tensors)
+
+
+def read_model(path: Path) -> tuple[dict[str, bytes], list[TensorData]]:
+    """The encoded metadata and the tensors of a model."""
     tensors = [
         TensorData(
             tensor.name,
@@ -88,13 +100,19 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
             tensor.data.tobytes(),
         )
         for tensor in gguf.GGUFReader(path).tensors
-        if not tensor.name.endswith(rule.left_out or ("?",))
     ]
-    generator = np.random.default_rng(0)
-    for layer in range(N_LAYER):
-        for name in rule.norms:
-            data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
-            tensors.append(TensorData(f"blk.{layer}.{name}.weight", (n_embd,), 0, data))
-    path.unlink()  # the reader maps it
+    return dict(raw_metadata(path.read_bytes())), tensors
+
+
+def replace_model(path: Path, metadata: dict[str, bytes], tensors: list[TensorData]) -> Path:
+    path.unlink()  # a reader may map it
     write_gguf(path, metadata, tensors)
     return path
+
+
+def with_values(path: Path, **values: bytes) -> Path:
+    """Adds metadata of the architecture to a model; `__` in a key stands for a dot."""
+    metadata, tensors = read_model(path)
+    architecture = metadata["general.architecture"][12:].decode()
+    metadata |= {f"{architecture}.{k.replace('__', '.')}": v for k, v in values.items()}
+    return replace_model(path, metadata, tensors)

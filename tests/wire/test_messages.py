@@ -17,6 +17,7 @@ from shardmesh.wire.codec import encode_cbor
 from shardmesh.wire.framing import LENGTH, RecordReader, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    EMBEDDING_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
@@ -41,6 +42,7 @@ TOKENS: dict[str, Any] = {
     "position": 0,
     "tokens": [1],
     "sample": True,
+    "embed": False,
 }
 HIDDEN: dict[str, Any] = {
     "type": "hidden",
@@ -51,6 +53,7 @@ HIDDEN: dict[str, Any] = {
     "n_embd": 2,
     "dtype": "f32",
     "sample": False,
+    "embed": False,
     "timings": [],
 }
 SAMPLING: dict[str, Any] = {
@@ -79,6 +82,7 @@ OPEN: dict[str, Any] = {
     "next_stage": {"peer_id": "p", "addresses": []},
     "sampling": SAMPLING,
     "history": [],
+    "adapter": "",
 }
 DONE: dict[str, Any] = {
     "type": "done",
@@ -88,6 +92,7 @@ DONE: dict[str, Any] = {
     "n_tokens": 1,
     "sampled": {"token": 1, "logprob": -0.5, "top_logprobs": []},
     "timings": [],
+    "embedding": b"",
 }
 
 
@@ -172,6 +177,7 @@ def repeated(item: Any, n: int) -> list[Any]:
         (TOKENS, "tokens", [2**31 - 1], [2**31]),
         (TOKENS, "tokens", [0], [-1]),
         (TOKENS, "position", 2**31 - 1, 2**31),
+        (DONE, "embedding", bytes(EMBEDDING_BYTES_MAX), bytes(EMBEDDING_BYTES_MAX + 1)),
         (TOKENS, "epoch", 0, -1),
         (TOKENS, "session", ID, bytes(15)),
         (TOKENS, "session", ID, bytes(17)),
