@@ -95,6 +95,11 @@ class Directory:
         entry = self._entries.get(peer_id)
         return entry.announcement if entry is not None and self._is_live(entry) else None
 
+    def has_left(self, peer_id: str) -> bool:
+        """Whether a listener has taken its announcement back, as one does that ends in order."""
+        entry = self._entries.get(peer_id)
+        return entry is not None and entry.announcement.is_withdrawal
+
     def all(self) -> list[Announcement]:
         """All that can be believed now, by shard and peer id."""
         live = [entry.announcement for entry in self._entries.values() if self._is_live(entry)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 import shardmesh
-from shardmesh.web import health
+from shardmesh.web import console_routes, health
 from shardmesh.web.gateway import Gateway
 
 
@@ -20,4 +20,5 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     app.include_router(health.router)
+    app.include_router(console_routes.router)
     return app

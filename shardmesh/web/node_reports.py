@@ -1,0 +1,152 @@
+"""What the nodes tell about themselves, asked in turn and never faster than a budget allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Final
+
+import msgspec
+import trio
+
+from shardmesh.errors import ShardmeshError
+from shardmesh.swarm.commands import get_metrics
+from shardmesh.swarm.host import Host
+from shardmesh.web.roster import Download, Report
+from shardmesh.wire.codec import convert
+from shardmesh.wire.limits import TEXT_BYTES_MAX
+
+ASK_TIMEOUT_S: Final = 3.0
+"""A node that has not answered after so long is suspect."""
+
+ASK_INTERVAL_S: Final = 1.0
+"""Between two questions to one node while somebody looks on."""
+
+ASK_INTERVAL_UNSEEN_S: Final = 10.0
+"""And while nobody does."""
+
+QUESTIONS_PER_S_MAX: Final = 20
+"""A question costs a few milliseconds of this loop; in a large mesh each node waits longer."""
+
+QUESTIONS_WAITING_MAX: Final = 32
+"""Questions without an answer at once; silent nodes do not keep the others from being asked."""
+
+DOWNLOADS_SHOWN_MAX: Final = 16
+
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class _Download(msgspec.Struct, frozen=True):
+    """One entry of `downloads` in GET_METRICS; fields of later versions are passed over."""
+
+    name: Text
+    n_bytes: Count = 0
+    n_bytes_done: Count = 0
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] = 0.0
+    n_sources: Count = 0
+    remaining_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] | None = None
+
+
+class _Metrics(msgspec.Struct, frozen=True):
+    """What is used of an answer to GET_METRICS."""
+
+    shard_state: Text
+    shard_error: Text | None = None
+    n_sessions: Count = 0
+    data_memory_bytes: Count = 0
+    stage: dict[str, Any] = {}
+    downloads: tuple[_Download, ...] = ()
+
+
+def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
+    """A node's answer as a report, without its rate, and the tokens that it has computed so far.
+
+    Raises ProtocolError (theirs) for an answer that is none.
+    """
+    metrics = convert(data, _Metrics)
+    n_tokens = metrics.stage.get("n_tokens", 0)
+    n_kv_tokens = metrics.stage.get("n_kv_tokens")
+    report = Report(
+        round_trip_ms=round(round_trip_ms, 1),
+        shard_state=metrics.shard_state,
+        error=metrics.shard_error or "",
+        n_sessions=metrics.n_sessions,
+        memory_bytes=metrics.data_memory_bytes,
+        n_kv_tokens=n_kv_tokens if isinstance(n_kv_tokens, int) else None,
+        downloads=tuple(
+            Download(**msgspec.structs.asdict(each))
+            for each in metrics.downloads[:DOWNLOADS_SHOWN_MAX]
+        ),
+    )
+    return report, n_tokens if isinstance(n_tokens, int) else 0
+
+
+class NodeReports:
+    """The newest report of each node by peer id, in `reports`; kept fresh by `run`."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        listed: Callable[[], Iterable[str]],
+        is_seen: Callable[[], bool],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.reports: dict[str, Report] = {}
+        self._host = host
+        self._listed = listed
+        self._is_seen = is_seen
+        self._on_change = on_change
+        self._asked_s: dict[str, float] = {}
+        self._counted: dict[str, tuple[float, int]] = {}  # when, and tokens until then
+        self._waiting: set[str] = set()
+
+    async def run(self) -> None:
+        """Asks the nodes in turn until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                due = self._next_due()
+                if due is not None and len(self._waiting) < QUESTIONS_WAITING_MAX:
+                    self._asked_s[due] = trio.current_time()
+                    self._waiting.add(due)
+                    nursery.start_soon(self.ask, due)
+                await trio.sleep(1 / QUESTIONS_PER_S_MAX)
+
+    async def ask(self, peer_id: str) -> None:
+        """Asks one node; its report is new then, whatever came of it."""
+        started_s = time.monotonic()
+        try:
+            data = await get_metrics(self._host, peer_id, ASK_TIMEOUT_S)
+            now_s = time.monotonic()
+            report, n_tokens = report_of(data, (now_s - started_s) * 1e3)
+            report = dataclasses.replace(report, tokens_per_s=self._rate(peer_id, now_s, n_tokens))
+        except ShardmeshError as error:
+            report = Report(answered=False, error=str(error))
+        finally:
+            self._waiting.discard(peer_id)
+        self.reports[peer_id] = report
+        self._on_change()
+
+    def _next_due(self) -> str | None:
+        """The node that has waited longest for its turn, if it is time; forgets those gone."""
+        interval_s = ASK_INTERVAL_S if self._is_seen() else ASK_INTERVAL_UNSEEN_S
+        listed = set(self._listed())
+        for known in (self.reports, self._asked_s, self._counted):
+            for peer_id in known.keys() - listed:
+                del known[peer_id]
+        idle = listed - self._waiting
+        if not idle:
+            return None
+        due = min(idle, key=lambda peer_id: self._asked_s.get(peer_id, -1.0))
+        is_time = trio.current_time() - self._asked_s.get(due, -1e9) >= interval_s
+        return due if is_time else None
+
+    def _rate(self, peer_id: str, now_s: float, n_tokens: int) -> float:
+        """Tokens per second since the last answer; a counter that fell was started anew."""
+        before = self._counted.get(peer_id)
+        self._counted[peer_id] = (now_s, n_tokens)
+        if before is None or n_tokens < before[1] or now_s <= before[0]:
+            return 0.0
+        return (n_tokens - before[1]) / (now_s - before[0])
