@@ -1,4 +1,4 @@
-"""`python -m benchmarks decode|prefill|hop|all`."""
+"""`python -m benchmarks decode|aggregate|prefill|hop|all`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardmesh.errors import InputError, ShardmeshError, known_error
 if TYPE_CHECKING:
     from benchmarks.results import Result
 
-NAMES = ("decode", "prefill", "hop")
+NAMES = ("decode", "aggregate", "prefill", "hop")
 
 
 @click.command()
@@ -63,10 +63,11 @@ async def _measure(
 
     from benchmarks.against_llama import measure_decode, measure_prefill
     from benchmarks.hop import measure_hops
+    from benchmarks.many import measure_aggregate
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
-        if "decode" in names or "prefill" in names:
+        if set(names) & {"decode", "aggregate", "prefill"}:
             status.update("making the model")
             path = await trio.to_thread.run_sync(_model_path, model)
         if "decode" in names:
@@ -77,6 +78,12 @@ async def _measure(
                     n_tokens=n_tokens,
                     runs=runs,
                     progress=lambda what: status.update(f"decode: {what}"),
+                )
+            )
+        if "aggregate" in names:
+            results.append(
+                await measure_aggregate(
+                    path, runs=runs, progress=lambda what: status.update(f"aggregate: {what}")
                 )
             )
         if "prefill" in names:

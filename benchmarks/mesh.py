@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -61,11 +61,18 @@ def split(model: Path, n_shards: int, folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def open_mesh(folder: Path, n_shards: int) -> AsyncIterator[Mesh]:
+async def open_mesh(
+    folder: Path, n_shards: int, listen_options: Sequence[str] = ()
+) -> AsyncIterator[Mesh]:
     """A mesh of the shards in `folder`/shards; all of it has ended when the block is left."""
     async with (
         start_mesh(
-            folder, n_shards, cluster=CLUSTER, on_change=lambda mesh: None, n_threads=N_THREADS
+            folder,
+            n_shards,
+            cluster=CLUSTER,
+            on_change=lambda mesh: None,
+            n_threads=N_THREADS,
+            listen_options=listen_options,
         ) as nodes,
         open_client(
             bootstraps=[nodes.bootstrap_address],

@@ -100,10 +100,12 @@ async def start_mesh(
     cluster: str,
     on_change: Callable[[DemoMesh], None],
     n_threads: int | None = None,
+    listen_options: Sequence[str] = (),
 ) -> AsyncIterator[DemoMesh]:
     """A mesh that serves the shards in `folder`; all of it has ended when the block is left.
 
-    `n_threads` of each stage, None for an even share of the cores.  Raises OurError with the last
+    `n_threads` of each stage, None for an even share of the cores; `listen_options` are further
+    flags of `shardmesh listen`.  Raises OurError with the last
     words of a process that died, UnreachableError (the moment's) when they are not up in time.
     """
     secret = make_secret(folder / "state", cluster)  # found there by all that are started below
@@ -121,7 +123,7 @@ async def start_mesh(
             [
                 *("listen", "--shard-id", str(shard_id), "--shards-dir", str(folder / "shards")),
                 *("--state-dir", str(folder / "state"), "--bootstrap", address),
-                *("--threads", str(n_threads), *common),
+                *("--threads", str(n_threads), *common, *listen_options),
             ],
         )
         for shard_id in range(n_shards)
