@@ -56,6 +56,7 @@ class EngineInfo:
     is_first: bool  # takes token ids
     is_last: bool  # gives tokens
     n_layer: int
+    n_layer_model: int  # of all stages together
     n_embd: int
     n_vocab: int  # 0 on stages that have no vocabulary
     n_ctx: int  # of one sequence

@@ -50,6 +50,7 @@ def fake_info(
         is_first=is_first,
         is_last=is_last,
         n_layer=layer_end - layer_start,
+        n_layer_model=n_layer,
         n_embd=n_embd,
         n_vocab=n_vocab if is_first or is_last else 0,
         n_ctx=n_ctx,

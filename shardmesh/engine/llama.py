@@ -75,6 +75,7 @@ class LlamaEngine:
             is_first=facts.is_first,
             is_last=facts.is_last,
             n_layer=model.n_layer,
+            n_layer_model=facts.n_layer_model,
             n_embd=model.n_embd,
             n_vocab=model.n_vocab,
             n_ctx=n_ctx,

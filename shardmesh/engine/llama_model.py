@@ -28,6 +28,7 @@ class ShardFacts:
     architecture: str
     is_first: bool
     is_last: bool
+    n_layer_model: int
     n_ctx_train: int
     n_ctx_original: int  # before its rotary positions were stretched; 0 if they were not
     kv: KvShape
@@ -58,10 +59,12 @@ def read_facts(gguf: GgufFile) -> ShardFacts:
     if rules.input_tensor not in ("", *(tensor.name for tensor in gguf.tensors)):
         input_node = ""
     is_first = gguf.get_int("shardmesh.layer_start", 0) == 0
+    n_layer_model = gguf.get_int("shardmesh.n_layer", layer_end)
     return ShardFacts(
         architecture=architecture,
         is_first=is_first,
-        is_last=layer_end == gguf.get_int("shardmesh.n_layer", layer_end),
+        is_last=layer_end == n_layer_model,
+        n_layer_model=n_layer_model,
         n_ctx_train=gguf.get_int(f"{architecture}.context_length", 0),
         n_ctx_original=gguf.get_int(_original_context_key(architecture), 0),
         kv=_kv_shape(gguf, architecture, n_layer),

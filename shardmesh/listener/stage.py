@@ -8,6 +8,7 @@ stage.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import trio
 
+from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import Engine, Hidden, MicroBatch, Output
 from shardmesh.errors import (
     InputError,
@@ -280,24 +282,44 @@ class Stage:
         self._worker.do(run)
 
     def _compute(self, works: list[Work]) -> None:
-        """Computes micro-batches one by one and sends each result on at once."""
-        for work in works:
-            if self._is_current(work.session):
-                started_s = time.monotonic()
-                result = _guarded(partial(self._compute_one, work.batch))
-                self._deliver(work, result, started_s)
+        """Computes micro-batches, some of them at once, and sends on what is ready."""
+        works = sorted(works, key=lambda work: work.session.sequence)
+        parts = computations([work.batch for work in works], self._numbers_at_once())
+        for part in parts:
+            computed, works = works[: len(part)], works[len(part) :]
+            self._compute_part([work for work in computed if self._is_current(work.session)])
 
-    def _compute_one(self, batch: MicroBatch) -> Output:
-        return self._engine.compute([batch])[0]
+    def _numbers_at_once(self) -> list[int]:
+        """How many sequences to advance at once: not more than this stage's share of them.
 
-    def _deliver(self, work: Work, result: Output | ShardmeshError, started_s: float) -> None:
+        A stage that took all that waits would leave the others of the chain with nothing to do.
+        """
+        info = self._engine.info
+        n_share = math.ceil(len(self._sessions) * info.n_layer / info.n_layer_model)
+        return [number for number in info.numbers_at_once if number <= n_share]
+
+    def _compute_part(self, works: list[Work]) -> None:
+        started_s = time.monotonic()
+        results = _guarded(partial(self._engine.compute, [work.batch for work in works]))
+        if isinstance(results, InputError) and len(works) > 1:  # nothing was computed yet
+            for work in works:
+                self._compute_part([work])
+            return
+        compute_us = int((time.monotonic() - started_s) * 1e6)
+        self.counters.compute_us += compute_us
+        for number, work in enumerate(works):
+            result = results if isinstance(results, ShardmeshError) else results[number]
+            self._deliver(work, result, started_s, compute_us)
+
+    def _deliver(
+        self, work: Work, result: Output | ShardmeshError, started_s: float, compute_us: int
+    ) -> None:
         session = work.session
         if not self._is_current(session):
             return
         if isinstance(result, ShardmeshError):
             self._fail_from_worker(session, result)
             return
-        compute_us = int((time.monotonic() - started_s) * 1e6)
         queue_us = int((started_s - work.received_s) * 1e6)
         next_hop = session.next_link or session.coordinator
         timing = StageTiming(
@@ -310,7 +332,6 @@ class Stage:
         self.counters.n_batches += 1
         self.counters.n_tokens += work.batch.n_tokens
         self.counters.queue_us += queue_us
-        self.counters.compute_us += compute_us
         try:
             next_hop.send(*result_message(work, result, (*work.timings, timing)))
         except ShardmeshError as error:
