@@ -5,8 +5,8 @@ Two phases take turns as long as both have work:
   decode   the next single token of every session that has one
   prefill  one micro-batch of several tokens, of the session that has waited longest
 
-A session's micro-batches keep their order.  Those of a round are computed one after the other: rows
-of several sessions in one computation would change each other's last bits.
+A session's micro-batches keep their order.  Those of a round are computed at once as far as that
+changes no bit (see `engine.at_once`), and the others one after the other.
 """
 
 from __future__ import annotations
