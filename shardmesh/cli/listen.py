@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import command_rights, listener_admission
+from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.file_options import (
+    LinkType,
+    bootstraps_of,
+    is_given,
+    models_dir_option,
+    rate_options,
+)
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -21,8 +28,8 @@ from shardmesh.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from shardmesh.shards.model_link import ModelLink
     from shardmesh.swarm.admission import Admission
-    from shardmesh.swarm.rights import Rights
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -131,11 +138,19 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     envvar="LLAMA_FLASH_ATTN",
     help="Must be the same on all stages.  [default: chosen alike everywhere]",
 )
+@click.option(
+    "--model",
+    "link",
+    type=LinkType(),
+    envvar="LLAMA_MODEL",
+    help="Model link of a published model; its files are fetched.",
+)
 @shards_dir_option
+@models_dir_option
+@rate_options
 @bootstrap_option
 @cluster_option
 @listener_admission
-@command_rights
 @state_dir_option
 @config_option
 @log_options
@@ -155,17 +170,25 @@ def command(
     cache_type_k: str,
     cache_type_v: str,
     flash_attention: bool | None,
+    link: ModelLink | None,
     shards_dir: Path,
+    models_dir: Path,
+    torrent_port: int,
+    upload_rate: int,
+    download_rate: int,
+    max_disk_bytes: int,
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
-    rights: Rights,
     state_dir: Path,
     log_format: str,
     verbose: int,
     quiet: bool,
 ) -> None:
     """Serve one shard of a model to the mesh, until Ctrl-C.
+
+    With --model it needs no files: manifest and shard are fetched from other nodes, into a folder
+    of their own in --models-dir, or into --shards-dir if that is given.
 
     What the manifest knows need not be given; a contradiction with it is an error.
     """
@@ -176,6 +199,7 @@ def command(
     from shardmesh.listener.assignment import WantedShard
     from shardmesh.listener.node import NodeOptions
     from shardmesh.listener.run import run_node
+    from shardmesh.swarm.torrents.service import TorrentOptions
 
     options = NodeOptions(
         wanted=WantedShard(
@@ -186,11 +210,20 @@ def command(
         ),
         cluster=cluster,
         admission=admission,
-        rights=rights,
         shards_dir=shards_dir,
+        models_dir=models_dir,
+        link=link,
+        fetch_into_shards_dir=is_given("shards_dir"),
+        torrents=TorrentOptions(
+            listen_host=listen_addr,
+            port=torrent_port,
+            upload_rate=upload_rate,
+            download_rate=download_rate,
+            max_disk_bytes=max_disk_bytes,
+        ),
         state_dir=state_dir,
         cache_dir=cache_dir(),
-        bootstraps=bootstrap,
+        bootstraps=bootstrap if link is None else bootstraps_of(link, bootstrap),
         listen_host=listen_addr,
         port=port,
         data_port=data_port,

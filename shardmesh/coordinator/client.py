@@ -15,10 +15,10 @@ from shardmesh.coordinator.model_files import ModelFiles
 from shardmesh.errors import UnreachableError, ungrouped
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.admission import Admission
-from shardmesh.swarm.dht import open_dht
+from shardmesh.swarm.dht import Dht, open_dht
 from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host, open_host
-from shardmesh.swarm.identity import Identity, new_identity
+from shardmesh.swarm.identity import new_identity
 from shardmesh.swarm.membership import Membership
 from shardmesh.wire.limits import LINK_AGREEMENT_BYTES_MAX
 from shardmesh.wire.link_agreement import LINK_PROTOCOL, LinkGrant, LinkRequester
@@ -35,6 +35,7 @@ class Client:
 
     host: Host
     directory: Directory
+    dht: Dht
     membership: Membership
     coordinator: Coordinator
 
@@ -47,15 +48,13 @@ async def open_client(
     admission: Admission,
     shards_dir: Path,
     cache_dir: Path,
-    identity: Identity | None = None,
 ) -> AsyncIterator[Client]:
     """A client that has reached the mesh.
 
-    Without an identity it has a new one.  Raises UnreachableError (the moment's) when no bootstrap
-    answers within JOIN_TIMEOUT_S, and RefusedError (theirs) when one does not admit it.  All of it
-    is gone when the block is left.
+    Raises UnreachableError (the moment's) when no bootstrap answers within JOIN_TIMEOUT_S, and
+    RefusedError (theirs) when one does not admit it.  All of it is gone when the block is left.
     """
-    identity = identity or new_identity()
+    identity = new_identity()
     directory = Directory(cluster)
     # A client is never dialed: loopback keeps its port out of everybody's reach.
     with ungrouped():
@@ -74,7 +73,7 @@ async def open_client(
                 agree = partial(agree_on_link, host)
                 coordinator = Coordinator(membership.find_listeners, agree, models, nursery)
                 try:
-                    yield Client(host, directory, membership, coordinator)
+                    yield Client(host, directory, dht, membership, coordinator)
                 finally:
                     models.close()
                     nursery.cancel_scope.cancel()

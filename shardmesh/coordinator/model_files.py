@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -79,12 +79,18 @@ class OpenModel:
         self.tokenizer.close()
 
 
+class LocalModels(Protocol):
+    """Where models lie on this disk: one folder, or a library of several."""
+
+    def by_digest(self, digest: str) -> ShardStore | None: ...
+
+
 class ModelFiles:
     """Opens models by manifest digest; keeps the last one open, and each that is in use."""
 
-    def __init__(self, host: Host, store: ShardStore, cache_dir: Path) -> None:
+    def __init__(self, host: Host, models: LocalModels, cache_dir: Path) -> None:
         self._host = host
-        self._store = store
+        self._models = models
         self._cache_dir = cache_dir
         self._open: dict[str, OpenModel] = {}
         self._opening = trio.Lock()
@@ -133,14 +139,13 @@ class ModelFiles:
                 model.close()
 
     def _local_store(self, digest: str) -> ShardStore | None:
-        cached = ShardStore(self._cache_dir / digest, create=False)
-        for store in (self._store, cached):
+        for models in (self._models, ShardStore(self._cache_dir / digest, create=False)):
             try:
-                manifest = store.manifest()
-                if manifest and manifest.digest() == digest and store.check_tokenizer():
+                store = models.by_digest(digest)
+                if store is not None and store.check_tokenizer():
                     return store
             except (InputError, StorageError) as error:
-                logger.warning("%s is not used: %s", store.directory, error)
+                logger.warning("a tokenizer on this disk is not used: %s", error)
         return None
 
     async def _fetch(self, digest: str, replicas: Sequence[Replica]) -> ShardStore:
@@ -187,24 +192,25 @@ class ModelFiles:
         return store
 
 
-def serve_model_info(host: Host, store: ShardStore) -> None:
-    """Hands over this node's manifest and tokenizer to whoever asks for them by digest."""
+def serve_model_info(host: Host, models: LocalModels) -> None:
+    """Hands over this node's manifests and tokenizers to whoever asks for them by digest."""
 
     async def serve(stream: ByteStream, peer_id: str) -> None:
         with trio.fail_after(REQUEST_READ_TIMEOUT_S):
             request = decode_cbor(
                 await receive_message(stream, MODEL_INFO_REQUEST_BYTES_MAX), ModelInfoRequest
             )
-        info = await trio.to_thread.run_sync(_read_info, store, request.manifest_digest)
+        info = await trio.to_thread.run_sync(_read_info, models, request.manifest_digest)
         with trio.fail_after(FETCH_TIMEOUT_S):
             await send_message(stream, await trio.to_thread.run_sync(encode_cbor, info))
 
     host.serve(MODEL_INFO_PROTOCOL, serve)
 
 
-def _read_info(store: ShardStore, digest: str) -> ModelInfo:
-    manifest = store.manifest()
-    if manifest is None or manifest.digest() != digest or store.check_tokenizer() is None:
+def _read_info(models: LocalModels, digest: str) -> ModelInfo:
+    store = models.by_digest(digest)
+    manifest = store.manifest() if store is not None else None
+    if store is None or manifest is None or store.check_tokenizer() is None:
         return ModelInfo(manifest=None, tokenizer=None)
     return ModelInfo(
         manifest=encode_manifest(manifest), tokenizer=store.tokenizer_path().read_bytes()

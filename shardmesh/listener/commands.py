@@ -15,12 +15,14 @@ import shardmesh
 from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.request import request_of_command
-from shardmesh.errors import InputError, UnreachableError
+from shardmesh.errors import UnreachableError
 from shardmesh.listener.node import Node
-from shardmesh.shards.checked import sha256_of
 from shardmesh.swarm.host import Host
 from shardmesh.wire.commands import InferenceParams, LoadShardParams, NoParams
 from shardmesh.wire.limits import INFERENCE_TIMEOUT_S, LOAD_TIMEOUT_S
+
+LIST_TIMEOUT_S = 5.0
+"""For hashing files that have just come; those that take longer are left out."""
 
 Handler = Callable[[Any], Awaitable[object]]
 
@@ -98,15 +100,15 @@ class NodeCommands:
         }
 
     async def _load_shard(self, params: LoadShardParams) -> object:
-        assignment = self._node.assignment
-        known_model = assignment.model_name if assignment else ""
-        if params.model not in (None, known_model):
-            raise InputError(
-                f"this node has {known_model or 'no model'}, not {params.model}",
-                code="UNKNOWN_MODEL",
-                next_step="leave `model` out, or ask a node that has that model",
+        with trio.move_on_after(LOAD_TIMEOUT_S) as scope:
+            loaded = await self._node.load_shard(params.shard_id, params.model)
+        if scope.cancelled_caught:
+            raise UnreachableError(
+                f"shard {params.shard_id} is still being fetched",
+                code="STILL_FETCHING",
+                next_step="it goes on; GET_METRICS shows how far it is.  Send LOAD_SHARD again "
+                "once it is there",
             )
-        loaded = await self._node.load_shard(params.shard_id)
         ready = await self._node.supervisor.wait_loaded(LOAD_TIMEOUT_S)
         return {
             "shard_id": loaded.shard_id,
@@ -158,22 +160,17 @@ class NodeCommands:
         }
 
     async def _list_files(self, params: NoParams) -> object:
-        store = self._node.store
-        files = await trio.to_thread.run_sync(store.scan)
-        return {
-            "files": [
-                {
-                    "name": file.name,
-                    "n_bytes": file.n_bytes,
-                    "sha256": await trio.to_thread.run_sync(sha256_of, store.directory / file.name),
-                }
-                for file in files
-            ]
-        }
+        files = self._node.files
+        if files is None:
+            return {"files": []}
+        with trio.move_on_after(LIST_TIMEOUT_S):  # a large file may still be hashed
+            await files.wait_given()
+        return {"files": [dataclasses.asdict(report) for report in files.files()]}
 
     async def _get_metrics(self, params: object) -> object:
         supervisor = self._node.supervisor
         status = supervisor.status
+        files = self._node.files
         stage = await supervisor.metrics()
         return {
             "uptime_s": round(time.monotonic() - self._started_s, 3),
@@ -185,6 +182,8 @@ class NodeCommands:
             "n_sessions": stage.n_sessions if stage else 0,
             "n_sessions_coordinated": self._coordinator.n_sessions,
             "stage": stage.counters if stage else {},
+            "downloads": [dataclasses.asdict(d) for d in files.downloads()] if files else [],
+            "torrents": dataclasses.asdict(files.seeding()) if files else {},
             "commands": {name: c.report() for name, c in self._counters.items()},
         }
 

@@ -15,16 +15,19 @@ from shardmesh.links.dial import local_endpoints
 from shardmesh.listener.assignment import Assignment, WantedShard, assign
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.machine import Machine, read_machine
+from shardmesh.listener.published import provide_shard
 from shardmesh.listener.supervisor import ShardStatus, Supervisor
 from shardmesh.logs import LogFormat
+from shardmesh.shards.library import Library
 from shardmesh.shards.manifest import MANIFEST_NAME
+from shardmesh.shards.model_link import ModelLink
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership, Offer
-from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
+from shardmesh.swarm.torrents.service import FileService, TorrentOptions
 from shardmesh.wire.announcement import Capabilities
 from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, LINK_AGREEMENT_BYTES_MAX
 from shardmesh.wire.link_agreement import (
@@ -35,6 +38,9 @@ from shardmesh.wire.link_agreement import (
 )
 
 logger = logging.getLogger("shardmesh")
+
+FETCH_PAUSE_S = 15.0
+"""Before a shard that could not be fetched is tried again."""
 
 FIRST_LOAD_TIMEOUT_S = 600.0
 """For loading a shard of tens of GB from a slow disk before joining."""
@@ -47,7 +53,6 @@ class NodeOptions:
     wanted: WantedShard
     cluster: str
     admission: Admission
-    rights: Rights
     shards_dir: Path
     state_dir: Path
     cache_dir: Path
@@ -59,6 +64,13 @@ class NodeOptions:
     engine: EngineOptions
     log_format: LogFormat
     log_verbosity: int
+    models_dir: Path | None
+    """Folders of further models, whose files are given to others too."""
+    torrents: TorrentOptions
+    fetch_into_shards_dir: bool
+    """Where a link's model goes that is not here yet; else into a folder of its own."""
+    link: ModelLink | None
+    """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
 
 
 class Node:
@@ -67,6 +79,8 @@ class Node:
     def __init__(self, options: NodeOptions, identity: Identity, store: ShardStore) -> None:
         self.options = options
         self.store = store
+        self.library = Library(options.shards_dir, options.models_dir)
+        self.files: FileService | None = None
         self.identity = identity
         self.assignment: Assignment | None = None
         self.machine: Machine = read_machine()
@@ -74,38 +88,39 @@ class Node:
         self._host: Host | None = None
         self._membership: Membership | None = None
 
-    def join(self, host: Host, membership: Membership) -> None:
+    def join(self, host: Host, membership: Membership, files: FileService) -> None:
         """From now on the node is on the network, and its changes are announced."""
-        self._host, self._membership = host, membership
+        self._host, self._membership, self.files = host, membership, files
 
     def leave(self) -> None:
         """The node is off the network again."""
-        self._host = self._membership = None
+        self._host = self._membership = self.files = None
 
     # -- the shard -----------------------------------------------------------------------------
 
-    async def load_shard(self, shard_id: int) -> Assignment:
-        """Serves a shard of the local model from now on; what was served before is stopped.
+    async def load_shard(self, shard_id: int, model: str | None = None) -> Assignment:
+        """Serves a shard from now on; what was served before is served until it is here.
 
-        Raises InputError or GgufError (theirs) if its file is not there or not right.
+        Its file is taken from the disk, or else fetched from other nodes.  Raises InputError or
+        GgufError (theirs) if it is neither there nor published, or cannot be kept.
         """
-        manifest = await trio.to_thread.run_sync(self.store.manifest)
-        assignment = assign(self.options.wanted, shard_id, manifest)
-        entry = await trio.to_thread.run_sync(self.store.check, shard_id)
-        if entry is None:
-            raise InputError(
-                f"{self.store.shard_path(shard_id).name} is not in {self.store.directory}",
-                code="SHARD_NOT_FOUND",
-                next_step="copy it there from the machine that split the model",
-            )
+        store = self.store
+        assigned = self.assignment
+        if model is not None and (assigned is None or model != assigned.model_name):
+            store = await trio.to_thread.run_sync(self.library.by_name, model)
+        manifest = await trio.to_thread.run_sync(store.manifest)
+        wanted = self.options.wanted if store is self.store else WantedShard()
+        assignment = assign(wanted, shard_id, manifest)
         if manifest is None:
             raise InputError(
-                f"{MANIFEST_NAME} is not in {self.store.directory}, so nobody can tell which "
-                "model the shard belongs to",
+                f"{MANIFEST_NAME} is not in {store.directory}, so nobody can tell which model the "
+                "shard belongs to",
                 code="NO_MANIFEST",
-                next_step="copy it there from the machine that split the model",
+                next_step="copy it there from the machine that split the model, or start the "
+                "listener with `--model LINK`",
             )
-        self.assignment = assignment
+        await provide_shard(store, manifest, shard_id, self.files, self.options.link)
+        self.store, self.assignment = store, assignment
         self.supervisor.serve(self._start(assignment))
         return assignment
 
@@ -128,6 +143,25 @@ class Node:
                 logger.error("[SHARD] ✗ Shard %d not loaded: %s", shard_id, error)
             if error.next_step:
                 logger.warning("[SHARD] Next step: %s", error.next_step)
+
+    async def fetch_first_shard(self) -> None:
+        """Gets and loads the shard that was not there at the start; tries for ever.
+
+        Returns when a shard is served, be it another one that was asked for meanwhile.
+        """
+        assignment = self.assignment
+        while assignment is not None and self.supervisor.status.state == "absent":
+            try:
+                await self.load_shard(assignment.shard_id)
+            except ShardmeshError as error:
+                if error.code not in ("SHARD_NOT_FOUND", "NO_MANIFEST"):
+                    logger.error("[SHARD] ✗ Shard %d not fetched: %s", assignment.shard_id, error)
+                await trio.sleep(FETCH_PAUSE_S)
+
+    async def is_computing(self) -> bool:
+        """Whether the data process has sessions now; raises UnreachableError if it is gone."""
+        metrics = await self.supervisor.metrics()
+        return metrics is not None and metrics.n_sessions > 0
 
     def _start(self, assignment: Assignment) -> Start:
         engine = self.options.engine

@@ -17,6 +17,8 @@ from shardmesh.errors import UnreachableError
 from shardmesh.listener.assignment import least_served
 from shardmesh.listener.commands import NodeCommands
 from shardmesh.listener.node import Node, NodeOptions
+from shardmesh.listener.published import with_manifest
+from shardmesh.shards.library import Library
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.commands import serve_commands
 from shardmesh.swarm.dht import open_dht
@@ -25,6 +27,7 @@ from shardmesh.swarm.host import open_host
 from shardmesh.swarm.identity import load_identity
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.state_file import locked_folder
+from shardmesh.swarm.torrents.service import open_files
 from shardmesh.wire.link_agreement import LINK_PROTOCOL
 
 logger = logging.getLogger("shardmesh")
@@ -59,8 +62,11 @@ class _Leaving:
 
 
 async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
+    if options.link is not None:
+        options = await with_manifest(options, options.link)
     store = ShardStore(options.shards_dir)
-    n_files = len(await trio.to_thread.run_sync(store.scan))
+    library = Library(options.shards_dir, options.models_dir)
+    n_files = await trio.to_thread.run_sync(library.n_files)
     shard_id = options.wanted.shard_id
     if shard_id is None:
         shard_id = await choose_shard(options, store)
@@ -86,6 +92,7 @@ async def _take_part(node: Node, membership: Membership, leaving: _Leaving) -> N
     async with trio.open_nursery() as nursery:
         leaving.scope = nursery.cancel_scope
         nursery.start_soon(membership.run)
+        nursery.start_soon(node.fetch_first_shard)
         try:
             with trio.move_on_after(ANNOUNCE_TIMEOUT_S):
                 await membership.announced.wait()
@@ -110,6 +117,7 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             admission=options.admission,
         ) as host,
         open_dht(host, cluster=options.cluster) as dht,
+        open_files(host, dht, directory, node.library, options.torrents) as files,
     ):
         for address in host.addresses():
             logger.info("[LISTEN] Listening on: %s", address.split("/p2p/")[0])
@@ -124,13 +132,14 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             state_dir=options.state_dir,
             logger=logger,
         )
-        node.join(host, membership)
-        models = ModelFiles(host, node.store, options.cache_dir)
+        node.join(host, membership, files)
+        files.start(node.is_computing)
+        models = ModelFiles(host, node.library, options.cache_dir)
         coordinator = Coordinator(membership.find_listeners, node.agree, models, nursery)
         commands = NodeCommands(node, host, coordinator)
         host.serve(LINK_PROTOCOL, node.serve_link)
-        serve_model_info(host, node.store)
-        serve_commands(host, commands.handlers(), options.rights)
+        serve_model_info(host, node.library)
+        serve_commands(host, commands.handlers())
         try:
             yield membership
         finally:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardmesh.errors import GgufError, StorageError
+from shardmesh.errors import GgufError, InputError, StorageError
 from shardmesh.shards.checked import sha256_of
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.gguf_file import GgufFile
@@ -65,6 +65,14 @@ class ShardStore:
         """The folder's manifest; None if there is none, InputError (theirs) if it is not good."""
         path = self._directory / MANIFEST_NAME
         return read_manifest(path) if path.exists() else None
+
+    def by_digest(self, digest: str) -> ShardStore | None:
+        """This folder if its manifest has that digest; a broken manifest has none."""
+        try:
+            manifest = self.manifest()
+        except InputError:
+            return None
+        return self if manifest is not None and manifest.digest() == digest else None
 
     def shard_path(self, shard_id: int) -> Path:
         """Where a shard lies or would lie; InputError (theirs) for an impossible number."""

@@ -65,6 +65,11 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
     def listen_to_events(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
+    def addresses_of(self, peer_id: str) -> list[str]:
+        """The addresses of the other side, of all live connections with a node."""
+        events = [watched.event for watched in self._watched.values()]
+        return [event.address for event in events if event.peer_id == peer_id and event.address]
+
     async def close(self, conns: Iterable[INetConn], cause: str) -> None:
         """Closes connections within two seconds, however the other side behaves."""
         async with trio.open_nursery() as nursery:

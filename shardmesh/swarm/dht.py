@@ -85,6 +85,7 @@ class Dht:
     def __init__(
         self, host: Host, kad: KadDHT, cluster: str, wall_clock: Callable[[], float]
     ) -> None:
+        self._host = host
         self._kad = kad
         self._cluster = cluster
         self._wall_clock = wall_clock
@@ -139,6 +140,29 @@ class Dht:
                 raise UnreachableError("no node of the DHT can be reached", next_step="Try again.")
             await self._put(announcement, signed)
 
+    async def provide(self, key: str) -> None:
+        """Says that this node has what the key stands for; a hint that lives for 48 hours.
+
+        Raises UnreachableError (the moment's) if nobody takes it in time.
+        """
+        with _deadline("registering"):
+            if not await self._kad.provide(key):
+                raise UnreachableError("no node of the DHT can be reached", next_step="Try again.")
+
+    async def find_providers(self, key: str) -> dict[str, list[str]]:
+        """Peer id -> addresses of who is said to have what the key stands for, this node apart.
+
+        Raises UnreachableError (the moment's) if it takes too long.
+        """
+        with _deadline("looking for providers"):
+            found = await self._ask_providers(key)
+        own = self._host.peer_id
+        return {
+            str(info.peer_id): [str(address) for address in info.addrs]
+            for info in found
+            if str(info.peer_id) != own
+        }
+
     async def withdraw(self, signed: bytes) -> None:
         """Replaces the stored announcement by a withdrawal; provider records just expire."""
         with _deadline("withdrawing"):
@@ -165,6 +189,9 @@ class Dht:
         return found
 
     async def _find_providers(self, key: str) -> set[str]:
+        return {str(provider.peer_id) for provider in await self._ask_providers(key)}
+
+    async def _ask_providers(self, key: str) -> list[PeerInfo]:
         """Asks the network, although the library is content with what lies here."""
         store = self._kad.provider_store
         held = store.providers.pop(key.encode(), {})
@@ -172,7 +199,7 @@ class Dht:
             asked = await self._kad.find_providers(key, DHT_PROVIDERS_MAX)
         finally:
             store.providers[key.encode()] = {**held, **store.providers.get(key.encode(), {})}
-        return {str(provider.peer_id) for provider in asked} | set(held)
+        return [*asked, *(record.provider_info for record in held.values())]
 
     async def _find_announcement(self, peer_id: str, found: list[bytes]) -> None:
         """Adds the newest announcement of a node, from the network or from what lies here."""

@@ -8,6 +8,7 @@ id where it is known.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -42,6 +43,7 @@ __all__ = ["ByteStream", "ConnectionEvent", "Handler", "Host", "open_host"]
 Handler = Callable[[ByteStream, str], Awaitable[None]]
 """Serves one stream; is given the peer id of the other side, which libp2p has proven."""
 
+_DIRECT = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/tcp/\d+(/p2p/\w+)?$")
 _KNOWN_FOREVER_S = 365 * 24 * 3600
 _LEAVE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
@@ -106,6 +108,17 @@ class Host:
                 _log.debug("an address of %s is left out: %s", peer_id, error)
         store.clear_addrs(node)
         store.add_addrs(node, found, _KNOWN_FOREVER_S)
+
+    def hosts_of(self, peer_id: str) -> list[str]:
+        """IP addresses of a node: those of live connections with it, then those it is said to have.
+
+        Names, and addresses of a relay in between, are left out.
+        """
+        known = self.libp2p.get_peerstore()
+        node = ID.from_base58(peer_id)
+        told = [str(a) for a in known.addrs(node)] if node in known.peer_ids() else []
+        found = [_DIRECT.match(text) for text in [*self._watch.addresses_of(peer_id), *told]]
+        return list(dict.fromkeys(match[1] for match in found if match))
 
     # -- asking --------------------------------------------------------------------------------
 
@@ -325,7 +338,6 @@ async def open_host(
         if not libp2p.get_transport_addrs():
             failure = port_taken(listen_host, port, "it cannot be listened on")
         else:
-            swarm.widen_entrance()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch.run)
                 try:

@@ -123,8 +123,8 @@ EXPECTED_LINKS_MAX: Final = 64
 EXPECTED_LINKS_PER_NODE_MAX: Final = 8
 """Links offered to one node and not yet dialed, so that one cannot take all the places."""
 
-UNNAMED_CONNECTIONS_MAX: Final = 512
-"""Accepted connections that have not yet proven a key; beyond it the oldest is closed."""
+UNNAMED_CONNECTIONS_MAX: Final = 64
+"""Accepted connections that have not yet proven a key; further ones are closed at once."""
 
 # -- libp2p ------------------------------------------------------------------------------------
 
@@ -135,16 +135,7 @@ CONNECTIONS_PER_NODE_MAX: Final = 4
 """Connections with one node; two arise when both dial at once."""
 
 HANDSHAKES_MAX: Final = 1024
-"""Connections that have not shown who they are yet; beyond it the oldest is closed."""
-
-FAILED_CONNECTIONS_MAX: Final = 100
-"""Connections of one address that come to nothing in a period; further ones are closed at once."""
-
-FAILED_CONNECTIONS_PERIOD_S: Final = 10.0
-"""The period in which they are counted: ten a second is more than any node needs."""
-
-FAILING_ADDRESSES_MAX: Final = 4096
-"""Addresses whose failed connections are counted."""
+"""Connections that have not shown who they are yet; each is gone after HANDSHAKE_TIMEOUT_S."""
 
 REQUESTS_MAX: Final = 256
 """Requests that a host serves at once, all protocols together; beyond it is BUSY."""
@@ -266,6 +257,47 @@ MANIFEST_BYTES_MAX: Final = 1 * MIB
 
 SHARD_FILES_MAX: Final = 10_000
 """Files that a shard folder may hold; what lies beyond is not listed."""
+
+# -- torrents ----------------------------------------------------------------------------------
+
+TORRENT_BYTES_MAX: Final = 4 * MIB
+"""A torrent: 32 bytes for each piece of 16 MiB of the largest file, and a little around them."""
+
+TORRENT_NESTING_MAX: Final = 6
+"""Depth of containers in a torrent; ours has 5."""
+
+TORRENT_NAME_BYTES_MAX: Final = 255
+"""A file's name in a torrent, as file systems have it."""
+
+TORRENT_FILE_BYTES_MAX: Final = 2**40
+"""A file in a torrent: 1 TiB, of which the hashes take 2 MiB."""
+
+TORRENT_REQUEST_BYTES_MAX: Final = 1 * KIB
+"""A request about a torrent or a published model: one hash and a little around it."""
+
+TORRENT_RESPONSE_BYTES_MAX: Final = TORRENT_BYTES_MAX + 4 * KIB
+"""The longest answer to such a request: a whole torrent."""
+
+TORRENT_SOURCES_MAX: Final = 50
+"""Nodes that a download is connected with at once."""
+
+TORRENT_ASK_INTERVAL_MAX_S: Final = 15.0
+"""A download asks the other nodes for pieces at least this often; at first every second."""
+
+TORRENT_SEEDED_FILES_MAX: Final = 1000
+"""Files that a node seeds; each costs some ten KiB of memory and a record in the DHT."""
+
+MODEL_FOLDERS_MAX: Final = 256
+"""Models side by side in one folder; what lies beyond is not looked at."""
+
+MODEL_LINK_CHARS_MAX: Final = 2048
+"""A model link: name, digest, key, and up to eight bootstraps."""
+
+MODEL_LINK_BOOTSTRAPS_MAX: Final = 8
+"""Bootstraps in a model link; the first that answers is enough."""
+
+PUBLICATION_BYTES_MAX: Final = MANIFEST_BYTES_MAX + 64 * KIB
+"""A signed manifest with its info-hashes: 512 shards take some 150 KiB."""
 
 # -- long commands -----------------------------------------------------------------------------
 

@@ -20,13 +20,14 @@ from shardmesh.wire import (
     link_agreement,
     messages,
     model_info,
+    torrent_messages,
 )
 
 PACKAGE = Path(shardmesh.__file__).parent
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text(encoding="utf-8")
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
-MODULES = (announcement, commands, link_agreement, messages, model_info)
+MODULES = (announcement, commands, link_agreement, messages, model_info, torrent_messages)
 UNITS = {"KIB", "MIB"}
 ERROR_MAKERS = {"refuse", "_refuse"}  # shards' helpers: the code is their last argument
 
@@ -132,6 +133,7 @@ def test_every_command_is_described() -> None:
         commands.METRICS_PROTOCOL,
         link_agreement.LINK_PROTOCOL,
         model_info.MODEL_INFO_PROTOCOL,
+        torrent_messages.TORRENT_PROTOCOL,
     ],
 )
 def test_every_protocol_has_a_chapter(protocol: str) -> None:

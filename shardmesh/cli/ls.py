@@ -1,0 +1,89 @@
+"""`shardmesh ls`: the models on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardmesh.cli.file_options import models_dir_option
+from shardmesh.cli.options import config_option, shards_dir_option
+
+if TYPE_CHECKING:
+    from shardmesh.shards.store import ShardStore
+
+
+@click.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@shards_dir_option
+@models_dir_option
+@config_option
+def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
+    """Show the models on this machine: which shards are here, and how large they are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardmesh.shards.library import Library
+    from shardmesh.shards.plan import readable_size
+
+    stores = Library(shards_dir, models_dir).stores()
+    models = [model for store in stores if (model := describe(store))]
+    if as_json:
+        click.echo(json.dumps(models, indent=2, ensure_ascii=False))
+        return
+    table = Table()
+    for heading in ("model", "digest", "shards here", "size", "published", "folder"):
+        table.add_column(heading)
+    for model in models:
+        table.add_row(
+            model["model_name"],
+            model["manifest_digest"][:8],
+            f"{_ranges(model['shards_here'])} of {model['n_shards']}",
+            readable_size(model["n_bytes"]),
+            "yes" if model["publisher"] else "no",
+            model["folder"],
+        )
+    Console().print(table)
+
+
+def describe(store: ShardStore) -> dict[str, Any] | None:
+    """What a model folder holds, as plain values; None if it has no good manifest."""
+    from shardmesh.errors import ShardmeshError
+    from shardmesh.shards.library import manifest_or_none
+    from shardmesh.shards.partial import PARTIAL_NAME
+    from shardmesh.shards.publication import read_publication
+
+    manifest = manifest_or_none(store)
+    if manifest is None:
+        return None
+    try:
+        opened = read_publication(store.directory, manifest)
+    except ShardmeshError:
+        opened = None
+    return {
+        "model_name": manifest.model_name,
+        "manifest_digest": manifest.digest(),
+        "n_shards": len(manifest.shards),
+        "shards_here": [
+            s.shard_id for s in manifest.shards if store.shard_path(s.shard_id).exists()
+        ],
+        "n_bytes": sum(file.n_bytes for file in store.scan()),
+        "unfinished": sorted(
+            path.name for path in (store.directory / PARTIAL_NAME).glob("*/*.gguf")
+        ),
+        "publisher": opened.publisher.hex() if opened else None,
+        "folder": str(store.directory),
+    }
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers for a person: 0-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(str(number) for number in part) for part in parts) or "none"

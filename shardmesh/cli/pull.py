@@ -1,0 +1,191 @@
+"""`shardmesh pull`: fetch a published model, or some of its shards, without serving it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.file_options import (
+    LinkType,
+    bootstraps_of,
+    is_given,
+    models_dir_option,
+    rate_options,
+)
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cluster_option,
+    config_option,
+    listen_addr_option,
+    shards_dir_option,
+    state_dir_option,
+)
+from shardmesh.errors import InputError, UnreachableError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from shardmesh.shards.model_link import ModelLink
+    from shardmesh.shards.publication import OpenPublication
+    from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.torrents.service import FileService
+
+REFRESH_INTERVAL_S = 0.25
+
+
+@click.command("pull")
+@click.argument("link", type=LinkType())
+@click.option(
+    "--shard",
+    "shard_ids",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Shard to fetch; may be given several times.",
+)
+@click.option("--all", "everything", is_flag=True, help="All shards; so it is without --shard.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0.1),
+    help="Seconds after which it gives up.  [default: never]",
+)
+@listen_addr_option
+@shards_dir_option
+@models_dir_option
+@rate_options
+@bootstrap_option
+@cluster_option
+@listener_admission
+@state_dir_option
+@config_option
+def command(
+    link: ModelLink,
+    shard_ids: tuple[int, ...],
+    everything: bool,
+    timeout_s: float | None,
+    listen_addr: str,
+    shards_dir: Path,
+    models_dir: Path,
+    torrent_port: int,
+    upload_rate: int,
+    download_rate: int,
+    max_disk_bytes: int,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+    admission: Admission,
+    state_dir: Path,
+) -> None:
+    """Fetch the files of the model behind LINK; what is here and right is not fetched again.
+
+    They go to a folder of their own in --models-dir, or into --shards-dir if that is given.
+    """
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+    import math
+
+    import trio
+
+    from shardmesh.listener.published import (
+        fetch_files,
+        keep_publication,
+        wait_for_publication,
+    )
+    from shardmesh.listener.seeder import SeederOptions, open_seeder
+    from shardmesh.shards.library import Library
+    from shardmesh.swarm.torrents.service import TorrentOptions
+
+    if shard_ids and everything:
+        raise InputError("--shard and --all exclude each other", next_step="give one of them")
+    own_dir = None if is_given("shards_dir") else models_dir
+    folder = Library(shards_dir, own_dir).folder_for(link.model_name, link.manifest_digest)
+    options = SeederOptions(
+        bootstraps=bootstraps_of(link, bootstrap),
+        cluster=cluster,
+        admission=admission,
+        listen_host=listen_addr,
+        port=0,
+        state_dir=state_dir,
+        shards_dir=folder,
+        models_dir=models_dir,
+        torrents=TorrentOptions(
+            listen_host=listen_addr,
+            port=torrent_port,
+            upload_rate=upload_rate,
+            download_rate=download_rate,
+            max_disk_bytes=max_disk_bytes,
+        ),
+    )
+
+    async def run() -> OpenPublication:
+        async with open_seeder(options) as seeder, trio.open_nursery() as nursery:
+            nursery.start_soon(show_downloads, seeder.files)
+            opened = await wait_for_publication(seeder.files.find_publication, link)
+            await trio.to_thread.run_sync(keep_publication, folder, opened)
+            wanted = list(shard_ids) or list(range(len(opened.manifest.shards)))
+            await fetch_files(seeder.files, opened, folder, wanted)
+            nursery.cancel_scope.cancel()
+        return opened
+
+    async def run_in_time() -> OpenPublication:
+        try:
+            with trio.fail_after(math.inf if timeout_s is None else timeout_s):
+                return await run()
+        except trio.TooSlowError:
+            raise UnreachableError(
+                f"{link.model_name} was not here whole after {timeout_s:g} s",
+                code="NO_SOURCE",
+                next_step="is a node up that has the missing files?  What was fetched is kept, so "
+                "the next try goes on from there",
+            ) from None
+
+    opened = trio.run(run_in_time)
+    n_files = len(shard_ids) or len(opened.manifest.shards)
+    click.echo(f"{n_files} shards of {opened.manifest.model_name} in {folder}")
+
+
+async def show_downloads(files: FileService) -> None:
+    """Draws one bar for each download on standard error, until cancelled."""
+    import trio
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bars: dict[str, TaskID] = {}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+    with progress:
+        try:
+            while True:
+                _draw(progress, bars, files)
+                await trio.sleep(REFRESH_INTERVAL_S)
+        finally:
+            _draw(progress, bars, files)
+
+
+def _draw(progress: Progress, bars: dict[str, TaskID], files: FileService) -> None:
+    for download in files.downloads():
+        name = download.file_name
+        if name not in bars:
+            bars[name] = progress.add_task(name, total=download.n_bytes_total, note="")
+        n_sources = download.n_sources
+        sources = f"{n_sources} source{'' if n_sources == 1 else 's'}"
+        note = sources if download.state == "downloading" else download.state
+        progress.update(bars[name], completed=download.n_bytes_done, note=note)

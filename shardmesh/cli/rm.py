@@ -1,0 +1,42 @@
+"""`shardmesh rm`: remove a model, or one of its shards, from this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardmesh.cli.file_options import models_dir_option
+from shardmesh.cli.options import config_option, shards_dir_option
+
+
+@click.command("rm")
+@click.argument("model")
+@click.option(
+    "--shard",
+    "shard_ids",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Only this shard; may be given several times.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@shards_dir_option
+@models_dir_option
+@config_option
+def command(
+    model: str, shard_ids: tuple[int, ...], yes: bool, shards_dir: Path, models_dir: Path
+) -> None:
+    """Remove MODEL (its name, its digest or the beginning of it, or its folder's name).
+
+    Only what Shardmesh has put there is removed: shards, tokenizer, manifest, unfinished files.
+    """
+    from shardmesh.shards.library import Library, remove_model, remove_shards
+    from shardmesh.shards.plan import readable_size
+
+    library = Library(shards_dir, models_dir)
+    store = library.by_name(model)
+    what = ", ".join(f"shard {i}" for i in shard_ids) if shard_ids else "all files"
+    if not yes:
+        click.confirm(f"Remove {what} of {model} in {store.directory}?", abort=True)
+    n_bytes = remove_shards(store, shard_ids) if shard_ids else remove_model(store)
+    click.echo(f"Removed {what} of {model}: {readable_size(n_bytes)}")

@@ -1,0 +1,96 @@
+"""`shardmesh seed`: give all model files of this machine, serve no shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.file_options import models_dir_option, rate_options
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cluster_option,
+    config_option,
+    listen_addr_option,
+    log_options,
+    shards_dir_option,
+    start_logging,
+    state_dir_option,
+)
+
+if TYPE_CHECKING:
+    from shardmesh.swarm.admission import Admission
+
+
+@click.command("seed")
+@listen_addr_option
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    envvar="LLAMA_PORT",
+    help="TCP port for other nodes.  [default: any]",
+)
+@shards_dir_option
+@models_dir_option
+@rate_options
+@bootstrap_option
+@cluster_option
+@listener_admission
+@state_dir_option
+@config_option
+@log_options
+def command(
+    listen_addr: str,
+    port: int,
+    shards_dir: Path,
+    models_dir: Path,
+    torrent_port: int,
+    upload_rate: int,
+    download_rate: int,
+    max_disk_bytes: int,
+    bootstrap: tuple[str, ...],
+    cluster: str,
+    admission: Admission,
+    state_dir: Path,
+    log_format: str,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Give all model files of this machine to others, until Ctrl-C.
+
+    A listener does that as well; this is for a machine that only keeps the files.
+    """
+    start_logging(log_format, verbose, quiet)
+    import trio
+
+    from shardmesh.listener.seeder import SeederOptions, open_seeder
+    from shardmesh.swarm.torrents.service import TorrentOptions
+
+    options = SeederOptions(
+        bootstraps=bootstrap,
+        cluster=cluster,
+        admission=admission,
+        listen_host=listen_addr,
+        port=port,
+        state_dir=state_dir,
+        shards_dir=shards_dir,
+        models_dir=models_dir,
+        torrents=TorrentOptions(
+            listen_host=listen_addr,
+            port=torrent_port,
+            upload_rate=upload_rate,
+            download_rate=download_rate,
+            max_disk_bytes=max_disk_bytes,
+        ),
+    )
+
+    async def run() -> None:
+        async with open_seeder(options) as seeder:
+            await seeder.files.wait_given()
+            click.echo(f"Giving {seeder.files.seeding().n_files} files to others until Ctrl-C.")
+            await trio.sleep_forever()
+
+    trio.run(run)

@@ -1,0 +1,287 @@
+"""A node's part in the exchange of model files: gives what it has, fetches what it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from shardmesh.errors import ShardmeshError
+from shardmesh.shards.hashing import HashedFile
+from shardmesh.shards.library import Library
+from shardmesh.shards.partial import PartialFile
+from shardmesh.shards.publication import OpenPublication, PublishedFile
+from shardmesh.swarm.dht import Dht
+from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.torrents.download import Download
+from shardmesh.swarm.torrents.exchange import serve_torrents
+from shardmesh.swarm.torrents.progress import DownloadProgress, SeedingReport
+from shardmesh.swarm.torrents.seeding import Seeder
+from shardmesh.swarm.torrents.session import TorrentSession, no_room, open_torrents
+from shardmesh.swarm.torrents.sources import Sources
+
+logger = logging.getLogger("shardmesh")
+
+BUSY_RATE_BYTES_PER_S: Final = 4_000_000
+"""What is given and taken while the node computes: little of a core, and still some progress."""
+
+_BUSY_INTERVAL_S: Final = 0.25
+_DONE_KEPT: Final = 16
+
+IsBusy = Callable[[], Awaitable[bool]]
+"""Whether the node computes for somebody now."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorrentOptions:
+    """How a node takes part; rates in bytes per second and sizes in bytes, 0 for no limit."""
+
+    listen_host: str = "0.0.0.0"
+    port: int = 0
+    upload_rate: int = 0
+    download_rate: int = 0
+    max_disk_bytes: int = 0
+
+
+class FileService:
+    """What a node does with model files; made by `open_files`."""
+
+    def __init__(
+        self,
+        host: Host,
+        dht: Dht,
+        directory: Directory,
+        library: Library,
+        torrents: TorrentSession,
+        options: TorrentOptions,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._host = host
+        self._dht = dht
+        self._library = library
+        self._torrents = torrents
+        self._options = options
+        self._nursery = nursery
+        self._sources = Sources(host, dht, directory)
+        self._downloads: dict[Path, Download] = {}
+        self._seeder = Seeder(torrents, library, self._is_downloading)
+        self._backs_off = False
+        serve_torrents(host, torrents, self._publication_of)
+
+    # -- what can be seen ----------------------------------------------------------------------
+
+    def downloads(self) -> list[DownloadProgress]:
+        """Every download under way and the last ones that are over, oldest first."""
+        return [download.progress() for download in self._downloads.values()]
+
+    def seeding(self) -> SeedingReport:
+        """What the node gives and takes now."""
+        statuses = [torrent.status for torrent in self._torrents.all()]
+        return SeedingReport(
+            n_files=self._seeder.n_files,
+            n_connections=sum(status.n_sources for status in statuses),
+            upload_rate_bytes_per_s=sum(status.upload_rate for status in statuses),
+            download_rate_bytes_per_s=sum(status.download_rate for status in statuses),
+            n_bytes_uploaded=sum(status.n_bytes_uploaded for status in statuses),
+            is_backing_off=self._backs_off,
+        )
+
+    def files(self) -> list[FileReport]:
+        """Every GGUF file that is given or fetched; blocks on nothing."""
+        found = [
+            self._file_report(path.name, path.parent, hashed) for path, hashed in self._seeder.all()
+        ]
+        for path, download in self._downloads.items():
+            if not download.done.is_set():
+                found.append(self._unfinished_report(path, download))
+        return found
+
+    def _file_report(self, name: str, folder: Path, hashed: HashedFile) -> FileReport:
+        torrent = self._torrents.get(hashed.torrent.info_hash())
+        return FileReport(
+            name=name,
+            folder=folder.name,
+            n_bytes=hashed.torrent.n_bytes,
+            info_hash=hashed.torrent.info_hash().hex(),
+            sha256=hashed.sha256,
+            share_complete=1.0,
+            upload_rate_bytes_per_s=torrent.status.upload_rate if torrent else 0,
+            download_rate_bytes_per_s=0,
+        )
+
+    def _unfinished_report(self, path: Path, download: Download) -> FileReport:
+        progress = download.progress()
+        torrent = self._torrents.get(download.file.info_hash)
+        return FileReport(
+            name=path.name,
+            folder=path.parent.name,
+            n_bytes=download.file.n_bytes,
+            info_hash=download.file.info_hash.hex(),
+            sha256=download.file.sha256,
+            share_complete=round(progress.n_bytes_done / progress.n_bytes_total, 4),
+            upload_rate_bytes_per_s=torrent.status.upload_rate if torrent else 0,
+            download_rate_bytes_per_s=progress.rate_bytes_per_s,
+        )
+
+    async def wait_given(self) -> None:
+        """Waits until all files that were there at the start are hashed and given."""
+        await self._seeder.scanned.wait()
+
+    # -- fetching ------------------------------------------------------------------------------
+
+    async def find_publication(
+        self, manifest_digest: str, publisher: bytes | None = None
+    ) -> OpenPublication | None:
+        """The signed manifest with this digest: from the disk, or from a node that has it.
+
+        With a `publisher`, only what that one has signed.  None if nobody has it at the moment.
+        """
+        for opened in await trio.to_thread.run_sync(self._library.publications):
+            is_wanted = publisher in (None, opened.publisher)
+            if is_wanted and opened.manifest.digest() == manifest_digest:
+                return opened
+        return await self._sources.find_publication(manifest_digest, publisher)
+
+    async def fetch(self, opened: OpenPublication, file: PublishedFile, folder: Path) -> None:
+        """Returns when the file of a published model lies whole and right in the folder.
+
+        Who asks for the same file meanwhile waits for the same download, which goes on when the
+        waiting is cancelled.  Raises InputError (NO_ROOM; BAD_SHARD if the publisher's info-hash
+        and SHA-256 do not belong together), StorageError (ours).
+        """
+        path = folder / file.name
+        download = self._downloads.get(path)
+        if download is None or download.done.is_set():
+            download = Download(
+                file,
+                folder,
+                model_name=opened.manifest.model_name,
+                manifest_digest=opened.manifest.digest(),
+            )
+            self._downloads.pop(path, None)
+            self._downloads[path] = download
+            self._forget_old()
+            self._nursery.start_soon(self._run, download)
+        await download.done.wait()
+        if download.error is not None:
+            raise download.error
+
+    async def _run(self, download: Download) -> None:
+        await self._seeder.release(download.file.info_hash)
+        await download.run(self._host, self._torrents, self._sources, self._check_room)
+        self._seeder.look_now()
+
+    def _forget_old(self) -> None:
+        over = [path for path, download in self._downloads.items() if download.done.is_set()]
+        for path in over[:-_DONE_KEPT]:
+            del self._downloads[path]
+
+    def _is_downloading(self, info_hash: bytes) -> bool:
+        return any(
+            download.file.info_hash == info_hash and not download.done.is_set()
+            for download in self._downloads.values()
+        )
+
+    def _check_room(self, partial: PartialFile) -> None:
+        n_missing, n_free = partial.n_bytes_missing(), partial.n_bytes_free()
+        name = partial.final.name
+        if n_missing > n_free:
+            raise no_room(
+                f"there is no room for {name}: {n_missing:,} bytes are needed, {n_free:,} are free"
+            )
+        allowed = self._options.max_disk_bytes
+        if allowed and self._library.n_bytes() + n_missing > allowed:
+            raise no_room(
+                f"{name} would take the models of this node beyond --max-disk of {allowed:,} bytes"
+            )
+
+    # -- giving --------------------------------------------------------------------------------
+
+    async def _publication_of(self, manifest_digest: str) -> bytes | None:
+        for opened in await trio.to_thread.run_sync(self._library.publications):
+            if opened.manifest.digest() == manifest_digest:
+                return opened.signed
+        return None
+
+    def look_now(self) -> None:
+        """Files were added or removed: give what is there now."""
+        self._seeder.look_now()
+
+    async def release(self, info_hash: bytes) -> None:
+        """Stops giving a file."""
+        await self._seeder.release(info_hash)
+
+    def start(self, is_busy: IsBusy | None = None) -> None:
+        """From now on gives all files, and backs off while the node `is_busy`."""
+        self._nursery.start_soon(self._seeder.run)
+        self._nursery.start_soon(self._seeder.keep_registering, self._dht)
+        if is_busy is not None:
+            self._nursery.start_soon(self._keep_backing_off, is_busy)
+
+    async def _keep_backing_off(self, is_busy: IsBusy) -> None:
+        while True:
+            try:
+                backs_off = await is_busy()
+            except ShardmeshError:  # the data process is being started again
+                backs_off = False
+            if backs_off != self._backs_off:
+                self._backs_off = backs_off
+                upload, download = self._options.upload_rate, self._options.download_rate
+                self._torrents.set_rates(
+                    upload_rate=backed_off(upload) if backs_off else upload,
+                    download_rate=backed_off(download) if backs_off else download,
+                )
+            await trio.sleep(_BUSY_INTERVAL_S)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """One file as LIST_FILES tells of it; rates in bytes per second."""
+
+    name: str
+    folder: str
+    n_bytes: int
+    info_hash: str
+    sha256: str
+    share_complete: float
+    upload_rate_bytes_per_s: int
+    download_rate_bytes_per_s: int
+
+
+def backed_off(rate: int) -> int:
+    """The rate while the node computes; a limit that is lower anyway stays."""
+    return min(rate, BUSY_RATE_BYTES_PER_S) if rate else BUSY_RATE_BYTES_PER_S
+
+
+@asynccontextmanager
+async def open_files(
+    host: Host, dht: Dht, directory: Directory, library: Library, options: TorrentOptions
+) -> AsyncIterator[FileService]:
+    """A file service that answers and fetches until the block is left; `start` it to give as well.
+
+    Raises InputError (theirs, PORT_TAKEN) if its port cannot be had.
+    """
+    failure: Exception | None = None
+    async with (
+        open_torrents(
+            listen_host=options.listen_host,
+            port=options.port,
+            upload_rate=options.upload_rate,
+            download_rate=options.download_rate,
+        ) as torrents,
+        trio.open_nursery() as nursery,
+    ):
+        service = FileService(host, dht, directory, library, torrents, options, nursery)
+        try:
+            yield service
+        except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

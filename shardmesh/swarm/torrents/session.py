@@ -1,0 +1,326 @@
+"""libtorrent behind trio: torrents are added, connected and watched without blocking the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import libtorrent as lt
+import trio
+
+from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
+from shardmesh.swarm.torrents.settings import limit_all_addresses, session_settings
+from shardmesh.wire.limits import TORRENT_SOURCES_MAX
+from shardmesh.wire.torrent_file import TorrentFile
+
+_log = logging.getLogger(__name__)
+
+_UPDATE_INTERVAL_S: Final = 0.5
+_ADD_TIMEOUT_S: Final = 30.0
+_FLUSH_TIMEOUT_S: Final = 60.0
+_CLOSE_TIMEOUT_S: Final = 1.5
+_PEER_FLAGS: Final = (
+    lt.torrent_flags.update_subscribe
+    | lt.torrent_flags.apply_ip_filter
+    | lt.torrent_flags.disable_dht
+    | lt.torrent_flags.disable_lsd
+    | lt.torrent_flags.disable_pex
+    | lt.torrent_flags.duplicate_is_error
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorrentStatus:
+    """How far one torrent is; rates in bytes per second of payload."""
+
+    n_bytes_done: int = 0
+    download_rate: int = 0
+    upload_rate: int = 0
+    n_sources: int = 0
+    is_checking: bool = False
+    n_bytes_uploaded: int = 0
+
+
+class Torrent:
+    """One torrent in the session; made by `TorrentSession.add`."""
+
+    def __init__(self, file: TorrentFile) -> None:
+        self.file = file
+        self.status = TorrentStatus()
+        self.finished = trio.Event()
+        """Set when every piece is there and right, or when it failed."""
+        self.error: ShardmeshError | None = None
+        self.n_bytes_refused = 0
+        """Bytes that did not have their hash: a source sends rubbish, or the disk is damaged."""
+        self._added = trio.Event()
+        self._removed = trio.Event()
+        self._flushed = trio.Event()
+        self._handle: lt.torrent_handle | None = None
+
+    def fail(self, error: ShardmeshError) -> None:
+        self.error = error
+        for event in (self._added, self.finished, self._flushed):
+            event.set()
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class TorrentSession:
+    """libtorrent's session; made by `open_torrents`.  All methods return quickly."""
+
+    def __init__(self, session: lt.session, port: int) -> None:
+        self.port = port
+        self._session: lt.session = session
+        self._torrents: dict[bytes, Torrent] = {}
+
+    def get(self, info_hash: bytes) -> Torrent | None:
+        """The torrent of this info-hash, if the session has it."""
+        return self._torrents.get(info_hash)
+
+    def all(self) -> list[Torrent]:
+        return list(self._torrents.values())
+
+    async def add(self, file: TorrentFile, folder: Path, *, is_whole: bool) -> Torrent:
+        """Takes part with the file of that name in `folder`.
+
+        One that `is_whole` was just hashed and is only given, never written.  Another one is
+        checked, as far as there, and completed.  Raises OurError or StorageError (ours).  After a
+        cancellation the torrent is in the session or not; `remove` it.
+        """
+        info_hash = file.info_hash()
+        if info_hash in self._torrents:
+            raise OurError(f"{file.name} is in the session twice")
+        params = lt.load_torrent_buffer(file.encode())
+        params.save_path = str(folder)
+        params.flags = _PEER_FLAGS
+        params.max_connections = TORRENT_SOURCES_MAX
+        if is_whole:
+            params.flags |= lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
+        torrent = self._torrents[info_hash] = Torrent(file)
+        self._session.async_add_torrent(params)
+        with trio.move_on_after(_ADD_TIMEOUT_S):
+            await torrent._added.wait()
+        if torrent._handle is None and torrent.error is None:
+            torrent.fail(OurError(f"libtorrent did not take {file.name} in time"))
+        if torrent.error is not None:
+            self._torrents.pop(info_hash, None)
+        torrent.raise_error()
+        return torrent
+
+    def connect(self, torrent: Torrent, host: str, port: int) -> None:
+        """Connects with a node that is said to have pieces; nothing happens if it is known."""
+        if torrent._handle is not None and port:
+            try:
+                torrent._handle.connect_peer((host, port))
+            except (RuntimeError, ValueError) as error:
+                _log.debug("%s:%d cannot be connected with: %s", host, port, error)
+
+    async def flush(self, torrent: Torrent) -> None:
+        """Waits until the system has all bytes of a finished torrent.  Raises StorageError."""
+        torrent._flushed = trio.Event()
+        if torrent._handle is None:
+            return
+        torrent._handle.flush_cache()
+        with trio.move_on_after(_FLUSH_TIMEOUT_S) as scope:
+            await torrent._flushed.wait()
+        if scope.cancelled_caught:
+            raise StorageError(f"{torrent.file.name} was not written to the disk in time")
+        torrent.raise_error()
+
+    def moved(self, torrent: Torrent, folder: Path) -> None:
+        """The file was renamed into that folder, unchanged; it is given from there on."""
+        if torrent._handle is not None:
+            torrent._handle.set_flags(lt.torrent_flags.upload_mode)
+            torrent._handle.move_storage(str(folder), lt.move_flags_t.reset_save_path_unchecked)
+
+    async def recheck(self, torrent: Torrent) -> None:
+        """Reads all pieces again and fetches those that are wrong."""
+        if torrent._handle is not None:
+            torrent.finished = trio.Event()
+            torrent._handle.force_recheck()
+        await trio.lowlevel.checkpoint()
+
+    async def remove(self, info_hash: bytes) -> None:
+        """Leaves a torrent; its file stays."""
+        torrent = self._torrents.pop(info_hash, None)
+        if torrent is not None and torrent._handle is not None:
+            self._torrents[info_hash] = torrent  # until its end is reported
+            self._session.remove_torrent(torrent._handle)
+            with trio.move_on_after(_ADD_TIMEOUT_S):
+                await torrent._removed.wait()
+            self._torrents.pop(info_hash, None)
+
+    def set_rates(self, *, upload_rate: int, download_rate: int) -> None:
+        """Limits in bytes per second from now on, 0 for none."""
+        self._session.apply_settings(
+            {"upload_rate_limit": upload_rate, "download_rate_limit": download_rate}
+        )
+
+    def forget_session(self) -> None:
+        """Nothing can be done with it any more; its torrents have failed."""
+        for torrent in self._torrents.values():
+            torrent.fail(OurError("the node is leaving"))
+            torrent._handle = None
+        self._torrents = {}
+        del self._session
+
+    # -- what libtorrent says ------------------------------------------------------------------
+
+    async def run(self, alerts: trio.socket.SocketType) -> None:
+        """Takes in libtorrent's alerts for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_updating)
+            while True:
+                await alerts.recv(4096)
+                for alert in self._session.pop_alerts():
+                    self._take(alert)
+
+    async def _keep_updating(self) -> None:
+        while True:
+            if self._torrents:
+                self._session.post_torrent_updates()
+            await trio.sleep(_UPDATE_INTERVAL_S)
+
+    def _take(self, alert: Any) -> None:
+        """One alert; what is not named here is not needed."""
+        if isinstance(alert, lt.state_update_alert):
+            for status in alert.status:
+                self._note(status)
+            return
+        if isinstance(alert, lt.listen_failed_alert):
+            _log.warning("[TORRENT] ✗ %s", alert.message())
+            return
+        torrent = self._torrent_of(alert)
+        if torrent is None:
+            return
+        match alert:
+            case lt.add_torrent_alert():
+                if alert.error.value():
+                    torrent.fail(OurError(f"libtorrent refuses the torrent: {alert.message()}"))
+                else:
+                    torrent._handle = alert.handle
+                    torrent._added.set()
+            case lt.torrent_finished_alert():
+                torrent.finished.set()
+            case lt.cache_flushed_alert():
+                torrent._flushed.set()
+            case lt.torrent_removed_alert():
+                torrent._removed.set()
+            case lt.hash_failed_alert():
+                _log.warning(
+                    "[TORRENT] ✗ A piece of %s was not what it should be and is refused",
+                    torrent.file.name,
+                )
+            case lt.peer_ban_alert():
+                _log.warning(
+                    "[TORRENT] ✗ A source of %s is dropped for what it sent: %s",
+                    torrent.file.name,
+                    ":".join(str(part) for part in alert.endpoint),
+                )
+            case lt.file_error_alert():
+                torrent.fail(storage_error(torrent.file.name, alert.error.value(), alert.message()))
+            case lt.torrent_error_alert():
+                torrent.fail(storage_error(torrent.file.name, alert.error.value(), alert.message()))
+
+    def _torrent_of(self, alert: Any) -> Torrent | None:
+        if isinstance(alert, lt.torrent_removed_alert):
+            return self._torrents.get(alert.info_hashes.v2.to_bytes())
+        if isinstance(alert, lt.add_torrent_alert):
+            return self._torrents.get(alert.params.info_hashes.v2.to_bytes())
+        if not isinstance(alert, lt.torrent_alert) or not alert.handle.is_valid():
+            return None
+        return next((t for t in self._torrents.values() if t._handle == alert.handle), None)
+
+    def _note(self, status: lt.torrent_status) -> None:
+        torrent = self._torrents.get(status.info_hashes.v2.to_bytes())
+        if torrent is None:
+            return
+        torrent.n_bytes_refused = status.total_failed_bytes
+        checking = (lt.torrent_status.checking_files, lt.torrent_status.checking_resume_data)
+        torrent.status = TorrentStatus(
+            n_bytes_done=status.total_wanted_done,
+            download_rate=status.download_payload_rate,
+            upload_rate=status.upload_payload_rate,
+            n_sources=status.num_peers,
+            is_checking=status.state in checking,
+            n_bytes_uploaded=status.all_time_upload,
+        )
+
+
+def storage_error(name: str, number: int, message: str) -> ShardmeshError:
+    """What the disk said about a file, as one of our errors; `number` is an errno."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return no_room(f"the disk became full while {name} was fetched")
+    return StorageError(
+        f"{name} cannot be kept: {message}",
+        next_step="check the folder's permissions and the disk",
+    )
+
+
+def no_room(sentence: str) -> InputError:
+    return InputError(
+        sentence,
+        code="NO_ROOM",
+        next_step="free some space with `shardmesh rm`, or give a larger --max-disk",
+    )
+
+
+@asynccontextmanager
+async def open_torrents(
+    *, listen_host: str, port: int = 0, upload_rate: int = 0, download_rate: int = 0
+) -> AsyncIterator[TorrentSession]:
+    """A session that listens until the block is left; rates in bytes per second, 0 for no limit.
+
+    Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
+    """
+    settings = session_settings(
+        listen_host, port, upload_rate=upload_rate, download_rate=download_rate
+    )
+    session, own_port = await trio.to_thread.run_sync(_start, settings)
+    sessions = [session]
+    torrents = TorrentSession(session, own_port)
+    here, there = socket.socketpair()
+    failure: Exception | None = None
+    try:
+        if not own_port:
+            raise InputError(
+                f"port {port} on {listen_host} is not free for torrents",
+                code="PORT_TAKEN",
+                next_step="end the process that uses it, or choose another with --torrent-port",
+            )
+        there.setblocking(False)
+        here.setblocking(False)
+        session.set_alert_fd(there.fileno())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(torrents.run, trio.socket.from_stdlib_socket(here))
+            try:
+                yield torrents
+            except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        session.set_alert_fd(-1)
+        torrents.forget_session()
+        del session  # what is left in `sessions` is the last reference: closing blocks
+        with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_TIMEOUT_S):
+            await trio.to_thread.run_sync(sessions.clear, abandon_on_cancel=True)  # type: ignore[call-arg]
+        here.close()
+        there.close()
+    if failure is not None:
+        raise failure
+
+
+def _start(settings: dict[str, Any]) -> tuple[lt.session, int]:
+    """A session, and the port that it listens on, 0 if it could not."""
+    session: lt.session = lt.session(settings)  # type: ignore[call-overload]
+    limit_all_addresses(session)
+    port = session.listen_port() if session.is_listening() else 0
+    return session, port
