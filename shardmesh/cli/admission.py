@@ -14,6 +14,7 @@ from shardmesh.cli.options import Command, state_dir_option
 from shardmesh.errors import InputError
 
 if TYPE_CHECKING:
+    from shardmesh.swarm.admission import Admission
     from shardmesh.wire.cluster_secret import ClusterSecret
 
 
@@ -35,6 +36,37 @@ def listener_admission(command: Command) -> Command:
 def bootstrap_admission(command: Command) -> Command:
     """As `listener_admission`, but the secret is made if there is none."""
     return _with_admission(command, lists=True, makes_secret=True, own_state_dir=False)
+
+
+def command_rights(command: Command) -> Command:
+    """--allow-commands and --allow-inference as `rights`; to stand below the admission."""
+
+    @functools.wraps(command)
+    def entitled(
+        *,
+        allow_commands: tuple[str, ...],
+        allow_inference: tuple[str, ...],
+        admission: Admission,
+        **others: Any,
+    ) -> Any:
+        from shardmesh.swarm.rights import MEMBERS, NOBODY, Rights, whom
+
+        changing = whom(allow_commands, NOBODY if admission.is_public else MEMBERS)
+        rights = Rights(changing, whom(allow_inference))
+        return command(admission=admission, rights=rights, **others)
+
+    for option in _RIGHTS_OPTIONS:
+        entitled = option(entitled)
+    return entitled  # type: ignore[return-value]
+
+
+def identity_option(command: Command) -> Command:
+    """--identity-file as `identity_file`: for a client that others are to know again."""
+    return click.option(
+        "--identity-file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Key of this client, made if missing.  [default: a new one each time]",
+    )(command)
 
 
 def _with_admission(
@@ -106,6 +138,24 @@ _LIST_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         envvar="LLAMA_ALLOW",
         help="Peer id that is let in, and no other; may be given several times.",
+    ),
+)
+
+
+_RIGHTS_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--allow-inference",
+        multiple=True,
+        envvar="LLAMA_ALLOW_INFERENCE",
+        help="Who may send INFERENCE: members, nobody, or a peer id; may be given several times.  "
+        "[default: members]",
+    ),
+    click.option(
+        "--allow-commands",
+        multiple=True,
+        envvar="LLAMA_ALLOW_COMMANDS",
+        help="Who may send LOAD_SHARD and the like: members, nobody, or a peer id; may be given "
+        "several times.  [default: members, in a public mesh nobody]",
     ),
 )
 

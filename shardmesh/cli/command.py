@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import client_admission
+from shardmesh.cli.admission import client_admission, identity_option
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @bootstrap_option
 @cluster_option
 @client_admission
+@identity_option
 @config_option
 def command(
     peer: str,
@@ -44,6 +45,7 @@ def command(
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
+    identity_file: Path | None,
 ) -> None:
     """Send COMMAND with its parameters to PEER: a peer id, its end, or an address.
 
@@ -60,6 +62,7 @@ def command(
 
     from shardmesh.coordinator.client import open_client
     from shardmesh.swarm.commands import send_command
+    from shardmesh.swarm.identity import load_identity
     from shardmesh.wire.codec import parse_json
     from shardmesh.wire.commands import encode_command
 
@@ -76,6 +79,7 @@ def command(
             admission=admission,
             shards_dir=shards_dir,
             cache_dir=cache_dir(),
+            identity=load_identity(identity_file) if identity_file else None,
         ) as client:
             if peer.startswith("/"):
                 peer_id = await client.host.connect([peer], timeout_s)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.admission import command_rights, listener_admission
 from shardmesh.cli.file_options import (
     LinkType,
     bootstraps_of,
@@ -30,6 +30,7 @@ from shardmesh.cli.options import (
 if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.rights import Rights
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -151,6 +152,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @bootstrap_option
 @cluster_option
 @listener_admission
+@command_rights
 @state_dir_option
 @config_option
 @log_options
@@ -180,6 +182,7 @@ def command(
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
+    rights: Rights,
     state_dir: Path,
     log_format: str,
     verbose: int,
@@ -210,6 +213,7 @@ def command(
         ),
         cluster=cluster,
         admission=admission,
+        rights=rights,
         shards_dir=shards_dir,
         models_dir=models_dir,
         link=link,

@@ -18,7 +18,7 @@ from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.dht import Dht, open_dht
 from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host, open_host
-from shardmesh.swarm.identity import new_identity
+from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.membership import Membership
 from shardmesh.wire.limits import LINK_AGREEMENT_BYTES_MAX
 from shardmesh.wire.link_agreement import LINK_PROTOCOL, LinkGrant, LinkRequester
@@ -48,13 +48,15 @@ async def open_client(
     admission: Admission,
     shards_dir: Path,
     cache_dir: Path,
+    identity: Identity | None = None,
 ) -> AsyncIterator[Client]:
     """A client that has reached the mesh.
 
-    Raises UnreachableError (the moment's) when no bootstrap answers within JOIN_TIMEOUT_S, and
-    RefusedError (theirs) when one does not admit it.  All of it is gone when the block is left.
+    Without an identity it has a new one.  Raises UnreachableError (the moment's) when no bootstrap
+    answers within JOIN_TIMEOUT_S, and RefusedError (theirs) when one does not admit it.  All of it
+    is gone when the block is left.
     """
-    identity = new_identity()
+    identity = identity or new_identity()
     directory = Directory(cluster)
     # A client is never dialed: loopback keeps its port out of everybody's reach.
     with ungrouped():

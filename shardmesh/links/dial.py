@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from shardmesh.anteroom import Anteroom
 from shardmesh.errors import BusyError, ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.wire.limits import (
@@ -118,7 +119,7 @@ class Acceptor:
     def __init__(self, user: LinkUser) -> None:
         self._user = user
         self._expected: dict[bytes, _Expected] = {}
-        self._n_unnamed = 0
+        self._anteroom = Anteroom(UNNAMED_CONNECTIONS_MAX)
         self._n_links = 0
 
     def expect(self, grant: LinkGrant) -> None:
@@ -137,19 +138,15 @@ class Acceptor:
 
     async def handle(self, stream: trio.abc.Stream) -> None:
         """Serves one accepted connection to its end; for `trio.serve_listeners`."""
-        if self._n_unnamed >= UNNAMED_CONNECTIONS_MAX:
-            await trio.aclose_forcefully(stream)
-            return
-        self._n_unnamed += 1
+        link: Link | None = None
         try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            with self._anteroom.place(_origin(stream)):
                 link = await self._named(stream)
-        except (ShardmeshError, OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+        except (ShardmeshError, OSError, trio.BrokenResourceError) as error:
             logger.info("a connection was refused: %s", error)
+        if link is None:  # refused, too late, or it had to make room
             await trio.aclose_forcefully(stream)
             return
-        finally:
-            self._n_unnamed -= 1
         self._n_links += 1
         try:
             await link.run()
@@ -170,6 +167,16 @@ class Acceptor:
         link = Link(stream, grant.keys, is_dialer=False, peer_id=grant.peer_id, user=self._user)
         await link.greet()
         return link
+
+
+def _origin(stream: trio.abc.Stream) -> str:
+    """The IP address that a connection came from; empty if it is not of TCP or broken already."""
+    if not isinstance(stream, trio.SocketStream):
+        return ""
+    try:
+        return str(stream.socket.getpeername()[0])
+    except OSError:
+        return ""
 
 
 Agree = Callable[[str, tuple[str, ...]], Awaitable[LinkGrant]]

@@ -26,6 +26,7 @@ from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions
 from shardmesh.wire.announcement import Capabilities
@@ -53,6 +54,7 @@ class NodeOptions:
     wanted: WantedShard
     cluster: str
     admission: Admission
+    rights: Rights
     shards_dir: Path
     state_dir: Path
     cache_dir: Path

@@ -139,7 +139,7 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
         commands = NodeCommands(node, host, coordinator)
         host.serve(LINK_PROTOCOL, node.serve_link)
         serve_model_info(host, node.library)
-        serve_commands(host, commands.handlers())
+        serve_commands(host, commands.handlers(), options.rights)
         try:
             yield membership
         finally:

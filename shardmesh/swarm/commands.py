@@ -10,6 +10,7 @@ import trio
 
 from shardmesh.errors import BusyError, OurError, RefusedError, ShardmeshError
 from shardmesh.swarm.host import Host
+from shardmesh.swarm.rights import EVERYBODY, Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.wire.commands import (
     JSON_PROTOCOL,
@@ -33,15 +34,18 @@ CommandHandler = Callable[[Any], Awaitable[object]]
 _log = logging.getLogger(__name__)
 
 
-def serve_commands(host: Host, handlers: Mapping[str, CommandHandler]) -> None:
+def serve_commands(
+    host: Host, handlers: Mapping[str, CommandHandler], rights: Rights = EVERYBODY
+) -> None:
     """Answers /json-message/1.0 and, if there is a GET_METRICS handler, /metrics/1.0.
 
+    `rights` says who may send what; the others are told NOT_ALLOWED.
     A ShardmeshError of a handler is reported as it is, anything else as INTERNAL without details.
     A handler is cancelled when the asking side resets its stream.
     """
 
     async def serve_json(stream: ByteStream, peer_id: str) -> None:
-        await send_message(stream, await _answer(stream, handlers))
+        await send_message(stream, await _answer(stream, peer_id, handlers, rights))
 
     async def serve_metrics(stream: ByteStream, peer_id: str) -> None:
         await send_message(stream, await _run(handlers["GET_METRICS"], None))
@@ -90,11 +94,14 @@ async def get_metrics(host: Host, peer_id: str, timeout_s: float = COMMAND_TIMEO
     return decode_response(answer)
 
 
-async def _answer(stream: ByteStream, handlers: Mapping[str, CommandHandler]) -> bytes:
+async def _answer(
+    stream: ByteStream, peer_id: str, handlers: Mapping[str, CommandHandler], rights: Rights
+) -> bytes:
     try:
         with trio.fail_after(REQUEST_READ_TIMEOUT_S):
             data = await receive_message(stream, COMMAND_BYTES_MAX)
         command, params = decode_command(data)
+        rights.check(command.command, peer_id)
     except ShardmeshError as error:
         return encode_error(error)
     except trio.TooSlowError:

@@ -338,6 +338,7 @@ async def open_host(
         if not libp2p.get_transport_addrs():
             failure = port_taken(listen_host, port, "it cannot be listened on")
         else:
+            swarm.widen_entrance()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch.run)
                 try:

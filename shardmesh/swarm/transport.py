@@ -8,6 +8,7 @@ What is different from the library's own, each found by trying or by reading its
   library insists on knowing beforehand, although its handshake takes None for "whoever it is".
 - An inbound connection gives its place back when it closes (the library keeps it for ever and is
   deaf after `max_connections` of them).
+- More than 128 may wait to be accepted.
 - An exception in a stream handler or in Yamux ends that stream or connection, not the host.
 - Cancelling a reader or a writer does not ruin the connection under it.
 - Nobody is dialed unasked (the library's auto-connector dials whatever it has ever heard of).
@@ -41,10 +42,11 @@ from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
 from libp2p.stream_muxer.yamux.yamux import Yamux
-from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from shardmesh.anteroom import Anteroom
 from shardmesh.swarm.addresses import reachable_addresses
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.identity import Identity
@@ -78,7 +80,7 @@ class MeshSwarm(Swarm):
     def harden(self) -> None:
         """To be called once, before the swarm runs."""
         self.auto_connector = QuietAutoConnector(self)
-        self._inbound_limiter = trio.CapacityLimiter(HANDSHAKES_MAX)
+        self.anteroom = Anteroom(HANDSHAKES_MAX)
         self.on_forgotten: list[Callable[[ID], None]] = []
 
     def forget(self, peer_id: ID) -> None:
@@ -87,6 +89,15 @@ class MeshSwarm(Swarm):
             self.peerstore.clear_peerdata(peer_id)
         for listener in self.on_forgotten:
             listener(peer_id)
+
+    def widen_entrance(self) -> None:
+        """Lets as many wait to be accepted as may wait for their handshake; once it listens.
+
+        Beyond the library's 128 the system would let newcomers hang without a word.
+        """
+        for listener in self.listeners.values():
+            for socket_listener in cast(TCPListener, listener).listeners:
+                socket_listener.socket.listen(HANDSHAKES_MAX)
 
     async def stop_listening(self) -> None:
         """Frees the port; the library forgets to when its service is stopped by a cancellation."""
@@ -192,20 +203,15 @@ class MeshSwarm(Swarm):
     ) -> None:
         """Serves one accepted connection until it is closed; only handshakes take a place."""
         raw = RawConnection(read_write_closer, False)
+        muxed: IMuxedConn | None = None
         try:
-            self._inbound_limiter.acquire_nowait()
-        except trio.WouldBlock:
-            _log.warning("too many handshakes at once; a new connection is refused")
-            await raw.close()
-            return
-        try:
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+            with self.anteroom.place((raw.get_remote_address() or ("",))[0]):
+                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
         except Exception as error:  # noqa: BLE001 - strangers send anything; the host must live
             _log.debug("an inbound connection failed: %s", _reason(error))
+        if muxed is None:  # refused, too late, or it had to make room
             await raw.close()
             return
-        finally:
-            self._inbound_limiter.release()
         await cast(Yamux, muxed).event_closed.wait()
 
     # -- both ----------------------------------------------------------------------------------

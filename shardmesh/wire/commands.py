@@ -99,6 +99,10 @@ PARAMS: Final[dict[str, type[Params]]] = {
 }
 
 
+CHANGING_COMMANDS: Final = frozenset({"LOAD_SHARD", "UNLOAD_SHARD"})
+"""Commands that change what a node does for others; they take a right of their own."""
+
+
 class Command(_Message, frozen=True):
     """A request; `params` are typed by `decode_command`."""
 

@@ -123,8 +123,8 @@ EXPECTED_LINKS_MAX: Final = 64
 EXPECTED_LINKS_PER_NODE_MAX: Final = 8
 """Links offered to one node and not yet dialed, so that one cannot take all the places."""
 
-UNNAMED_CONNECTIONS_MAX: Final = 64
-"""Accepted connections that have not yet proven a key; further ones are closed at once."""
+UNNAMED_CONNECTIONS_MAX: Final = 512
+"""Accepted connections that have not yet proven a key; beyond it the oldest is closed."""
 
 # -- libp2p ------------------------------------------------------------------------------------
 
@@ -135,7 +135,16 @@ CONNECTIONS_PER_NODE_MAX: Final = 4
 """Connections with one node; two arise when both dial at once."""
 
 HANDSHAKES_MAX: Final = 1024
-"""Connections that have not shown who they are yet; each is gone after HANDSHAKE_TIMEOUT_S."""
+"""Connections that have not shown who they are yet; beyond it the oldest is closed."""
+
+FAILED_CONNECTIONS_MAX: Final = 100
+"""Connections of one address that come to nothing in a period; further ones are closed at once."""
+
+FAILED_CONNECTIONS_PERIOD_S: Final = 10.0
+"""The period in which they are counted: ten a second is more than any node needs."""
+
+FAILING_ADDRESSES_MAX: Final = 4096
+"""Addresses whose failed connections are counted."""
 
 REQUESTS_MAX: Final = 256
 """Requests that a host serves at once, all protocols together; beyond it is BUSY."""

@@ -10,12 +10,18 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from shardmesh.cli.admission import bootstrap_admission, client_admission, listener_admission
+from shardmesh.cli.admission import (
+    bootstrap_admission,
+    client_admission,
+    command_rights,
+    listener_admission,
+)
 from shardmesh.cli.options import cluster_option, state_dir_option
 from shardmesh.errors import InputError
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.cluster_files import keep_secret, kept_secret, make_secret, secret_path
 from shardmesh.swarm.identity import new_identity
+from shardmesh.swarm.rights import Rights
 from shardmesh.wire.cluster_secret import ClusterSecret, new_secret, parse_secret
 
 SECRET = new_secret(new_identity().public_key)
@@ -25,6 +31,7 @@ KEPT = new_secret(new_identity().public_key)
 @dataclasses.dataclass
 class Taken:
     admission: Admission | None = None
+    rights: Rights | None = None
 
 
 TAKEN = Taken()
@@ -170,3 +177,28 @@ def test_the_lists_of_a_node(tmp_path: Path) -> None:
 def test_the_text_in_the_file_is_the_secret(tmp_path: Path) -> None:
     made = make_secret(tmp_path, "home")
     assert parse_secret(secret_path(tmp_path, "home").read_text()) == made
+
+
+@click.command("listen")
+@cluster_option
+@listener_admission
+@command_rights
+@state_dir_option
+def entitled(cluster: str, admission: Admission, rights: Rights, state_dir: Path) -> None:
+    TAKEN.rights = rights
+
+
+def test_in_a_public_mesh_nobody_may_change_anything_unless_named(tmp_path: Path) -> None:
+    admin, other = new_identity().peer_id, new_identity().peer_id
+    secret = {"LLAMA_SECRET": SECRET.text()}
+    for flags, variables, expected in (
+        ((), secret, (True, True)),
+        (("--public",), {}, (False, False)),
+        (("--public", "--allow-commands", admin), {}, (True, False)),
+        (("--allow-commands", "nobody"), secret, (False, False)),
+    ):
+        assert invoke(entitled, tmp_path, *flags, **variables).exit_code == 0
+        assert TAKEN.rights is not None
+        changing = TAKEN.rights.changing
+        assert (changing.has(admin), changing.has(other)) == expected
+        assert TAKEN.rights.inference.has(other)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from support.accepting import WORD, accepting, hears_word, new_grants
 from support.far_end import Recorder
 
 import shardmesh.links.dial as dial_module
@@ -29,46 +30,13 @@ from shardmesh.wire.limits import (
     HANDSHAKE_TIMEOUT_S,
     UNNAMED_CONNECTIONS_MAX,
 )
-from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
-from shardmesh.wire.messages import TrimSession
-
-WORD = TrimSession(session=bytes(16), epoch=0, n_keep=1)
-NOWHERE = (Endpoint(host="127.0.0.1", port=1),)
-
-
-def new_grants(endpoints: tuple[Endpoint, ...] = NOWHERE) -> tuple[LinkGrant, LinkGrant]:
-    """The dialing and the accepting side's view of one fresh link."""
-    requester = LinkRequester("near", "far")
-    offer, expected = answer_request(
-        requester.request(), own_peer_id="far", other_peer_id="near", endpoints=endpoints
-    )
-    return requester.grant(offer), expected
-
-
-@asynccontextmanager
-async def accepting(user: Recorder) -> AsyncIterator[tuple[Acceptor, tuple[Endpoint, ...]]]:
-    """An acceptor on a real port of this machine."""
-    acceptor = Acceptor(user)
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = listeners[0].socket.getsockname()[1]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, acceptor.handle, listeners)
-        yield acceptor, (Endpoint(host="127.0.0.1", port=port),)
-        nursery.cancel_scope.cancel()
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant
 
 
 def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-async def hears_word(link: Link, far_user: Recorder) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(link.run)
-        link.send(WORD)
-        await far_user.heard(1)
-        link.close()
 
 
 async def test_a_dialed_link_carries_messages() -> None:
@@ -265,13 +233,21 @@ async def test_links_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             link.close()
 
 
-async def test_unnamed_connections_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+async def test_beyond_the_bound_the_oldest_unnamed_connection_goes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     acceptor = Acceptor(Recorder())
+    begun_s = trio.current_time()
     async with trio.open_nursery() as nursery:
-        for _ in range(UNNAMED_CONNECTIONS_MAX):
+        near, first = trio.testing.memory_stream_pair()
+        nursery.start_soon(acceptor.handle, near)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(UNNAMED_CONNECTIONS_MAX - 1):
             nursery.start_soon(acceptor.handle, trio.testing.memory_stream_pair()[0])
         await trio.testing.wait_all_tasks_blocked()
-        assert await refused_after_s(acceptor, trio.testing.memory_stream_pair()[0]) == 0
+        nursery.start_soon(acceptor.handle, trio.testing.memory_stream_pair()[0])
+        await first.receive_some(1)  # closed to make room
+        assert trio.current_time() - begun_s < 0.1
     assert await refused_after_s(acceptor, trio.testing.memory_stream_pair()[0]) == pytest.approx(
         HANDSHAKE_TIMEOUT_S
     )

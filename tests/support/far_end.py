@@ -69,7 +69,11 @@ class FarEnd:
         self._records: list[bytes] = []
 
     def sealed(self, message: Message, body: bytes = b"") -> bytes:
-        record = self._sealer.seal(encode_message(message, body))
+        return self.sealed_raw(encode_message(message, body))
+
+    def sealed_raw(self, frame: bytes) -> bytes:
+        """Any bytes as a record that opens."""
+        record = self._sealer.seal(frame)
         return LENGTH.pack(len(record)) + record
 
     async def send(self, message: Message, body: bytes = b"") -> None:
