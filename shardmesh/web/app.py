@@ -21,4 +21,5 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     app.include_router(health.router)
     app.include_router(console_routes.router)
+    app.include_router(console_routes.page)
     return app

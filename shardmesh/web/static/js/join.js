@@ -1,0 +1,33 @@
+// The line for the next machine, with the shard that is needed most.
+
+import { byId, copyLine, h, text } from "./dom.js";
+import { count, range } from "./format.js";
+
+/** The line to copy, and why it names the shard that it names. */
+export function joining(state) {
+  const { needed } = state;
+  const base = state.gateway.join ?? "shardmesh listen";
+  if (!needed) return [base, "Any machine with Python 3.11 that reaches this mesh can join."];
+  const layers = needed.layer_end ? `, layers ${range(needed.layer_start, needed.layer_end)},` : "";
+  const model = state.models[needed.model]?.name ?? "";
+  const why = {
+    0: `Nobody serves shard ${needed.shard_id}${layers} of ${model} now: this is the one that is missing.`,
+    1: `Shard ${needed.shard_id}${layers} of ${model} is on one machine only. With a second one, its loss would not stop an answer.`,
+  }[needed.n_serving] ?? `Every shard of ${model} is on ${count(needed.n_serving, "machine")} or more. Shard ${needed.shard_id} is served least.`;
+  return [`${base} --shard-id ${needed.shard_id}`, why];
+}
+
+export class JoinView {
+  constructor() {
+    this.line = copyLine("");
+    this.why = h("p", { class: "join-text" });
+    const more = h("p", { class: "join-more" }, "Run it in the folder that holds the shard’s files, or add ", h("code", {}, "--shards-dir"), ". Without ", h("code", {}, "--shard-id"), " a listener takes the shard that is served least by itself.");
+    byId("join-body").append(this.why, this.line, more);
+  }
+
+  render(state) {
+    const [line, why] = joining(state);
+    this.line.setLine(line);
+    text(this.why, why);
+  }
+}
