@@ -47,6 +47,42 @@ if TYPE_CHECKING:
     envvar="LLAMA_WS_PORT",
     help="TCP port for WebSockets, which /ws of the other one serves too; 0 picks one.",
 )
+@click.option(
+    "--api-token",
+    "api_tokens",
+    multiple=True,
+    envvar="LLAMA_API_TOKEN",
+    help="TOKEN or NAME:TOKEN that may use the API; may be given several times.",
+)
+@click.option(
+    "--api-token-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="LLAMA_API_TOKEN_FILE",
+    help="File with a token in each line, which only you may read.",
+)
+@click.option(
+    "--rate-limit",
+    "rate_per_minute",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    show_default="none",
+    envvar="LLAMA_RATE_LIMIT",
+    help="Requests a minute that each token may send.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    envvar="LLAMA_CORS_ORIGIN",
+    help="Origin whose pages may use the API, or *; may be given several times.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    envvar="LLAMA_ALLOWED_HOST",
+    help="Name by which the gateway is reached, besides addresses; may be given several times.",
+)
 @shards_dir_option
 @bootstrap_option
 @cluster_option
@@ -58,6 +94,11 @@ def command(
     host: str,
     port: int,
     ws_port: int,
+    api_tokens: tuple[str, ...],
+    api_token_file: Path | None,
+    rate_per_minute: int,
+    cors_origins: tuple[str, ...],
+    allowed_hosts: tuple[str, ...],
     shards_dir: Path,
     bootstrap: tuple[str, ...],
     cluster: str,
@@ -72,12 +113,22 @@ def command(
     import trio
 
     from shardmesh.web.gateway import GatewayOptions
+    from shardmesh.web.guard import GuardSettings
     from shardmesh.web.run import WebOptions, run_web
+    from shardmesh.web.tokens import ApiTokens, read_tokens
 
     options = WebOptions(
         host=host,
         port=port,
         ws_port=ws_port,
+        guard=GuardSettings(
+            tokens=ApiTokens(
+                [*api_tokens, *(read_tokens(api_token_file) if api_token_file else ())]
+            ),
+            hosts=frozenset(name.lower() for name in allowed_hosts),
+            origins=frozenset(origin.rstrip("/") for origin in cors_origins),
+            rate_per_minute=rate_per_minute,
+        ),
         gateway=GatewayOptions(
             bootstraps=bootstrap,
             cluster=cluster,

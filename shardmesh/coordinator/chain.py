@@ -72,23 +72,45 @@ def choose_chain(
     Raises InputError (theirs) for a model that nobody serves or that must be named, and
     IncompleteError (the moment's) that names the layers nobody serves.
     """
+    models = _models_named(replicas, model_name)
+    paths = {key: path for key, found in models.items() if (path := _cheapest(found, cost or {}))}
+    if not paths:
+        raise _incomplete(max(models.values(), key=len))
+    _require_one_name(paths)
+    return Chain(min(paths.values(), key=lambda path: path[0])[1])
+
+
+def choose_model(replicas: Iterable[Replica], model_name: str | None) -> list[Replica]:
+    """The replicas of one split of a model, of several the one that most serve; never empty.
+
+    Raises as `choose_chain` does, except that layers may be missing.
+    """
+    models = _models_named(replicas, model_name)
+    _require_one_name(models)
+    return max(models.values(), key=len)
+
+
+def _models_named(
+    replicas: Iterable[Replica], model_name: str | None
+) -> dict[tuple[str, str], list[Replica]]:
+    """Those of this name, or all; raises if there is none."""
     # A node that waits for its shard may not know of a model yet: it has no layers.
     models = models_of(replica for replica in replicas if replica.n_layer > 0)
     if model_name is not None:
         models = {key: found for key, found in models.items() if key[0] == model_name}
     if not models:
         raise _nobody(model_name)
-    paths = {key: path for key, found in models.items() if (path := _cheapest(found, cost or {}))}
-    if not paths:
-        raise _incomplete(max(models.values(), key=len))
-    names = sorted({name for name, _ in paths})
+    return models
+
+
+def _require_one_name(models: Iterable[tuple[str, str]]) -> None:
+    names = sorted({name for name, _ in models})
     if len(names) > 1:
         raise InputError(
             f"the mesh serves several models: {', '.join(names)}",
             code="MODEL_NOT_NAMED",
             next_step="choose one with --model",
         )
-    return Chain(min(paths.values(), key=lambda path: path[0])[1])
 
 
 def _cheapest(

@@ -9,19 +9,21 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from shardmesh.coordinator.chain import Chain, Replica, choose_chain
+from shardmesh.coordinator.chain import Chain, Replica, choose_chain, choose_model
 from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.request import (
     CompletionRequest,
     context_needed,
+    plain_chat,
     sampling_message,
     uses_history,
 )
 from shardmesh.coordinator.session import SessionRouter, SessionSettings
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
+from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import InputError, ungrouped
 from shardmesh.links.dial import Agree, LinkPool
 from shardmesh.links.link import Link
@@ -43,6 +45,7 @@ class Completion:
     chain: Chain
     n_prompt_tokens: int
     items: AsyncIterator[Piece | Finished]
+    tokenizer: Tokenizer  # until the block is left
 
 
 class Coordinator:
@@ -94,7 +97,7 @@ class Coordinator:
                     started_s=started_s,
                 )
                 try:
-                    yield Completion(chain, len(prompt), items)
+                    yield Completion(chain, len(prompt), items, model.tokenizer)
                 finally:
                     await items.aclose()
 
@@ -120,6 +123,17 @@ class Coordinator:
                 async with self._router.session(chain, links, settings) as session:
                     embeddings.append(await embed_tokens(session, tokens))
         return embeddings
+
+    @asynccontextmanager
+    async def open_model(self, model_name: str | None) -> AsyncIterator[OpenModel]:
+        """The tokenizer and template of a model, be its pipeline complete or not.
+
+        Raises InputError (theirs) for a model that nobody serves or that must be named, and
+        UnreachableError (the moment's) if nobody hands over the tokenizer.
+        """
+        replicas = [replica_of(announcement) for announcement in await self._find()]
+        async with self._models.use(choose_model(replicas, model_name)) as model:
+            yield model
 
     async def _links(self, stages: Sequence[Replica]) -> list[Link]:
         """The links to all stages, brought up at once; raises the first error."""
@@ -155,7 +169,11 @@ def replica_of(announcement: Announcement) -> Replica:
 def _prompt_tokens(model: OpenModel, request: CompletionRequest) -> list[int]:
     if request.prompt is not None:
         return model.tokenizer.encode(request.prompt)
-    return model.encode_chat([dict(message) for message in request.messages])
+    if request.prompt_tokens:
+        return list(request.prompt_tokens)
+    if request.plain_chat and not model.tokenizer.chat_template:
+        return model.tokenizer.encode(plain_chat(request.messages))
+    return model.encode_chat(request.messages, **request.template_variables)
 
 
 def _text_tokens(model: OpenModel, text: str | Sequence[int]) -> list[int]:

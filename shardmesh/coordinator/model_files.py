@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -66,11 +66,21 @@ class OpenModel:
     n_users: int = 0
     _chat: ChatTemplate | None = None
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Messages as tokens; slow the first time.  Raises InputError (theirs)."""
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Messages as tokens; slow the first time.  Raises InputError (theirs).
+
+        `variables` such as `tools` go to the template.
+        """
+        return self._template().encode(messages, **variables)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """Messages as the text that the model is given.  Raises InputError (theirs)."""
+        return self._template().render(messages, **variables)
+
+    def _template(self) -> ChatTemplate:
         if self._chat is None:
             self._chat = ChatTemplate(self.tokenizer)
-        return self._chat.encode(messages)
+        return self._chat
 
     def close(self) -> None:
         """Frees the tokenizer and ends the template's process."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from shardmesh.engine.base import SamplingSettings
 from shardmesh.errors import InputError
@@ -16,10 +17,13 @@ N_TOKENS_MAX_DEFAULT = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A prompt, or messages for the model's chat template, and how to go on from there."""
+    """A prompt as text or tokens, or messages for the model's chat template; and how to go on."""
 
     prompt: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plain_chat: bool = False  # a model without a template gets the messages as they are
     model: str | None = None  # None: the only one that the mesh serves
     n_tokens_max: int = N_TOKENS_MAX_DEFAULT
     stop: tuple[str, ...] = ()
@@ -27,7 +31,8 @@ class CompletionRequest:
     ignore_end: bool = False  # go on behind the model's end of text, for measurements
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (not self.messages):
+        given = [self.prompt is not None, bool(self.prompt_tokens), bool(self.messages)]
+        if sum(given) != 1:
             raise InputError("give either a prompt or messages")
         if self.n_tokens_max < 1:
             raise InputError("at least one token has to be asked for")
@@ -42,7 +47,7 @@ class CompletionRequest:
 def request_of_command(params: InferenceParams, *, fresh_seed: int) -> CompletionRequest:
     """The request in an INFERENCE command; `fresh_seed` is used if it names none."""
     names = {field.name for field in dataclasses.fields(SamplingSettings)}
-    given = {name: getattr(params, name) for name in names if getattr(params, name) is not None}
+    given = {name: value for name in names if (value := getattr(params, name)) is not None}
     return CompletionRequest(
         prompt=params.prompt,
         messages=tuple({"role": m.role, "content": m.content} for m in params.messages),
@@ -51,6 +56,11 @@ def request_of_command(params: InferenceParams, *, fresh_seed: int) -> Completio
         stop=params.stop,
         sampling=SamplingSettings(**{"seed": fresh_seed, **given}),
     )
+
+
+def plain_chat(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Messages for a model that was never taught to chat: their texts, to be gone on with."""
+    return "\n\n".join(str(message.get("content") or "") for message in messages)
 
 
 def sampling_message(settings: SamplingSettings) -> Sampling:

@@ -28,6 +28,7 @@ class EngineOptions:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     flash_attention: bool | None = None
+    vocabulary_path: str = ""  # a GGUF file with the vocabulary, for grammars on the last stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class SamplingSettings:
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     n_top_logprobs: int = 0
+    grammar: str = ""  # GBNF that the text must follow; needs the vocabulary on the last stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

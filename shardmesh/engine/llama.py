@@ -33,6 +33,7 @@ from shardmesh.engine.sampler import SamplerChain
 from shardmesh.engine.sampling import describe_choice
 from shardmesh.engine.sequences import SequenceTable
 from shardmesh.engine.tap import HiddenTap
+from shardmesh.engine.vocabulary import SideVocabulary
 from shardmesh.errors import EngineError, InputError
 from shardmesh.shards.gguf_check import read_gguf
 
@@ -85,6 +86,7 @@ class LlamaEngine:
         )
         self._context: Any = None
         self._samplers: dict[int, SamplerChain] = {}
+        self._vocabulary = SideVocabulary(options.vocabulary_path, model.n_vocab)
         n_rows_max = self._info.n_batch_tokens_max
         self._tap = None
         if facts.input_node or not facts.is_last:
@@ -114,7 +116,7 @@ class LlamaEngine:
         self._table.check_number(sequence)
         sampler = None
         if sampling is not None and self._info.is_last:
-            sampler = SamplerChain(sampling, self._info.n_vocab, history)
+            sampler = SamplerChain(sampling, self._info.n_vocab, history, self._vocabulary)
         self.close_sequence(sequence)
         self._table.open(sequence, can_sample=sampler is not None)
         if sampler is not None:
@@ -170,6 +172,7 @@ class LlamaEngine:
         for sampler in self._samplers.values():
             sampler.close()
         self._samplers.clear()
+        self._vocabulary.close()
         api.llama_free(self._context)
         self._context = None
         free_model(self._model)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import SamplingSettings
+from shardmesh.engine.grammar_sampler import GrammarSampler
 from shardmesh.engine.sampling import check_sampling
+from shardmesh.engine.vocabulary import SideVocabulary
 from shardmesh.errors import EngineError, InputError
 
 _MIN_KEEP = 1
@@ -18,13 +21,27 @@ _MIN_KEEP = 1
 class SamplerChain:
     """The sampler of one sequence; it remembers its tokens and the state of its random numbers."""
 
-    def __init__(self, settings: SamplingSettings, n_vocab: int, history: Sequence[int]) -> None:
-        """Raises InputError (theirs) for settings or a history that cannot be used."""
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        n_vocab: int,
+        history: Sequence[int],
+        vocabulary: SideVocabulary | None = None,
+    ) -> None:
+        """Raises InputError (theirs) for settings or a history that cannot be used.
+
+        `vocabulary` is needed for a grammar only.
+        """
         check_sampling(settings, n_vocab)
         if history and not (min(history) >= 0 and max(history) < n_vocab):
             raise InputError(f"the history has a token outside the vocabulary of {n_vocab}")
         self.settings = settings
         self._n_vocab = n_vocab
+        self._grammar: GrammarSampler | None = None
+        if settings.grammar:
+            if vocabulary is None:
+                raise InputError("this engine knows no vocabulary, which a grammar needs")
+            self._grammar = GrammarSampler(settings.grammar, vocabulary.open())
         self._chain: Any = _build_chain(settings, n_vocab)
         if settings.repeat_last_n:
             for token in history[-settings.repeat_last_n :]:
@@ -32,7 +49,13 @@ class SamplerChain:
 
     def sample(self, context: Any, row: int) -> int:
         """Chooses from the logits of `row` of the last computation and remembers the choice."""
-        token = int(api.llama_sampler_sample(self._chain, context, row))
+        if self._grammar is not None:
+            logits = api.llama_get_logits_ith(context, row)
+            token = self._grammar.sample(
+                self._chain, np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
+            )
+        else:
+            token = int(api.llama_sampler_sample(self._chain, context, row))
         if not 0 <= token < self._n_vocab:
             raise EngineError("no token was left to choose from")
         return token
@@ -41,6 +64,8 @@ class SamplerChain:
         if self._chain is not None:
             api.llama_sampler_free(self._chain)
             self._chain = None
+        if self._grammar is not None:
+            self._grammar.close()
 
 
 def _build_chain(settings: SamplingSettings, n_vocab: int) -> Any:

@@ -70,6 +70,11 @@ class Tokenizer:
     ) -> None:
         self.close()
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's own vocabulary, valid until this is closed."""
+        return self._vocabulary
+
     @functools.cached_property
     def n_vocab(self) -> int:
         return int(api.llama_vocab_n_tokens(self._vocabulary))

@@ -166,7 +166,9 @@ class Node:
         return metrics is not None and metrics.n_sessions > 0
 
     def _start(self, assignment: Assignment) -> Start:
-        engine = self.options.engine
+        engine = dataclasses.replace(
+            self.options.engine, vocabulary_path=str(self.store.tokenizer_path())
+        )
         return Start(
             shard_path=str(self.store.shard_path(assignment.shard_id)),
             manifest_digest=assignment.manifest_digest,

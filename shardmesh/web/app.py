@@ -5,8 +5,21 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 import shardmesh
-from shardmesh.web import console_routes, health
+from shardmesh.web import (
+    chat,
+    completions,
+    console_routes,
+    docs_page,
+    embeddings,
+    figures,
+    health,
+    models,
+    texts,
+)
+from shardmesh.web.answers import ERROR_ANSWERS
+from shardmesh.web.errors import handle_errors
 from shardmesh.web.gateway import Gateway
+from shardmesh.web.openapi import documented
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -19,7 +32,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
     )
     app.state.gateway = gateway
-    app.include_router(health.router)
-    app.include_router(console_routes.router)
+    for routes in (chat, completions, models, embeddings, texts, health, figures, console_routes):
+        app.include_router(routes.router, responses=ERROR_ANSWERS)
+    app.include_router(docs_page.router)
     app.include_router(console_routes.page)
+    handle_errors(app)
+    app.openapi = documented(app)  # type: ignore[method-assign]
     return app

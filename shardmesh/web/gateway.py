@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.web.console import Console
 from shardmesh.web.event_store import EventStore, open_event_store
 from shardmesh.web.events import EventHub
+from shardmesh.web.metrics import Metrics
 from shardmesh.web.node_reports import NodeReports
+from shardmesh.web.queue import ModelQueue
 from shardmesh.web.sessions import SessionBoard
 from shardmesh.web.watch import MeshWatch
 
@@ -43,6 +46,7 @@ class Gateway:
     def __init__(self, options: GatewayOptions, client: Client, store: EventStore) -> None:
         self.options = options
         self.client = client
+        self.started_at_s = int(time.time())
         self.events = EventHub()
         self.sessions = SessionBoard()
         self.node_reports = NodeReports(
@@ -58,6 +62,8 @@ class Gateway:
             is_busy=lambda peer_id: self.sessions.n_running_on(peer_id) > 0,
         )
         self.console = Console(self.watch, self.sessions, self.events, store, about=self._about())
+        self.metrics = Metrics(client.host.peer_id)
+        self.queues: dict[str, ModelQueue] = {}
 
     @property
     def directory(self) -> Directory:
@@ -66,6 +72,10 @@ class Gateway:
     @property
     def coordinator(self) -> Coordinator:
         return self.client.coordinator
+
+    def queue_of(self, model_name: str) -> ModelQueue:
+        """The queue of a model that is or was served; there are as many as models were."""
+        return self.queues.setdefault(model_name, ModelQueue())
 
     def _about(self) -> dict[str, object]:
         """What the console shows of the gateway itself."""

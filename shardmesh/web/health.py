@@ -29,7 +29,7 @@ class Health(pydantic.BaseModel):
     models: list[ModelHealth]
 
 
-@router.get("/health", responses={503: {"model": Health, "description": "no model is complete"}})
+@router.get("/health", responses={503: {"model": Health, "description": "No model is complete."}})
 async def health(gateway: GatewayOfApp, response: Response) -> Health:
     """Whether a prompt could be answered now; names the layers that nobody serves."""
     replicas = [replica_of(a) for a in gateway.directory.all() if a.total_layers]

@@ -8,9 +8,11 @@ import signal
 
 import trio
 
+from shardmesh.errors import InputError
 from shardmesh.web.app import create_app
 from shardmesh.web.gateway import GatewayOptions, open_gateway
-from shardmesh.web.server import bind_sockets, serve_app
+from shardmesh.web.guard import Guard, GuardSettings
+from shardmesh.web.server import bind_sockets, is_loopback, serve_app
 
 logger = logging.getLogger("shardmesh")
 
@@ -23,6 +25,7 @@ class WebOptions:
     port: int
     ws_port: int
     gateway: GatewayOptions
+    guard: GuardSettings
 
 
 async def run_web(options: WebOptions) -> None:
@@ -41,6 +44,12 @@ async def run_web(options: WebOptions) -> None:
 
 
 async def _serve(options: WebOptions) -> None:
+    if not is_loopback(options.host) and not options.guard.tokens:
+        raise InputError(
+            f"{options.host} can be reached by others, and no API token is set",
+            code="NO_API_TOKEN",
+            next_step="give --api-token-file, or listen on 127.0.0.1",
+        )
     sockets = bind_sockets(options.host, [options.port, options.ws_port])
     try:
         async with open_gateway(options.gateway) as gateway:
@@ -48,7 +57,10 @@ async def _serve(options: WebOptions) -> None:
             for name, each in zip(("HTTP", "WebSocket"), sockets, strict=True):
                 scheme = "http" if name == "HTTP" else "ws"
                 logger.info("[WEB] %s on %s", name, _url(scheme, options.host, each.getsockname()))
-            await serve_app(create_app(gateway), sockets)
+            ports = frozenset(int(each.getsockname()[1]) for each in sockets)
+            settings = dataclasses.replace(options.guard, ports=ports)
+            headers = {"X-Node-ID": gateway.client.host.peer_id}
+            await serve_app(Guard(create_app(gateway), settings, headers), sockets)
     finally:
         for each in sockets:
             each.close()

@@ -17,6 +17,7 @@ from shardmesh.wire.limits import (
     CHAT_MESSAGES_MAX,
     COMMAND_BYTES_MAX,
     COMMAND_RESPONSE_BYTES_MAX,
+    GRAMMAR_BYTES_MAX,
     LOGIT_BIASES_MAX,
     PROMPT_BYTES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
@@ -81,6 +82,7 @@ class InferenceParams(_Message, frozen=True):
         Annotated[tuple[tuple[Count, float], ...], msgspec.Meta(max_length=LOGIT_BIASES_MAX)] | None
     ) = None
     n_top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
+    grammar: Annotated[str, msgspec.Meta(max_length=GRAMMAR_BYTES_MAX)] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (not self.messages):

@@ -355,3 +355,39 @@ WEBSOCKET_MESSAGE_BYTES_MAX: Final = 64 * KIB
 
 EVENTS_WAITING_MAX: Final = 1024
 """Events that a reader of the gateway has not taken yet; beyond it misses some and is told."""
+
+HTTP_BODY_BYTES_MAX: Final = 4 * MIB
+"""The body of an HTTP request: a prompt of a million characters and room for its escapes."""
+
+HTTP_BODY_TIMEOUT_S: Final = 30.0
+"""From the headers of a request to the end of its body; longer is a slow loris."""
+
+REQUESTS_WAITING_MAX: Final = 128
+"""Sessions of one model that wait for a place in the gateway; beyond it is BUSY."""
+
+REQUEST_QUEUE_TIMEOUT_S: Final = 120.0
+"""For a place; most clients would have given up by then."""
+
+CHOICES_MAX: Final = 32
+"""Answers of one request: prompts times `n`, each a session of its own."""
+
+TOOLS_MAX: Final = 128
+"""Tools of one request, as OpenAI allows."""
+
+EMBEDDING_INPUTS_MAX: Final = 256
+"""Texts of one request for embeddings; OpenAI allows 2,048, one session each is a lot."""
+
+GRAMMAR_BYTES_MAX: Final = 64 * KIB
+"""A grammar for the sampler; with the logit biases it fits into the header of one frame."""
+
+GRAMMAR_GROUPS_MAX: Final = 64
+"""Groups inside of each other in a grammar: llama.cpp's parser calls itself for each."""
+
+GRAMMAR_WORK_TIMEOUT_S: Final = 10.0
+"""For making a grammar of a JSON schema, in a process that has to start first."""
+
+API_TOKENS_MAX: Final = 1024
+"""API tokens of one gateway; each request is held against all of them."""
+
+RATE_CALLERS_MAX: Final = 4096
+"""Callers whose rate a gateway remembers; the one that was quiet for longest is forgotten."""

@@ -18,6 +18,7 @@ from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
     EMBEDDING_BYTES_MAX,
+    GRAMMAR_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
@@ -57,6 +58,7 @@ class Sampling(_Message, frozen=True):
         tuple[tuple[Token, float], ...], msgspec.Meta(max_length=LOGIT_BIASES_MAX)
     ]
     n_top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)]
+    grammar: Annotated[str, msgspec.Meta(max_length=GRAMMAR_BYTES_MAX)] = ""
 
 
 class NextStage(_Message, frozen=True):

@@ -1,0 +1,27 @@
+"""The process that makes a grammar of one JSON schema; see `engine.grammar`."""
+
+from __future__ import annotations
+
+import sys
+
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+from shardmesh.wire.limits import CHAT_PROCESS_BYTES_MAX, GRAMMAR_BYTES_MAX
+
+try:
+    import resource
+except ImportError:  # Windows: time is bounded all the same
+    resource = None  # type: ignore[assignment]
+
+
+def main() -> None:
+    """Reads a schema, writes its grammar; any failure is an exit code."""
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (CHAT_PROCESS_BYTES_MAX, CHAT_PROCESS_BYTES_MAX))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    grammar = json_schema_to_gbnf(sys.stdin.buffer.read(GRAMMAR_BYTES_MAX + 1).decode())
+    sys.stdout.write(grammar)
+
+
+if __name__ == "__main__":
+    main()
