@@ -117,14 +117,13 @@ def command(
     from shardmesh.web.run import WebOptions, run_web
     from shardmesh.web.tokens import ApiTokens, read_tokens
 
+    kept_tokens = read_tokens(api_token_file) if api_token_file else []
     options = WebOptions(
         host=host,
         port=port,
         ws_port=ws_port,
         guard=GuardSettings(
-            tokens=ApiTokens(
-                [*api_tokens, *(read_tokens(api_token_file) if api_token_file else ())]
-            ),
+            tokens=ApiTokens([*api_tokens, *kept_tokens]),
             hosts=frozenset(name.lower() for name in allowed_hosts),
             origins=frozenset(origin.rstrip("/") for origin in cors_origins),
             rate_per_minute=rate_per_minute,

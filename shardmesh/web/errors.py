@@ -153,7 +153,10 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body or parameter that breaks the schema; says where, without repeating what came."""
     errors = error.errors() if isinstance(error, RequestValidationError) else []
     named = [f"{_place(each)}: {each['msg']}" for each in errors[:_ERRORS_SHOWN_MAX]]
-    answer = body_of(InputError("; ".join(named) or "the request cannot be read"))
+    sentence = "; ".join(named) or "the request cannot be read"
+    if "json" not in request.headers.get("content-type", "json"):
+        sentence = "send the body with `Content-Type: application/json`"
+    answer = body_of(InputError(sentence))
     answer["error"]["param"] = _place(errors[0]) if errors else None
     return JSONResponse(answer, 400)
 

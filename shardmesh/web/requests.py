@@ -10,7 +10,7 @@ from pydantic import Field
 from shardmesh.wire.limits import (
     CHAT_MESSAGES_MAX,
     CHOICES_MAX,
-    EMBEDDING_INPUTS_MAX,
+    EMBEDDING_TEXTS_MAX,
     GRAMMAR_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MODEL_NAME_BYTES_MAX,
@@ -222,8 +222,8 @@ class EmbeddingBody(Strict):
     input: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=EMBEDDING_INPUTS_MAX)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=EMBEDDING_INPUTS_MAX)]
+        | Annotated[list[Text], Field(min_length=1, max_length=EMBEDDING_TEXTS_MAX)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=EMBEDDING_TEXTS_MAX)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None

@@ -374,9 +374,6 @@ CHOICES_MAX: Final = 32
 TOOLS_MAX: Final = 128
 """Tools of one request, as OpenAI allows."""
 
-EMBEDDING_INPUTS_MAX: Final = 256
-"""Texts of one request for embeddings; OpenAI allows 2,048, one session each is a lot."""
-
 GRAMMAR_BYTES_MAX: Final = 64 * KIB
 """A grammar for the sampler; with the logit biases it fits into the header of one frame."""
 
