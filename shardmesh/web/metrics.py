@@ -18,7 +18,7 @@ from shardmesh.coordinator.timings import Timings
 from shardmesh.wire.messages import StageTiming
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-disable_created_metrics()  # a time beside every counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside every counter, which nobody reads
 
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

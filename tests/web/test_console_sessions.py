@@ -88,7 +88,7 @@ def completion(*items: Piece | Finished, error: Exception | None = None) -> Comp
         if error is not None:
             raise error
 
-    return Completion(CHAIN, 3, come())
+    return Completion(CHAIN, 3, come(), tokenizer=None)  # type: ignore[arg-type]
 
 
 PIECE = Piece("a", Sampled(token=1, logprob=0.0, top_logprobs=()), STAGES, 200.0)
