@@ -54,9 +54,9 @@ class Start(_Message, frozen=True, tag="start"):
     cache_type_k: str
     cache_type_v: str
     flash_attention: bool | None
-    vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
     log_format: Literal["pretty", "json"]
     log_verbosity: int
+    vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
 
 
 class Ready(_Message, frozen=True, tag="ready"):
