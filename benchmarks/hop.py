@@ -43,6 +43,9 @@ class Pitcher:
         self._n_body = len(body)
         self._returned.set()
 
+    def on_suspected(self, link: Link) -> None:
+        pass
+
     def on_closed(self, link: Link, error: ShardmeshError) -> None:
         self._returned.set()
 

@@ -25,6 +25,9 @@ class Echo:
     def on_message(self, link: Link, message: Message, body: memoryview) -> None:
         link.send(message, body)
 
+    def on_suspected(self, link: Link) -> None:
+        pass
+
     def on_closed(self, link: Link, error: ShardmeshError) -> None:
         """Nothing belongs to the link; the parent ends this process."""
 

@@ -46,6 +46,14 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="System message, with --chat.")
 @click.option("--ignore-end", is_flag=True, help="Go on behind the model's end of text.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 3600),
+    default=20.0,
+    show_default=True,
+    help="Seconds to wait for another replica when a stage is lost.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @shards_dir_option
@@ -67,6 +75,7 @@ def command(
     chat: bool,
     system: str | None,
     ignore_end: bool,
+    wait_s: float,
     as_json: bool,
     timings: bool,
     shards_dir: Path,
@@ -92,6 +101,7 @@ def command(
         n_tokens_max=n_tokens_max,
         stop=stop,
         ignore_end=ignore_end,
+        wait_s=wait_s,
         sampling=SamplingSettings(
             temperature=temperature,
             top_k=top_k,
@@ -171,6 +181,7 @@ def _as_json(
             "model": completion.chain.stages[0].model_name,
             "seed": request.sampling.seed,
             "chain": [stage.peer_id for stage in completion.chain.stages],
+            "repairs": [dataclasses.asdict(repair) for repair in completion.repairs],
             "timings": dataclasses.asdict(finished.timings),
         },
         ensure_ascii=False,

@@ -23,6 +23,7 @@ class Replica:
     n_ctx: int
     shard_loaded: bool
     fingerprint: str
+    sequence: int = 0  # of its announcement; higher is newer
 
 
 @dataclasses.dataclass(frozen=True)

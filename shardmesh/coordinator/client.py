@@ -73,7 +73,14 @@ async def open_client(
                     await membership.joined.wait()
 
                 agree = partial(agree_on_link, host)
-                coordinator = Coordinator(membership.find_listeners, agree, models, nursery)
+                coordinator = Coordinator(
+                    membership.find_listeners,
+                    agree,
+                    models,
+                    nursery,
+                    known=membership.known_listeners,
+                    refresh=membership.pull,
+                )
                 try:
                     yield Client(host, directory, dht, membership, coordinator)
                 finally:

@@ -14,6 +14,9 @@ from shardmesh.wire.messages import Sampling
 
 N_TOKENS_MAX_DEFAULT = 256
 
+WAIT_S_DEFAULT = 20.0
+"""A listener that is started again has loaded a shard of usual size by then."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
@@ -29,6 +32,7 @@ class CompletionRequest:
     stop: tuple[str, ...] = ()
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
     ignore_end: bool = False  # go on behind the model's end of text, for measurements
+    wait_s: float = WAIT_S_DEFAULT  # for a replica in the place of a stage that was lost
 
     def __post_init__(self) -> None:
         given = [self.prompt is not None, bool(self.prompt_tokens), bool(self.messages)]
@@ -36,6 +40,8 @@ class CompletionRequest:
             raise InputError("give either a prompt or messages")
         if self.n_tokens_max < 1:
             raise InputError("at least one token has to be asked for")
+        if not 0 <= self.wait_s < float("inf"):
+            raise InputError(f"a stage cannot be waited for {self.wait_s} s")
         n_bytes = len((self.prompt or "").encode("utf-8", "surrogatepass"))
         if n_bytes > PROMPT_BYTES_MAX:
             raise InputError(

@@ -1,28 +1,46 @@
-"""A session over a chain: opened on every stage, fed with tokens, closed on every stage."""
+"""A session over a chain: opened on every stage, fed with tokens, repaired, closed."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import trio
 
 from shardmesh.coordinator.chain import Chain, Replica
-from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError, error_from_wire
+from shardmesh.coordinator.recovery import (
+    EMPTY,
+    Held,
+    HopStrikes,
+    hop_lost,
+    is_replaceable,
+    late_stage,
+    no_replica,
+    plan_replay,
+    stage_failed,
+    stage_lost,
+)
+from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
+from shardmesh.links.outgoing import Outgoing
 from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
 from shardmesh.wire.messages import (
     BatchDone,
+    BatchTaken,
     CloseSession,
-    Message,
+    HopFailed,
     NextStage,
     OpenSession,
+    RepairSession,
+    ResumeSession,
     Sampling,
     SessionFailed,
     SessionOpened,
+    SessionRepaired,
     TokenBatch,
 )
 
@@ -31,8 +49,18 @@ logger = logging.getLogger(__name__)
 OPEN_TIMEOUT_S = 15.0
 """From asking all stages to their answers; a stage may have to dial the next one first."""
 
+REPAIR_ANSWER_TIMEOUT_S = 3.0
+"""The same in a repair, where those who do not answer are replaced."""
+
 STEP_TIMEOUT_S = 120.0
 """For one micro-batch through the chain; a dead stage is noticed much sooner by its link."""
+
+LATE_FIRST_S = 20.0
+"""Without a result for so long after the start, or LATE_MULTIPLE of the longest step later on, the
+stages are asked how far they are."""
+
+LATE_MIN_S = 3.0
+LATE_MULTIPLE = 8.0
 
 N_BATCHES_IN_FLIGHT_MAX = 8
 """Micro-batches of a prompt under way at once: enough to keep all stages of a chain busy."""
@@ -40,11 +68,18 @@ N_BATCHES_IN_FLIGHT_MAX = 8
 INBOX_MESSAGES_MAX = 2 * SESSION_BATCHES_WAITING_MAX
 """Messages for a session that were not looked at yet; it never has so many micro-batches out."""
 
-_RUN_AGAIN = "run the prompt again once `shardmesh status` says that the pipeline is complete"
-_NEXT_LOST = ("LINK_LOST", "LINK_SILENT", "LINK_TIMEOUT")
-"""Codes of links; a stage has one to the next stage, which it reports when it ends."""
+TOKENS_KEPT_BYTES_MAX = 1 << 40
+"""A coordinator keeps all token ids of a session: the context bounds them, and they are small."""
 
-Event = SessionOpened | BatchDone | SessionFailed | ShardmeshError
+
+@dataclasses.dataclass(frozen=True)
+class Suspected:
+    """A link has been silent for longer than usual."""
+
+
+StageEvent = BatchDone | BatchTaken | SessionOpened | SessionRepaired
+StageMessage = StageEvent | HopFailed | SessionFailed
+Event = StageMessage | Suspected | ShardmeshError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,57 +92,47 @@ class SessionSettings:
     adapter: str = ""  # a LoRA adapter of the manifest
 
 
-class SessionRouter:
-    """Hands what comes over the links of a coordinator to the sessions it concerns."""
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """One stage that was replaced."""
 
-    def __init__(self) -> None:
-        self._inboxes: dict[bytes, trio.MemorySendChannel[tuple[Link, Event]]] = {}
-        self._links: dict[bytes, Sequence[Link]] = {}
+    epoch: int
+    layer_start: int
+    layer_end: int
+    code: str  # why
+    lost_peer_id: str
+    new_peer_id: str
+    pause_s: float  # from noticing the failure to the next result
+
+
+class Replacements(Protocol):
+    """Where a session finds other replicas of a stage."""
 
     @property
-    def n_sessions(self) -> int:
-        return len(self._inboxes)
+    def timeout_s(self) -> float:
+        """How long a session waits for one."""
+        ...
 
-    def on_message(self, link: Link, message: Message, body: memoryview) -> None:
-        """One message of a link; raises ProtocolError for one that coordinators do not get."""
-        if not isinstance(message, SessionOpened | BatchDone | SessionFailed):
-            raise ProtocolError(f"a coordinator gets no {type(message).__name__}")
-        inbox = self._inboxes.get(message.session)
-        if inbox is None or link not in self._links[message.session]:
-            return  # a late word about a session that is over, or left this stage
-        if inbox.statistics().current_buffer_used >= INBOX_MESSAGES_MAX:
-            raise ProtocolError("a stage answers more than it was asked")
-        inbox.send_nowait((link, message))
+    def has_other(self, stage: Replica, n_ctx: int) -> bool:
+        """Whether another replica could take over now, as far as is known."""
+        ...
 
-    def on_closed(self, link: Link, error: ShardmeshError) -> None:
-        """Tells every session that used the link."""
-        for session_id, links in list(self._links.items()):
-            if link in links:
-                # There is always room: each link has a place of its own for this.
-                self._inboxes[session_id].send_nowait((link, error))
+    def set_aside(self, stage: Replica, error: ShardmeshError) -> None:
+        """Takes a replica that failed out of the choice for a while."""
+        ...
 
-    @asynccontextmanager
-    async def session(
-        self, chain: Chain, links: Sequence[Link], settings: SessionSettings
-    ) -> AsyncIterator[Session]:
-        """An open session; closed on all stages at the end, whatever the end is.
+    async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
+        """A replica for that stage and a link to it; waits until there is one."""
+        ...
 
-        `links` are those to the chain's stages, in order.  Raises what a stage answered, or
-        UnreachableError (the moment's) if one does not answer in time.
-        """
-        session_id = secrets.token_bytes(16)
-        n_events_max = INBOX_MESSAGES_MAX + len(links)
-        inbox, events = trio.open_memory_channel[tuple[Link, Event]](n_events_max)
-        self._inboxes[session_id], self._links[session_id] = inbox, links
-        session = Session(session_id, chain, links, events)
-        try:
-            await session.open(settings)
-            yield session
-        finally:
-            del self._inboxes[session_id], self._links[session_id]
-            for link in links:
-                if link.is_open:
-                    _send_close(link, session_id)
+
+class _BrokenError(Exception):
+    """A stage must be replaced (None: only asked again)."""
+
+    def __init__(self, number: int | None, error: ShardmeshError) -> None:
+        super().__init__(number, error)
+        self.number = number
+        self.error = error
 
 
 class Session:
@@ -117,34 +142,60 @@ class Session:
         self,
         session_id: bytes,
         chain: Chain,
-        links: Sequence[Link],
+        links: list[Link],
         events: trio.MemoryReceiveChannel[tuple[Link, Event]],
+        settings: SessionSettings,
+        replacements: Replacements | None,
     ) -> None:
+        """`links` is shared with the router, which takes messages of these links only."""
         self.session_id = session_id
         self.chain = chain
         self.n_sent = 0  # tokens sent so far: the next position
+        self.repairs: list[Repair] = []
         self._links = links
         self._events = events
+        self._settings = settings
+        self._replacements = replacements
         self._epoch = 0
+        self._is_open = False
+        self._outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
+        self._n_done = 0  # positions whose results have come
+        self._strikes = HopStrikes()
+        self._held: list[Held] = [EMPTY] * len(links)
+        self._longest_step_s = 0.0
+        self._stepped_s = trio.current_time()
+        self._expected: deque[TokenBatch] = deque()  # sent, and no result has come
+        self._unsent: _BrokenError | None = None
+        self._unfinished: list[Repair] = []  # repairs after which no result has come yet
+
+    @property
+    def epoch(self) -> int:
+        """How often the chain was repaired."""
+        return self._epoch
 
     @property
     def first_hop_us(self) -> int:
         """Half a round trip to the first stage."""
         return self._links[0].half_round_trip_us
 
-    async def open(self, settings: SessionSettings) -> None:
+    @property
+    def links(self) -> list[Link]:
+        """Those to the chain's stages, in order."""
+        return list(self._links)
+
+    # -- what a generation uses ----------------------------------------------------------------
+
+    async def open(self) -> None:
         """Asks all stages at once and waits until all have a sequence for the session."""
-        for number, link in enumerate(self._links):
-            link.send(self._open_message(number, settings))
-        waiting = set(range(len(self._links)))
-        with _deadline(OPEN_TIMEOUT_S, "a stage did not open the session in time"):
-            while waiting:
-                link, event = await self._next_event()
-                if isinstance(event, SessionOpened):
-                    waiting.discard(self._links.index(link))
+        everyone = set(range(len(self._links)))
+        try:
+            await self._establish(everyone, OPEN_TIMEOUT_S)
+        except _BrokenError as broken:
+            await self._repair(broken, everyone)
+        self._is_open = True
 
     def send(self, tokens: Sequence[int], *, sample: bool, embed: bool = False) -> None:
-        """Sends a micro-batch to the first stage; raises what the link's `send` raises."""
+        """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`."""
         batch = TokenBatch(
             session=self.session_id,
             epoch=self._epoch,
@@ -153,93 +204,331 @@ class Session:
             sample=sample,
             embed=embed,
         )
-        self._links[0].send(batch)
+        self._stepped_s = trio.current_time()
         self.n_sent += len(tokens)
+        self._expected.append(batch)
+        try:
+            self._outgoing.add(batch.position, len(tokens), batch)
+        except ShardmeshError as error:
+            self._unsent = self._lost(0, error)
 
     async def receive(self) -> BatchDone:
-        """The next micro-batch that has gone through the chain.
+        """The next micro-batch that has gone through the chain; repairs the chain if need be.
 
-        Raises the error of the stage that failed, or UnreachableError (the moment's) when nothing
-        comes for STEP_TIMEOUT_S.
+        Raises the error of the stage that failed, or UnreachableError (the moment's) when nobody
+        replaces it in time or nothing comes for STEP_TIMEOUT_S.
         """
-        with _deadline(STEP_TIMEOUT_S, "the chain did not answer in time"):
-            while True:
-                link, event = await self._next_event()
-                if isinstance(event, BatchDone):
-                    if link is not self._links[-1]:
-                        raise ProtocolError("a result came from another stage than the last")
-                    return event
+        give_up_s = trio.current_time() + STEP_TIMEOUT_S
+        while True:
+            try:
+                with _deadline(give_up_s, "the chain did not answer in time"):
+                    return self._accept(await self._next_result())
+            except _BrokenError as broken:
+                before = self._held
+                await self._repair(broken, set())
+                if broken.number is not None or self._held != before:
+                    give_up_s = trio.current_time() + STEP_TIMEOUT_S
 
-    async def _next_event(self) -> tuple[Link, SessionOpened | BatchDone]:
-        """The next good news of the current epoch; bad news is raised."""
+    def close(self) -> None:
+        """Ends the session on all stages; not waited for."""
+        for link in self._links:
+            self._close_on(link)
+
+    # -- results -------------------------------------------------------------------------------
+
+    async def _next_result(self) -> tuple[int, BatchDone]:
+        """What a stage gives as a result, and its number; raises _BrokenError."""
+        unsent, self._unsent = self._unsent, None
+        if unsent is not None:
+            raise unsent
+        while True:
+            with trio.move_on_after(self._patience_s()) as scope:
+                number, event = await self._next_event()
+            if scope.cancelled_caught:
+                self._longest_step_s *= 2  # asked once, it is asked again only after a longer while
+                raise _BrokenError(None, UnreachableError("no result", code="STAGE_TIMEOUT"))
+            if isinstance(event, BatchDone):
+                return number, event
+            if isinstance(event, BatchTaken) and number == 0:
+                with self._first_hop():
+                    self._outgoing.taken(event.n_taken)
+
+    def _accept(self, result: tuple[int, BatchDone]) -> BatchDone:
+        """A result that is the one asked for; raises _BrokenError for whoever gave another."""
+        number, done = result
+        if number != len(self._links) - 1:
+            wrong = ProtocolError("a result came from another stage than the last")
+            raise _BrokenError(number, wrong)
+        asked = self._expected[0] if self._expected else None
+        fits = (
+            asked is not None
+            and done.position == asked.position
+            and done.n_tokens == len(asked.tokens)
+            and asked.sample == (done.sampled is not None)
+        )
+        if not fits:
+            raise _BrokenError(number, ProtocolError("a result is not the one that was asked for"))
+        self._note_result(done)
+        return done
+
+    def _patience_s(self) -> float:
+        if self._replacements is None:
+            return float("inf")
+        if not self._longest_step_s:
+            return LATE_FIRST_S
+        return max(LATE_MIN_S, LATE_MULTIPLE * self._longest_step_s)
+
+    def _note_result(self, done: BatchDone) -> None:
+        now_s = trio.current_time()
+        self._expected.popleft()
+        self._n_done += done.n_tokens
+        self._strikes.clear()
+        if not self._unfinished:
+            self._longest_step_s = max(self._longest_step_s, now_s - self._stepped_s)
+        for repair in self._unfinished:
+            self.repairs.append(dataclasses.replace(repair, pause_s=now_s - repair.pause_s))
+        self._unfinished.clear()
+
+    async def _next_event(self) -> tuple[int, StageEvent]:
+        """The next good news of the current epoch and its stage; bad news is raised."""
         while True:
             link, event = await self._events.receive()
-            if isinstance(event, ShardmeshError):
-                raise _stage_lost(self.chain, self._links.index(link), event)
-            if event.epoch != self._epoch:
+            if link not in self._links:
+                continue  # replaced meanwhile
+            number = self._links.index(link)
+            if isinstance(event, Suspected):
+                self._on_suspected(number)
+            elif isinstance(event, ShardmeshError):
+                raise self._lost(number, event)
+            elif event.epoch != self._epoch:
                 continue
-            if isinstance(event, SessionFailed):
-                raise _stage_failed(event)
-            return link, event
+            elif isinstance(event, SessionFailed):
+                error = stage_failed(event)
+                if not is_replaceable(error):
+                    raise error
+                raise _BrokenError(number, error)
+            elif isinstance(event, HopFailed):
+                raise self._blame(number, event)
+            else:
+                return number, event
 
-    def _open_message(self, number: int, settings: SessionSettings) -> OpenSession:
-        stages = self.chain.stages
-        stage, is_last = stages[number], number == len(stages) - 1
+    def _on_suspected(self, number: int) -> None:
+        """A silent stage is replaced if another can take its place, else waited for."""
+        stage = self.chain.stages[number]
+        if (
+            self._replacements is not None
+            and self._links[number].is_suspected
+            and self._replacements.has_other(stage, self._settings.n_ctx)
+        ):
+            raise self._lost(number, UnreachableError("it is silent", code="LINK_SILENT"))
+
+    def _blame(self, number: int, failed: HopFailed) -> _BrokenError:
+        stage = self.chain.stages[number]
+        error = hop_lost(stage.layer_start, stage.layer_end, failed)
+        following = self._links[min(number + 1, len(self._links) - 1)]
+        is_suspect = following.is_suspected or not following.is_open
+        blamed = self._strikes.blamed(number, failed, next_is_suspect=is_suspect)
+        if blamed is not None and not 0 <= blamed < len(self._links):
+            blamed = number  # it has no neighbour there
+        return _BrokenError(blamed, error)
+
+    # -- repair --------------------------------------------------------------------------------
+
+    async def _repair(self, broken: _BrokenError, fresh: set[int]) -> None:
+        """Raises the epoch until all stages are well and know what to send.
+
+        `fresh` are the stages that hold nothing yet.  Raises the failure if it cannot be mended in
+        time.
+        """
+        replacements = self._replacements
+        if replacements is None:
+            raise broken.error
+        started_s = trio.current_time()
+        failure: _BrokenError | None = broken
+        try:
+            with trio.fail_after(replacements.timeout_s):
+                while failure is not None:
+                    failure = await self._try_again((broken := failure), fresh, started_s)
+        except trio.TooSlowError:
+            stage = self.chain.stages[broken.number or 0]
+            waited_s = trio.current_time() - started_s
+            raise no_replica(
+                stage.layer_start, stage.layer_end, broken.error, waited_s
+            ) from broken.error
+
+    async def _try_again(
+        self, failure: _BrokenError, fresh: set[int], started_s: float
+    ) -> _BrokenError | None:
+        """One epoch further, without the stage that failed; what failed then."""
+        try:
+            if failure.number is not None:
+                fresh.add(failure.number)
+                await self._replace(failure.number, failure.error, started_s)
+            self._epoch += 1
+            is_late = failure.number is None
+            await self._establish(fresh, REPAIR_ANSWER_TIMEOUT_S, is_late=is_late)
+        except _BrokenError as another:
+            return another
+        return None
+
+    async def _replace(self, number: int, error: ShardmeshError, started_s: float) -> None:
+        replacements = self._replacements
+        if replacements is None:
+            raise error
+        stages, lost = list(self.chain.stages), self.chain.stages[number]
+        logger.info(
+            "layers [%d, %d) are lost on %s: [%s] %s",
+            lost.layer_start,
+            lost.layer_end,
+            lost.peer_id,
+            error.code,
+            error,
+        )
+        replacements.set_aside(lost, error)
+        if not self._is_open and not self._has_other(number):
+            raise error  # nothing is lost yet: whoever asks may ask again
+        self._close_on(self._links[number])
+        stages[number], link = await replacements.replace(self.chain, number, self._settings.n_ctx)
+        self._links[number] = link
+        self.chain = Chain(tuple(stages))
+        self._unfinished.append(
+            Repair(
+                epoch=self._epoch + 1,
+                layer_start=lost.layer_start,
+                layer_end=lost.layer_end,
+                code=error.code,
+                lost_peer_id=lost.peer_id,
+                new_peer_id=stages[number].peer_id,
+                pause_s=started_s,  # the pause is known when the next result comes
+            )
+        )
+
+    async def _establish(self, fresh: set[int], timeout_s: float, *, is_late: bool = False) -> None:
+        """Has all stages agree on the current epoch, then send what is missing.
+
+        Raises _BrokenError for a stage that does not.
+        """
+        while True:
+            held = await self._ask_all(fresh, timeout_s)
+            plan = plan_replay(held, self._n_done)
+            if not plan.restart:
+                break
+            fresh, self._epoch = fresh | plan.restart, self._epoch + 1
+        late = late_stage(self._held, held) if is_late else None
+        self._held = held
+        if late is not None and self._has_other(late):
+            slow = UnreachableError("the stage does not get on with its work", code="STAGE_LATE")
+            raise _BrokenError(late, slow)
+        for number, send_from in enumerate(plan.send_from[1:]):
+            resume = ResumeSession(
+                session=self.session_id,
+                epoch=self._epoch,
+                send_from=send_from,
+                n_replay=self.n_sent,
+            )
+            self._send(number, resume)
+        with self._first_hop():
+            self._outgoing.hold(self._epoch)
+            self._outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+
+    @contextmanager
+    def _first_hop(self) -> Iterator[None]:
+        try:
+            yield
+        except ShardmeshError as error:
+            raise self._lost(0, error) from error
+
+    def _has_other(self, number: int) -> bool:
+        replacements = self._replacements
+        stage = self.chain.stages[number]
+        return replacements is not None and replacements.has_other(stage, self._settings.n_ctx)
+
+    async def _ask_all(self, fresh: set[int], timeout_s: float) -> list[Held]:
+        """Opens the session on fresh stages, stops it on the others; what each of them has."""
+        for number in range(len(self._links)):
+            self._send(
+                number, self._open_message(number) if number in fresh else self._halt(number)
+            )
+        answers: dict[int, Held] = {}
+        with trio.move_on_after(timeout_s) as scope:
+            while len(answers) < len(self._links):
+                number, event = await self._next_event()
+                if isinstance(event, SessionOpened):
+                    answers[number] = EMPTY
+                elif isinstance(event, SessionRepaired):
+                    answers[number] = Held(event.n_received, event.n_computed, event.kept_from)
+        if not scope.cancelled_caught:
+            return [answers[number] for number in range(len(self._links))]
+        raise _BrokenError(
+            self._unanswering(set(answers), fresh),
+            UnreachableError("a stage did not open the session in time", code="STAGE_TIMEOUT"),
+        )
+
+    def _unanswering(self, answered: set[int], fresh: set[int]) -> int:
+        """Whom to blame of those that did not answer: a new one first.
+
+        A stage that cannot reach the next one does not answer either.
+        """
+        silent = [n for n in range(len(self._links)) if n not in answered]
+        return next((n for n in silent if n in fresh), silent[-1])
+
+    def _send(self, number: int, message: OpenSession | RepairSession | ResumeSession) -> None:
+        try:
+            self._links[number].send(message)
+        except ShardmeshError as error:
+            raise self._lost(number, error) from None
+
+    def _lost(self, number: int, error: ShardmeshError) -> _BrokenError:
+        stage = self.chain.stages[number]
+        return _BrokenError(number, stage_lost(stage.layer_start, stage.layer_end, error))
+
+    def _close_on(self, link: Link) -> None:
+        if not link.is_open:
+            return
+        try:
+            link.send(CloseSession(session=self.session_id))
+        except ShardmeshError as error:
+            # A stage that cannot be told frees the session when its link ends, so end it.
+            link.close(error)
+
+    def _open_message(self, number: int) -> OpenSession:
+        stage, (previous, following) = self.chain.stages[number], self._neighbours(number)
         return OpenSession(
             session=self.session_id,
             epoch=self._epoch,
             manifest_digest=stage.manifest_digest,
             layer_start=stage.layer_start,
             layer_end=stage.layer_end,
-            n_ctx=settings.n_ctx,
-            previous_stage=stages[number - 1].peer_id if number else None,
-            next_stage=None if is_last else _next_stage(stages[number + 1]),
-            sampling=settings.sampling if is_last else None,
-            history=settings.history if is_last else (),
-            adapter=settings.adapter,
+            n_ctx=self._settings.n_ctx,
+            previous_stage=previous,
+            next_stage=following,
+            sampling=None if following is not None else self._settings.sampling,
+            history=() if following is not None else self._settings.history,
+            adapter=self._settings.adapter,
         )
 
+    def _halt(self, number: int) -> RepairSession:
+        previous, following = self._neighbours(number)
+        return RepairSession(
+            session=self.session_id,
+            epoch=self._epoch,
+            previous_stage=previous,
+            next_stage=following,
+        )
 
-def _next_stage(replica: Replica) -> NextStage:
-    return NextStage(peer_id=replica.peer_id, addresses=replica.addresses)
+    def _neighbours(self, number: int) -> tuple[str | None, NextStage | None]:
+        stages = self.chain.stages
+        previous = stages[number - 1].peer_id if number else None
+        if number == len(stages) - 1:
+            return previous, None
+        following = stages[number + 1]
+        return previous, NextStage(peer_id=following.peer_id, addresses=following.addresses)
 
 
 @contextmanager
-def _deadline(timeout_s: float, sentence: str) -> Iterator[None]:
+def _deadline(deadline_s: float, sentence: str) -> Iterator[None]:
     try:
-        with trio.fail_after(timeout_s):
+        with trio.fail_at(deadline_s):
             yield
     except trio.TooSlowError:
         raise UnreachableError(sentence, code="STAGE_TIMEOUT") from None
-
-
-def _send_close(link: Link, session_id: bytes) -> None:
-    try:
-        link.send(CloseSession(session=session_id))
-    except ShardmeshError as error:
-        # A stage that cannot be told frees the session when its link ends, so end it.
-        link.close(error)
-
-
-def _stage_lost(chain: Chain, number: int, cause: ShardmeshError) -> UnreachableError:
-    stage = chain.stages[number]
-    return UnreachableError(
-        f"the stage with layers [{stage.layer_start}, {stage.layer_end}) was lost: {cause}",
-        code="STAGE_LOST",
-        next_step=_RUN_AGAIN,
-    )
-
-
-def _stage_failed(event: SessionFailed) -> ShardmeshError:
-    """What a stage reports of itself, or of its link to the next one."""
-    layers = f"[{event.layer_start}, {event.layer_end})"
-    if event.code in _NEXT_LOST:
-        return UnreachableError(
-            f"the stage behind layers {layers} was lost: {event.message}",
-            code="STAGE_LOST",
-            next_step=_RUN_AGAIN,
-        )
-    if event.blame == "moment" and not event.next_step:
-        sentence = f"layers {layers}: {event.message}"
-        return error_from_wire(event.code, event.blame, sentence, _RUN_AGAIN)
-    return event.error()

@@ -21,6 +21,7 @@ from shardmesh.errors import (
     known_error,
 )
 from shardmesh.links.outbox import Outbox
+from shardmesh.links.silence import SilenceWatch
 from shardmesh.wire.framing import RecordReader
 from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S
 from shardmesh.wire.messages import (
@@ -39,17 +40,20 @@ logger = logging.getLogger(__name__)
 READ_BYTES_MIN = 64 * 1024
 READ_BYTES_MAX = 1024 * 1024  # a buffer of this size is made for each read of a large body
 N_ROUND_TRIPS_KEPT = 8
+N_CHECKS_PER_BEAT = 5  # a silence is noticed at most a fifth of a heartbeat late
 
 _CLOSED_HERE = UnreachableError("the link was closed on this side", code="LINK_CLOSED")
 
 
 class LinkUser(Protocol):
-    """Whoever a link belongs to; both are called on the trio loop and must not raise or wait.
+    """Whoever a link belongs to; all are called on the trio loop and must not raise or wait.
 
     A ProtocolError out of `on_message` is the exception: it closes the link.
     """
 
     def on_message(self, link: Link, message: Message, body: memoryview) -> None: ...
+
+    def on_suspected(self, link: Link) -> None: ...
 
     def on_closed(self, link: Link, error: ShardmeshError) -> None: ...
 
@@ -78,7 +82,9 @@ class Link:
         self._pending: deque[bytes] = deque()
         self._n_pings = 0
         self._ping_sent_s = 0.0
-        self._heard_s = trio.current_time()
+        self._silence = SilenceWatch(trio.current_time())
+        self.is_suspected = False
+        """The other side has been silent for longer than usual."""
         self._round_trips_s: deque[float] = deque(maxlen=N_ROUND_TRIPS_KEPT)
         self._closing: ShardmeshError | None = None
         self._scope = trio.CancelScope()
@@ -175,16 +181,26 @@ class Link:
 
     async def _heartbeat(self) -> None:
         while True:
-            now_s = trio.current_time()
-            if now_s - self._heard_s > HEARTBEAT_TIMEOUT_S:
-                raise UnreachableError(
-                    f"{self.peer_id} was silent for {HEARTBEAT_TIMEOUT_S:.0f} s",
-                    code="LINK_SILENT",
-                )
             self._n_pings += 1
-            self._ping_sent_s = now_s
+            self._ping_sent_s = trio.current_time()
             self._send_beat(Ping(number=self._n_pings))
-            await trio.sleep(HEARTBEAT_INTERVAL_S)
+            for _ in range(N_CHECKS_PER_BEAT):
+                await trio.sleep(HEARTBEAT_INTERVAL_S / N_CHECKS_PER_BEAT)
+                self._check_silence(trio.current_time())
+
+    def _check_silence(self, now_s: float) -> None:
+        silence_s = self._silence.silence_s(now_s)
+        if silence_s > HEARTBEAT_TIMEOUT_S:
+            raise UnreachableError(
+                f"{self.peer_id} was silent for {HEARTBEAT_TIMEOUT_S:.0f} s", code="LINK_SILENT"
+            )
+        was_suspected, self.is_suspected = (
+            self.is_suspected,
+            silence_s > self._silence.patience_s(now_s),
+        )
+        if self.is_suspected and not was_suspected:
+            logger.info("%s has been silent for %.1f s", self.peer_id, silence_s)
+            self._user.on_suspected(self)
 
     def _send_beat(self, beat: Ping | Pong) -> None:
         """Sends a heartbeat, unless so much waits to be written that it would say nothing new."""
@@ -196,7 +212,8 @@ class Link:
             data = await self._stream.receive_some(self._n_read())
             if not data:
                 raise UnreachableError(f"{self.peer_id} closed the link", code="LINK_LOST")
-            self._heard_s = trio.current_time()
+            self._silence.heard(trio.current_time())
+            self.is_suspected = False
             self._pending.extend(self._reader.feed(data))
         return decode_message(self._opener.open(self._pending.popleft()))
 

@@ -135,7 +135,14 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
         node.join(host, membership, files)
         files.start(node.is_computing)
         models = ModelFiles(host, node.library, options.cache_dir)
-        coordinator = Coordinator(membership.find_listeners, node.agree, models, nursery)
+        coordinator = Coordinator(
+            membership.find_listeners,
+            node.agree,
+            models,
+            nursery,
+            known=membership.known_listeners,
+            refresh=membership.pull,
+        )
         commands = NodeCommands(node, host, coordinator)
         host.serve(LINK_PROTOCOL, node.serve_link)
         serve_model_info(host, node.library)

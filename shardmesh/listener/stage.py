@@ -7,17 +7,18 @@ stage.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import trio
 
 from shardmesh.engine.at_once import computations
-from shardmesh.engine.base import Engine, Hidden, MicroBatch, Output
+from shardmesh.engine.base import Engine, MicroBatch, Output
 from shardmesh.errors import (
     InputError,
     OurError,
@@ -31,19 +32,26 @@ from shardmesh.listener.stage_session import (
     StageIdentity,
     StageSession,
     Work,
+    check_neighbours,
     check_request,
     failure_message,
+    hop_failure_message,
+    new_session,
     result_message,
     sampling_settings,
 )
-from shardmesh.listener.worker import Worker
+from shardmesh.listener.worker import Computes, Worker
 from shardmesh.wire.messages import (
+    BatchTaken,
     CloseSession,
     HiddenBatch,
     Message,
     NextStage,
     OpenSession,
+    RepairSession,
+    ResumeSession,
     SessionOpened,
+    SessionRepaired,
     StageTiming,
     TokenBatch,
     TrimSession,
@@ -53,15 +61,22 @@ from shardmesh.wire.messages import (
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Side = Literal["previous", "next"]
 
 GetLink = Callable[[NextStage], Awaitable[Link]]
+MakeWorker = Callable[[Callable[[list[Work]], None]], "Computes[Work]"]
 
 
 class Stage:
     """The sessions of one loaded shard; the `LinkUser` of all links of a data process."""
 
     def __init__(
-        self, engine: Engine, identity: StageIdentity, nursery: trio.Nursery, get_link: GetLink
+        self,
+        engine: Engine,
+        identity: StageIdentity,
+        nursery: trio.Nursery,
+        get_link: GetLink,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self.counters = StageCounters()
         self._engine = engine
@@ -70,7 +85,7 @@ class Stage:
         self._get_link = get_link
         self._sessions: dict[bytes, StageSession] = {}
         self._free_sequences = list(range(engine.info.n_parallel))
-        self._worker: Worker[Work] = Worker(self._compute)
+        self._worker = make_worker(self._compute)
         self._trio_token = trio.lowlevel.current_trio_token()
 
     @property
@@ -94,6 +109,12 @@ class Stage:
                 self._on_hidden(link, message, body)
             case TrimSession():
                 self._trim(link, message)
+            case RepairSession():
+                self._repair(link, message)
+            case ResumeSession():
+                self._resume(link, message)
+            case BatchTaken():
+                self._on_taken(link, message)
             case CloseSession():
                 session = self._sessions.get(message.session)
                 if session is not None and session.coordinator is link:
@@ -102,12 +123,15 @@ class Stage:
                 raise ProtocolError(f"a stage gets no {type(message).__name__}")
 
     def on_closed(self, link: Link, error: ShardmeshError) -> None:
-        """Frees the sessions of a lost coordinator, fails those that sent through the link."""
+        """Frees the sessions of a lost coordinator; tells of a lost next stage."""
         for session in list(self._sessions.values()):
             if session.coordinator is link:
                 self._release(session)
             elif session.next_link is link:
-                self._fail(session, error)
+                self._report_hop(session, "next", error)
+
+    def on_suspected(self, link: Link) -> None:
+        """Nothing: the coordinator hears the silence of a stage by itself."""
 
     async def farewell(self) -> None:
         """Ends all sessions with an error that says so, and waits until it is sent."""
@@ -125,16 +149,17 @@ class Stage:
     def _open(self, link: Link, message: OpenSession) -> None:
         earlier = self._sessions.get(message.session)
         if earlier is not None:
-            if earlier.coordinator is not link or message.epoch <= earlier.opened_by.epoch:
+            if earlier.coordinator is not link or message.epoch <= earlier.epoch:
                 raise ProtocolError("a session was opened twice in one epoch")
             self._release(earlier)
+        info = self._engine.info
         try:
-            check_request(message, self._identity, self._engine.info, len(self._free_sequences))
+            check_request(message, self._identity, info, len(self._free_sequences))
         except ShardmeshError as error:
             self.counters.n_sessions_refused += 1
-            self._report(link, message, error)
+            self._refuse(link, message.session, message.epoch, error)
             return
-        session = StageSession(message, self._free_sequences.pop(0), link)
+        session = new_session(message, self._free_sequences.pop(0), link, info)
         self._sessions[message.session] = session
         self.counters.n_sessions_opened += 1
         sampling = sampling_settings(message)
@@ -142,24 +167,68 @@ class Stage:
             session,
             lambda: self._engine.open_sequence(session.sequence, sampling, message.history),
         )
-        self._nursery.start_soon(self._connect, session)
+        opened = SessionOpened(session=message.session, epoch=message.epoch)
+        self._nursery.start_soon(self._connect, session, lambda: opened)
 
-    async def _connect(self, session: StageSession) -> None:
-        """Brings up the link to the next stage, then tells the coordinator."""
-        message = session.opened_by
+    def _repair(self, link: Link, message: RepairSession) -> None:
+        """Lets go of the old neighbours; what waits for the engine is computed all the same."""
+        session = self._sessions.get(message.session)
+        if session is None or session.coordinator is not link:
+            self._refuse(link, message.session, message.epoch, _no_session())
+            return
+        if message.epoch <= session.epoch:
+            self.counters.n_late_frames += 1
+            return
         try:
-            if message.next_stage is not None:
-                with session.connecting:  # a session that ends meanwhile leaves nothing waiting
-                    session.next_link = await self._get_link(message.next_stage)
+            check_neighbours(message, self._engine.info)
         except ShardmeshError as error:
             self._fail(session, error)
             return
-        if self._is_current(session):
-            opened = SessionOpened(session=message.session, epoch=message.epoch)
-            try:
-                session.coordinator.send(opened)
-            except ShardmeshError as error:
-                self._fail(session, error)
+        self.counters.n_sessions_repaired += 1
+        session.move_to(message.epoch, message.previous_stage, message.next_stage)
+        self._nursery.start_soon(self._connect, session, lambda: _repaired(session))
+
+    async def _connect(self, session: StageSession, answer: Callable[[], Message]) -> None:
+        """Brings up the link to the next stage, then tells the coordinator."""
+        epoch, link = session.epoch, session.coordinator
+        try:
+            if session.next_stage is not None:
+                with session.connecting:  # a session that ends meanwhile leaves nothing waiting
+                    link = await self._get_link(session.next_stage)
+        except ShardmeshError as error:
+            self._report_hop(session, "next", error, epoch)
+            return
+        if not self._is_current(session) or session.epoch != epoch:
+            return
+        session.next_link = link
+        self._tell(session, answer())
+
+    def _resume(self, link: Link, message: ResumeSession) -> None:
+        session = self._session_of(message.session, message.epoch)
+        if session is None or session.coordinator is not link or session.next_link is None:
+            return
+        session.n_replay = message.n_replay
+        try:
+            session.outgoing.resume(
+                session.next_link, send_from=message.send_from, n_replay=message.n_replay
+            )
+        except ProtocolError as error:
+            self._fail(session, error)
+        except ShardmeshError as error:
+            self._report_hop(session, "next", error)
+        else:
+            self._acknowledge(session)
+
+    def _on_taken(self, link: Link, message: BatchTaken) -> None:
+        session = self._session_of(message.session, message.epoch)
+        if session is None or session.next_link is not link:
+            return
+        try:
+            session.outgoing.taken(message.n_taken)
+        except ShardmeshError as error:
+            self._report_hop(session, "next", error)
+        else:
+            self._acknowledge(session)
 
     def _trim(self, link: Link, message: TrimSession) -> None:
         session = self._session_of(message.session, message.epoch)
@@ -170,6 +239,7 @@ class Stage:
             return
         self._worker.forget(message.session)
         session.n_received = message.n_keep
+        session.outgoing.forget_from(message.n_keep)
         self._run_in_engine(
             session, lambda: self._engine.trim_sequence(session.sequence, message.n_keep)
         )
@@ -180,9 +250,10 @@ class Stage:
         The next session can have it at once: the engine's jobs keep their order, so it is emptied
         behind whatever is computed now and before whatever comes.
         """
-        self._sessions.pop(session.opened_by.session, None)
+        self._sessions.pop(session.session_id, None)
+        session.outgoing.hold()
         session.connecting.cancel()
-        self._worker.forget(session.opened_by.session)
+        self._worker.forget(session.session_id)
         self._run_in_engine(None, lambda: self._engine.close_sequence(session.sequence))
         self._free_sequences.append(session.sequence)
 
@@ -191,13 +262,38 @@ class Stage:
             return
         self.counters.n_sessions_failed += 1
         self._release(session)
-        self._report(session.coordinator, session.opened_by, error)
+        self._refuse(session.coordinator, session.session_id, session.epoch, error)
 
-    def _report(self, link: Link, opened_by: OpenSession, error: ShardmeshError) -> None:
+    def _refuse(self, link: Link, session_id: bytes, epoch: int, error: ShardmeshError) -> None:
+        """Says that the session is not, or no longer, on this stage."""
         logger.info("session ended: [%s] %s", error.code, error)
-        failed = failure_message(opened_by, error)
+        self._send_or_close(link, failure_message(session_id, epoch, self._identity, error))
+
+    def _report_hop(
+        self, session: StageSession, hop: Side, error: ShardmeshError, epoch: int | None = None
+    ) -> None:
+        """Says that a neighbour failed, unless it was that of an earlier epoch.
+
+        The session waits for its repair.
+        """
+        if not self._is_current(session) or epoch not in (None, session.epoch):
+            return
+        if hop == "previous":
+            if session.is_deaf:
+                return
+            session.is_deaf = True
+        else:
+            session.outgoing.hold()
+            session.next_link = None
+        logger.info("the %s hop of a session failed: [%s] %s", hop, error.code, error)
+        self._tell(session, hop_failure_message(session, hop, error))
+
+    def _tell(self, session: StageSession, message: Message) -> None:
+        self._send_or_close(session.coordinator, message)
+
+    def _send_or_close(self, link: Link, message: Message) -> None:
         try:
-            link.send(failed)
+            link.send(message)
         except ShardmeshError as send_error:
             # Its coordinator is gone or does not read: closing tells it, if anything does.
             link.close(send_error)
@@ -207,7 +303,7 @@ class Stage:
     def _session_of(self, session_id: bytes, epoch: int) -> StageSession | None:
         """The session a frame belongs to; None for one that is over or of another epoch."""
         session = self._sessions.get(session_id)
-        if session is None or session.opened_by.epoch != epoch:
+        if session is None or session.epoch != epoch:
             self.counters.n_late_frames += 1
             return None
         return session
@@ -225,47 +321,62 @@ class Stage:
             sample=message.sample,
             want_embedding=message.embed,
         )
-        self._enqueue(session, batch, ())
+        try:
+            self._enqueue(session, link, batch, ())
+        except ShardmeshError as error:
+            self._fail(session, error)
 
     def _on_hidden(self, link: Link, message: HiddenBatch, body: memoryview) -> None:
         session = self._session_of(message.session, message.epoch)
         if session is None:
             return
-        if link.peer_id != session.opened_by.previous_stage:
+        if link.peer_id != session.previous_stage:
             raise ProtocolError("hidden states came from where none are due")
-        if message.n_embd != self._engine.info.n_embd:
-            raise ProtocolError(f"hidden states of width {message.n_embd} do not fit this model")
-        try:
-            hidden: Hidden = body_to_hidden(message, body)
-        except ProtocolError as error:
-            self._fail(session, error)
+        if session.is_deaf:
             return
-        batch = MicroBatch(
-            sequence=session.sequence,
-            position=message.position,
-            hidden=hidden,
-            sample=message.sample,
-            want_embedding=message.embed,
-        )
-        self._enqueue(session, batch, message.timings)
+        try:
+            if message.n_embd != self._engine.info.n_embd:
+                raise ProtocolError(f"hidden states of width {message.n_embd} do not fit")
+            batch = MicroBatch(
+                sequence=session.sequence,
+                position=message.position,
+                hidden=body_to_hidden(message, body),
+                sample=message.sample,
+                want_embedding=message.embed,
+            )
+            self._enqueue(session, link, batch, message.timings)
+        except InputError as error:
+            self._fail(session, error)
+        except ShardmeshError as error:
+            self._report_hop(session, "previous", error)
 
     def _enqueue(
-        self, session: StageSession, batch: MicroBatch, timings: tuple[StageTiming, ...]
+        self, session: StageSession, link: Link, batch: MicroBatch, timings: tuple[StageTiming, ...]
     ) -> None:
-        try:
-            if batch.position != session.n_received:
-                raise ProtocolError(
-                    f"position {batch.position} came, {session.n_received} was due",
-                    code="OUT_OF_ORDER",
-                )
-            if batch.position + batch.n_tokens > session.opened_by.n_ctx:
-                raise InputError("the session's context is full", code="CONTEXT_FULL")
-            work = Work(session, batch, timings, time.monotonic())
-            self._worker.add(session.opened_by.session, batch.n_tokens, work)
-        except ShardmeshError as error:
-            self._fail(session, error)
-            return
+        """Queues a micro-batch; raises ProtocolError for one that cannot be right, InputError."""
+        if batch.position != session.n_received:
+            raise ProtocolError(
+                f"position {batch.position} came, {session.n_received} was due",
+                code="OUT_OF_ORDER",
+            )
+        if batch.position + batch.n_tokens > session.opened_by.n_ctx:
+            raise InputError("the session's context is full", code="CONTEXT_FULL")
+        session.previous_link = link
+        work = Work(session, batch, timings, time.monotonic())
+        self._worker.add(session.session_id, batch.n_tokens, work)
         session.n_received += batch.n_tokens
+
+    def _acknowledge(self, session: StageSession) -> None:
+        """In a replay: lets the previous hop send more, once what came is dealt with."""
+        if session.n_acknowledged >= session.n_replay:
+            return
+        n_taken, link = session.outgoing.n_done, session.previous_link
+        if link is None or session.n_acknowledged >= n_taken:
+            return
+        session.n_acknowledged = n_taken
+        taken = BatchTaken(session=session.session_id, epoch=session.epoch, n_taken=n_taken)
+        with contextlib.suppress(ShardmeshError):  # its end is noticed by the link itself
+            link.send(taken)
 
     # -- in the worker's thread -----------------------------------------------------------------
 
@@ -332,16 +443,34 @@ class Stage:
         self.counters.n_batches += 1
         self.counters.n_tokens += work.batch.n_tokens
         self.counters.queue_us += queue_us
+        message, body = result_message(work, result, (*work.timings, timing))
+        epoch = session.epoch
         try:
-            next_hop.send(*result_message(work, result, (*work.timings, timing)))
+            session.outgoing.add(message.position, work.batch.n_tokens, message, body)
         except ShardmeshError as error:
-            self._fail_from_worker(session, error)
+            self._trio_token.run_sync_soon(self._report_hop, session, "next", error, epoch)
+        else:
+            self._acknowledge(session)
 
     def _is_current(self, session: StageSession) -> bool:
-        return self._sessions.get(session.opened_by.session) is session
+        return self._sessions.get(session.session_id) is session
 
     def _fail_from_worker(self, session: StageSession, error: ShardmeshError) -> None:
         self._trio_token.run_sync_soon(self._fail, session, error)
+
+
+def _repaired(session: StageSession) -> SessionRepaired:
+    return SessionRepaired(
+        session=session.session_id,
+        epoch=session.epoch,
+        n_received=session.n_received,
+        n_computed=session.outgoing.n_computed,
+        kept_from=session.outgoing.kept_from,
+    )
+
+
+def _no_session() -> UnreachableError:
+    return UnreachableError("this stage does not hold the session", code="NO_SESSION")
 
 
 def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import trio
 
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.errors import BusyError, InputError, ShardmeshError
 from shardmesh.links.link import Link
+from shardmesh.links.outgoing import Outgoing
+from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
 from shardmesh.wire.messages import (
     BatchDone,
     HiddenBatch,
-    Message,
+    HopFailed,
+    NextStage,
     OpenSession,
+    RepairSession,
     Sampled,
     SessionFailed,
     StageTiming,
@@ -34,14 +39,54 @@ class StageIdentity:
 
 @dataclasses.dataclass(eq=False)
 class StageSession:
-    """One session on this stage."""
+    """One session on this stage; opened once, repaired as often as its neighbours change."""
 
     opened_by: OpenSession
     sequence: int
     coordinator: Link
+    outgoing: Outgoing
+    epoch: int
+    previous_stage: str | None  # peer id; None on the first stage, which the coordinator feeds
+    next_stage: NextStage | None  # None on the last stage, which reports to the coordinator
+    previous_link: Link | None = None  # where micro-batches came from last
     next_link: Link | None = None
     n_received: int = 0  # the position that must come next
+    n_replay: int = 0  # positions below are acknowledged to the previous hop
+    n_acknowledged: int = 0  # in this epoch
+    is_deaf: bool = False  # the previous hop was reported: nothing of it counts in this epoch
     connecting: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+
+    @property
+    def session_id(self) -> bytes:
+        return self.opened_by.session
+
+    def move_to(self, epoch: int, previous: str | None, following: NextStage | None) -> None:
+        """Stops sending and takes frames of the new epoch only, from the new neighbour."""
+        self.connecting.cancel()
+        self.connecting = trio.CancelScope()
+        self.outgoing.hold(epoch)
+        self.epoch, self.previous_stage, self.next_stage = epoch, previous, following
+        self.previous_link = self.next_link = None
+        self.n_replay = self.n_acknowledged = 0
+        self.is_deaf = False
+
+
+def new_session(message: OpenSession, sequence: int, link: Link, info: EngineInfo) -> StageSession:
+    """A session whose sequence is reserved; it sends nothing before its first hop is known."""
+    outgoing = Outgoing(
+        message.epoch,
+        n_bytes_max=REPLAY_KEPT_BYTES_MAX // info.n_parallel,
+        n_kept_max=REPLAY_RESULTS_KEPT_MAX if info.is_last else None,
+    )
+    return StageSession(
+        opened_by=message,
+        sequence=sequence,
+        coordinator=link,
+        outgoing=outgoing,
+        epoch=message.epoch,
+        previous_stage=message.previous_stage,
+        next_stage=message.next_stage,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +106,7 @@ class StageCounters:
     n_sessions_opened: int = 0
     n_sessions_failed: int = 0
     n_sessions_refused: int = 0
+    n_sessions_repaired: int = 0
     n_batches: int = 0
     n_tokens: int = 0
     n_late_frames: int = 0
@@ -80,13 +126,9 @@ def check_request(
             code="NO_ADAPTER",
             next_step="use one of the model's manifest, whose files must lie beside the shard",
         )
-    fits = (
-        info.is_first == (message.previous_stage is None)
-        and info.is_last == (message.next_stage is None)
-        and info.is_last == (message.sampling is not None)
-    )
-    if not fits:
-        raise InputError("the chain and this stage do not fit together", code="WRONG_CHAIN")
+    check_neighbours(message, info)
+    if info.is_last != (message.sampling is not None):
+        raise _wrong_chain()
     if message.n_ctx > info.n_ctx:
         raise InputError(
             f"{message.n_ctx} tokens of context were asked for, this node has {info.n_ctx}",
@@ -100,6 +142,17 @@ def check_request(
         )
 
 
+def check_neighbours(message: OpenSession | RepairSession, info: EngineInfo) -> None:
+    """Raises InputError (theirs) unless the stage's place in the chain is that of its shard."""
+    is_first, is_last = message.previous_stage is None, message.next_stage is None
+    if (is_first, is_last) != (info.is_first, info.is_last):
+        raise _wrong_chain()
+
+
+def _wrong_chain() -> InputError:
+    return InputError("the chain and this stage do not fit together", code="WRONG_CHAIN")
+
+
 def sampling_settings(message: OpenSession) -> SamplingSettings | None:
     """The engine's settings for the session; None on stages that do not sample."""
     if message.sampling is None:
@@ -110,14 +163,14 @@ def sampling_settings(message: OpenSession) -> SamplingSettings | None:
 
 def result_message(
     work: Work, output: Output, timings: tuple[StageTiming, ...]
-) -> tuple[Message, bytes | memoryview]:
+) -> tuple[HiddenBatch | BatchDone, bytes | memoryview]:
     """What goes on: hidden states to the next stage, or word to the coordinator."""
-    opened_by, batch = work.session.opened_by, work.batch
+    session, batch = work.session, work.batch
     if output.hidden is not None:
         n_tokens, n_embd = output.hidden.shape
         hidden_batch = HiddenBatch(
-            session=opened_by.session,
-            epoch=opened_by.epoch,
+            session=session.session_id,
+            epoch=session.epoch,
             position=batch.position,
             n_tokens=n_tokens,
             n_embd=n_embd,
@@ -129,8 +182,8 @@ def result_message(
         return hidden_batch, hidden_to_body(output.hidden)
     chosen = output.sampled
     done = BatchDone(
-        session=opened_by.session,
-        epoch=opened_by.epoch,
+        session=session.session_id,
+        epoch=session.epoch,
         position=batch.position,
         n_tokens=batch.n_tokens,
         sampled=None if chosen is None else Sampled(**dataclasses.asdict(chosen)),
@@ -140,13 +193,30 @@ def result_message(
     return done, b""
 
 
-def failure_message(opened_by: OpenSession, error: ShardmeshError) -> SessionFailed:
+def failure_message(
+    session_id: bytes, epoch: int, serves: StageIdentity, error: ShardmeshError
+) -> SessionFailed:
     """Word to the coordinator that the session is over on this stage."""
     return SessionFailed(
-        session=opened_by.session,
-        epoch=opened_by.epoch,
-        layer_start=opened_by.layer_start,
-        layer_end=opened_by.layer_end,
+        session=session_id,
+        epoch=epoch,
+        layer_start=serves.layer_start,
+        layer_end=serves.layer_end,
+        code=error.code,
+        blame=error.blame,
+        message=str(error)[:SENTENCE_LENGTH_MAX],
+        next_step=error.next_step[:SENTENCE_LENGTH_MAX],
+    )
+
+
+def hop_failure_message(
+    session: StageSession, hop: Literal["previous", "next"], error: ShardmeshError
+) -> HopFailed:
+    """Word to the coordinator that a neighbour failed, and this stage did not."""
+    return HopFailed(
+        session=session.session_id,
+        epoch=session.epoch,
+        hop=hop,
         code=error.code,
         blame=error.blame,
         message=str(error)[:SENTENCE_LENGTH_MAX],

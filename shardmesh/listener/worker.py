@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
@@ -19,7 +19,20 @@ from shardmesh.listener.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Taken = TypeVar("Taken", contravariant=True)
 Job = Callable[[], None]
+
+
+class Computes(Protocol[Taken]):
+    """Whatever does a stage's work: the thread below, or a simulation of it."""
+
+    def add(self, session: bytes, n_tokens: int, item: Taken) -> None: ...
+
+    def forget(self, session: bytes) -> None: ...
+
+    def do(self, job: Job) -> None: ...
+
+    async def run(self) -> None: ...
 
 
 class Worker(Generic[Item]):

@@ -149,6 +149,21 @@ class Membership:
                 self._host.learn(announcement.peer_id, announcement.addresses)
         return found
 
+    def known_listeners(self) -> list[Announcement]:
+        """Who serves what, as far as is known without asking anybody."""
+        return self._directory.all()
+
+    async def pull(self) -> None:
+        """Asks one neighbour for its directory now; without an answer all stays as it is."""
+        neighbours = (
+            self._neighbours.connected_bootstraps() or self._neighbours.connected_listeners()
+        )
+        if neighbours:
+            try:
+                await self._tell(random.choice(neighbours), pull=True)
+            except ShardmeshError as error:
+                self._log.debug("a neighbour's directory could not be had: %s", error)
+
     async def _ask_dht(self, shard_id: int) -> None:
         try:
             for signed in await self._dht.find_announcements(shard_id):
@@ -195,14 +210,7 @@ class Membership:
     async def _keep_pulling(self) -> None:
         while True:
             await trio.sleep(DIRECTORY_PULL_INTERVAL_S * random.uniform(0.8, 1.2))
-            neighbours = (
-                self._neighbours.connected_bootstraps() or self._neighbours.connected_listeners()
-            )
-            if neighbours:
-                try:
-                    await self._tell(random.choice(neighbours), pull=True)
-                except ShardmeshError as error:
-                    self._log.debug("a neighbour's directory could not be had: %s", error)
+            await self.pull()
             await self._save_remembered()
 
     async def _save_remembered(self) -> None:

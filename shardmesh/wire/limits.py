@@ -49,6 +49,15 @@ TOP_LOGPROBS_MAX: Final = 64
 SESSION_BATCHES_WAITING_MAX: Final = 64
 """Micro-batches of one session that wait in a stage; a coordinator keeps 8 under way."""
 
+REPLAY_KEPT_BYTES_MAX: Final = 512 * MIB
+"""What a stage keeps of what it sent, over all its sessions; 32,768 tokens at n_embd 4,096."""
+
+REPLAY_RESULTS_KEPT_MAX: Final = 64
+"""Results that a last stage keeps of a session; the coordinator lacks the last few at most."""
+
+REPLAY_BATCHES_IN_FLIGHT_MAX: Final = 16
+"""Micro-batches replayed to a stage and not acknowledged: other sessions share link and engine."""
+
 DECODE_ROUND_MAX: Final = 32
 """Single tokens of different sessions that a stage computes before a prompt gets its turn."""
 
@@ -93,6 +102,9 @@ HANDSHAKE_TIMEOUT_S: Final = 5.0
 
 HEARTBEAT_INTERVAL_S: Final = 0.25
 """A link says that it is alive this often, so that a stopped process is suspected quickly."""
+
+SILENCE_SUSPECTED_S: Final = 0.8
+"""Silence on a steady link after which a session goes on elsewhere: three heartbeats missed."""
 
 HEARTBEAT_TIMEOUT_S: Final = 5.0
 """Silence on a link after which it is closed."""

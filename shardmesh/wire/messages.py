@@ -121,6 +121,64 @@ class SessionOpened(_Message, frozen=True, tag="opened"):
     epoch: Count
 
 
+class RepairSession(_Message, frozen=True, tag="repair"):
+    """Coordinator to a stage that holds the session: a neighbour changes, stop sending.
+
+    Answered by SessionRepaired, HopFailed or SessionFailed.
+    """
+
+    session: SessionId
+    epoch: Count  # the new one; frames of older ones are refused from now on
+    previous_stage: Text | None
+    next_stage: NextStage | None
+
+
+class SessionRepaired(_Message, frozen=True, tag="repaired"):
+    """Stage to coordinator: what the stage has, so that the coordinator can say who sends what."""
+
+    session: SessionId
+    epoch: Count
+    n_received: Count  # the position that must come next
+    n_computed: Count  # what waits for the engine lies between this and n_received
+    kept_from: Count  # from this position on the stage can send what it computed again
+
+
+class ResumeSession(_Message, frozen=True, tag="resume"):
+    """Coordinator to every stage, once all have answered in the new epoch: send again."""
+
+    session: SessionId
+    epoch: Count
+    send_from: Count  # the next hop lacks what was computed from this position on
+    n_replay: Count  # positions below are acknowledged by BatchTaken
+
+
+class BatchTaken(_Message, frozen=True, tag="taken"):
+    """Stage to the previous hop, in a replay: computed, and sent on or not needed behind it."""
+
+    session: SessionId
+    epoch: Count
+    n_taken: Count  # all positions below
+
+
+class HopFailed(_Message, frozen=True, tag="hop_failed"):
+    """Stage to coordinator: a neighbour is gone or sends what cannot be right.
+
+    The stage itself is well and holds the session until it is repaired or closed.
+    """
+
+    session: SessionId
+    epoch: Count
+    hop: Literal["previous", "next"]
+    code: Text
+    blame: Blame
+    message: Text
+    next_step: Text
+
+    def error(self) -> ShardmeshError:
+        """The error as one to raise here."""
+        return error_from_wire(self.code, self.blame, self.message, self.next_step)
+
+
 class TokenBatch(_Message, frozen=True, tag="tokens"):
     """Coordinator to first stage: a micro-batch of token ids."""
 
@@ -214,9 +272,14 @@ Message = (
     | Pong
     | OpenSession
     | SessionOpened
+    | RepairSession
+    | SessionRepaired
+    | ResumeSession
     | TokenBatch
     | HiddenBatch
     | BatchDone
+    | BatchTaken
+    | HopFailed
     | TrimSession
     | CloseSession
     | SessionFailed

@@ -12,11 +12,11 @@ from support.far_end import Recorder
 from support.mesh import GREEDY, linked_pair
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.router import SessionRouter
 from shardmesh.coordinator.session import (
     INBOX_MESSAGES_MAX,
     OPEN_TIMEOUT_S,
     STEP_TIMEOUT_S,
-    SessionRouter,
     SessionSettings,
 )
 from shardmesh.errors import BusyError, ProtocolError, UnreachableError
@@ -103,11 +103,11 @@ async def played() -> AsyncIterator[tuple[Played, trio.Nursery]]:
         nursery.cancel_scope.cancel()
 
 
-def done(session_id: bytes, *, epoch: int = 0) -> BatchDone:
+def done(session_id: bytes, *, epoch: int = 0, position: int = 0) -> BatchDone:
     return BatchDone(
         session=session_id,
         epoch=epoch,
-        position=0,
+        position=position,
         n_tokens=1,
         sampled=None,
         timings=(),
@@ -142,14 +142,14 @@ async def test_each_stage_is_told_its_place() -> None:
             assert (last.layer_start, last.layer_end, last.n_ctx) == (2, 4, 64)
             session.send([1, 2], sample=False)
             session.send([3], sample=True)
-            await mesh.stages[0].heard.heard(3)
+            await mesh.stages[0].heard.heard(4)
             batches = mesh.stages[0].heard.messages[1:]
             assert [(b.position, b.tokens) for b in batches if isinstance(b, TokenBatch)] == [
                 (0, (1, 2)),
                 (2, (3,)),
             ]
         for stage in mesh.stages:
-            await stage.heard.heard(2 if stage is mesh.stages[1] else 4)
+            await stage.heard.heard(3 if stage is mesh.stages[1] else 5)
             assert isinstance(stage.heard.messages[-1], CloseSession)
         assert mesh.router.n_sessions == 0
 
@@ -199,11 +199,27 @@ async def test_a_result_of_the_wrong_stage_is_refused_and_of_another_epoch_ignor
         nursery.start_soon(mesh.accept_all)
         async with mesh.session() as session:
             first, last = mesh.stages
+            session.send([1], sample=False)
+            session.send([1], sample=False)
             last.far.send(done(session.session_id, epoch=1))
             last.far.send(failed(session.session_id, epoch=1))
             last.far.send(done(session.session_id))
             assert await session.receive() == done(session.session_id)
-            first.far.send(done(session.session_id))
+            first.far.send(done(session.session_id, position=1))
+            with pytest.raises(ProtocolError):
+                await session.receive()
+
+
+@pytest.mark.parametrize("position", [0, 2])
+async def test_a_result_twice_or_too_early_is_refused(position: int) -> None:
+    async with played() as (mesh, nursery):
+        nursery.start_soon(mesh.accept_all)
+        async with mesh.session() as session:
+            for _ in range(3):
+                session.send([1], sample=False)
+            mesh.stages[1].far.send(done(session.session_id))
+            await session.receive()
+            mesh.stages[1].far.send(done(session.session_id, position=position))
             with pytest.raises(ProtocolError):
                 await session.receive()
 
@@ -222,8 +238,9 @@ async def test_a_stage_that_floods_loses_its_link_and_nothing_else() -> None:
     async with played() as (mesh, nursery):
         nursery.start_soon(mesh.accept_all)
         async with mesh.session() as session:
-            for _ in range(INBOX_MESSAGES_MAX + 10):
-                mesh.stages[1].far.send(done(session.session_id))
+            for number in range(INBOX_MESSAGES_MAX + 10):
+                session.send([1], sample=False)
+                mesh.stages[1].far.send(done(session.session_id, position=number))
             await mesh.stages[1].heard.end()
             mesh.stages[0].far.close()  # its end finds room as well
             await mesh.stages[0].heard.end()
@@ -242,6 +259,7 @@ async def test_a_stage_outside_the_chain_is_not_heard() -> None:
             nursery, mesh.router, stranger, names=("coordinator", "stranger")
         )
         async with mesh.session() as session:
+            session.send([1], sample=False)
             outside.send(failed(session.session_id))
             outside.send(done(session.session_id))
             outside.send(done(bytes(16)))

@@ -48,7 +48,8 @@ def long_run(pair: Mesh) -> Iterator[Running]:
 
 
 def start_long_run(mesh: Mesh) -> Running:
-    options = ("--ignore-end", "--max-tokens", str(N_CTX), "--seed", "1", *mesh.where)
+    settings = ("--ignore-end", "--max-tokens", str(N_CTX), "--seed", "1", "--wait", "0.3")
+    options = (*settings, *mesh.where)
     running = mesh.space.start("run", PROMPT, *options)
     running.wait_line(r"\w")
     return running

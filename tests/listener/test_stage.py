@@ -123,8 +123,15 @@ async def test_a_position_out_of_order_ends_the_session() -> None:
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             await prefill(session, [1, 2, 3])
-            session.n_sent = 5
-            session.send([4], sample=True)
+            late = TokenBatch(
+                session=session.session_id,
+                epoch=0,
+                position=5,
+                tokens=(4,),
+                sample=True,
+                embed=False,
+            )
+            mesh.links[0].send(late)
             with pytest.raises(ShardmeshError) as caught:
                 await session.receive()
     assert caught.value.code == "OUT_OF_ORDER"
@@ -223,7 +230,7 @@ async def test_a_lost_link_between_stages_is_told_and_mended_for_the_next_sessio
             mesh.link_between(0).close()
             with pytest.raises(ShardmeshError) as caught:
                 await session.receive()
-        assert (caught.value.code, caught.value.blame) == ("LINK_CLOSED", "moment")
+        assert (caught.value.code, caught.value.blame) == ("STAGE_LOST", "moment")
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             assert await mesh_tokens(session, [9], 3) == whole_tokens([9], 3)
 

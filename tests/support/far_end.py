@@ -30,6 +30,7 @@ class Recorder:
         self.bodies: list[bytes] = []
         self.errors: list[ShardmeshError] = []
         self.refuse: ShardmeshError | None = None
+        self.n_suspicions = 0
         self.closed = trio.Event()
         self._changed = trio.Event()
 
@@ -40,6 +41,9 @@ class Recorder:
         self.bodies.append(bytes(body))
         self._changed.set()
         self._changed = trio.Event()
+
+    def on_suspected(self, link: Link) -> None:
+        self.n_suspicions += 1
 
     def on_closed(self, link: Link, error: ShardmeshError) -> None:
         self.errors.append(error)

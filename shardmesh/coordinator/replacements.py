@@ -1,0 +1,139 @@
+"""Other replicas of a stage: which of them could take over, and which failed of late."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import trio
+
+from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.errors import BusyError, ShardmeshError
+from shardmesh.links.link import Link
+
+logger = logging.getLogger(__name__)
+
+ASIDE_MIN_S = 2.0
+"""A replica that failed is left alone for so long, twice as long each time that it fails again."""
+
+ASIDE_MAX_S = 60.0
+ASIDE_BUSY_S = 0.5
+"""One that only had no room is asked again soon."""
+
+FORGIVEN_AFTER_S = 120.0
+"""A failure that is so long past does not make the next one worse."""
+
+LOOK_AGAIN_S = 0.25
+"""While nobody can take over, the mesh is looked at this often."""
+
+
+@dataclasses.dataclass
+class _Failures:
+    n_in_a_row: int
+    failed_s: float
+    until_s: float
+    sequence: int  # of the announcement that was known then
+
+
+class ReplicaHealth:
+    """Which replicas failed a session of late.  Pure: times come from the caller."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, _Failures] = {}
+
+    def failed(self, replica: Replica, error: ShardmeshError, now_s: float) -> None:
+        """Notes a failure."""
+        known = self._failures.get(replica.peer_id)
+        is_first = known is None or now_s - known.failed_s > FORGIVEN_AFTER_S
+        n_in_a_row = 1 if known is None or is_first else known.n_in_a_row + 1
+        aside_s = min(ASIDE_MIN_S * 2.0 ** min(n_in_a_row - 1, 16), ASIDE_MAX_S)
+        if isinstance(error, BusyError):
+            n_in_a_row, aside_s = 0, ASIDE_BUSY_S
+        self._failures[replica.peer_id] = _Failures(
+            n_in_a_row, now_s, now_s + aside_s, replica.sequence
+        )
+        self._forget_old(now_s)
+
+    def is_aside(self, replica: Replica, now_s: float) -> bool:
+        """Whether to leave it alone: it failed lately and has not announced itself since."""
+        known = self._failures.get(replica.peer_id)
+        return known is not None and now_s < known.until_s and replica.sequence <= known.sequence
+
+    def _forget_old(self, now_s: float) -> None:
+        for peer_id, failures in list(self._failures.items()):
+            if now_s - failures.failed_s > FORGIVEN_AFTER_S:
+                del self._failures[peer_id]
+
+
+def candidates(known: Iterable[Replica], stage: Replica, n_ctx: int) -> list[Replica]:
+    """Loaded replicas of the same layers of the same split with enough room."""
+    return [
+        replica
+        for replica in known
+        if replica.shard_loaded
+        and replica.manifest_digest == stage.manifest_digest
+        and (replica.layer_start, replica.layer_end) == (stage.layer_start, stage.layer_end)
+        and replica.n_ctx >= n_ctx
+    ]
+
+
+class ReplicaFinder:
+    """The `Replacements` of one session; health is shared by all sessions of a coordinator."""
+
+    def __init__(
+        self,
+        *,
+        known: Callable[[], Sequence[Replica]],
+        refresh: Callable[[], Awaitable[None]],
+        connect: Callable[[Replica], Awaitable[Link]],
+        health: ReplicaHealth,
+        timeout_s: float,
+    ) -> None:
+        """`refresh` asks the mesh for news that `known` gives afterwards."""
+        self._known = known
+        self._refresh = refresh
+        self._connect = connect
+        self._health = health
+        self._timeout_s = timeout_s
+
+    @property
+    def timeout_s(self) -> float:
+        return self._timeout_s
+
+    def has_other(self, stage: Replica, n_ctx: int) -> bool:
+        return any(r.peer_id != stage.peer_id for r in self._free(stage, n_ctx))
+
+    def set_aside(self, stage: Replica, error: ShardmeshError) -> None:
+        self._health.failed(stage, error, trio.current_time())
+
+    async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
+        stage = chain.stages[number]
+        while True:
+            found = await self._first_reachable(self._free(stage, n_ctx), stage)
+            if found is not None:
+                return found
+            with trio.move_on_after(LOOK_AGAIN_S) as scope:
+                await self._refresh()
+                await trio.sleep(max(0.0, scope.deadline - trio.current_time()))
+
+    def _free(self, stage: Replica, n_ctx: int) -> list[Replica]:
+        now_s = trio.current_time()
+        return [
+            replica
+            for replica in candidates(self._known(), stage, n_ctx)
+            if not self._health.is_aside(replica, now_s)
+        ]
+
+    async def _first_reachable(
+        self, found: Sequence[Replica], stage: Replica
+    ) -> tuple[Replica, Link] | None:
+        # One that computes alike gives the same bits, so it comes first.
+        ordered = sorted(found, key=lambda r: (r.fingerprint != stage.fingerprint, r.peer_id))
+        for replica in ordered:
+            try:
+                return replica, await self._connect(replica)
+            except ShardmeshError as error:
+                logger.info("%s cannot take over: [%s] %s", replica.peer_id, error.code, error)
+                self.set_aside(replica, error)
+        return None

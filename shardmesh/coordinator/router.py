@@ -1,0 +1,99 @@
+"""Which session a message of a stage is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from shardmesh.coordinator.chain import Chain
+from shardmesh.coordinator.session import (
+    INBOX_MESSAGES_MAX,
+    Event,
+    Replacements,
+    Session,
+    SessionSettings,
+    StageMessage,
+    Suspected,
+)
+from shardmesh.errors import ProtocolError, ShardmeshError
+from shardmesh.links.link import Link
+from shardmesh.wire.messages import Message
+
+N_SUSPICIONS_MAX = 64
+"""Suspicions that a session has not looked at yet; a link may come under suspicion repeatedly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    inbox: trio.MemorySendChannel[tuple[Link, Event]]
+    links: list[Link]  # the session's own list, which it changes
+
+    @property
+    def n_waiting(self) -> int:
+        return self.inbox.statistics().current_buffer_used
+
+
+class SessionRouter:
+    """Hands what comes over the links of a coordinator to the sessions it concerns."""
+
+    def __init__(self) -> None:
+        self._routes: dict[bytes, _Route] = {}
+
+    @property
+    def n_sessions(self) -> int:
+        return len(self._routes)
+
+    def on_message(self, link: Link, message: Message, body: memoryview) -> None:
+        """One message of a link; raises ProtocolError for one that coordinators do not get."""
+        if not isinstance(message, StageMessage):
+            raise ProtocolError(f"a coordinator gets no {type(message).__name__}")
+        route = self._routes.get(message.session)
+        if route is None or link not in route.links:
+            return  # a late word about a session that is over, or left this stage
+        if route.n_waiting >= INBOX_MESSAGES_MAX:
+            raise ProtocolError("a stage answers more than it was asked")
+        route.inbox.send_nowait((link, message))
+
+    def on_suspected(self, link: Link) -> None:
+        """Tells every session that uses the link, as long as there is room."""
+        for route in self._routes.values():
+            if link in route.links and route.n_waiting < INBOX_MESSAGES_MAX + N_SUSPICIONS_MAX:
+                route.inbox.send_nowait((link, Suspected()))
+
+    def on_closed(self, link: Link, error: ShardmeshError) -> None:
+        """Tells every session that uses the link."""
+        for route in self._routes.values():
+            if link in route.links:
+                # No bound is needed: a link ends once, and a session has one for each stage.
+                route.inbox.send_nowait((link, error))
+
+    @asynccontextmanager
+    async def session(
+        self,
+        chain: Chain,
+        links: Sequence[Link],
+        settings: SessionSettings,
+        replacements: Replacements | None = None,
+    ) -> AsyncIterator[Session]:
+        """An open session; closed on all stages at the end, whatever the end is.
+
+        `links` are those to the chain's stages, in order.  Without `replacements` the loss of a
+        stage ends it.  Raises what a stage answered, or UnreachableError (the moment's) if one does
+        not answer in time.
+        """
+        session_id = secrets.token_bytes(16)
+        # Not bounded by itself: what may wait is counted before it is put in.
+        inbox, events = trio.open_memory_channel[tuple[Link, Event]](float("inf"))
+        route = _Route(inbox, list(links))
+        self._routes[session_id] = route
+        session = Session(session_id, chain, route.links, events, settings, replacements)
+        try:
+            await session.open()
+            yield session
+        finally:
+            del self._routes[session_id]
+            session.close()

@@ -1,0 +1,386 @@
+"""Stages that die, fall silent or send nonsense in the middle of a generation: the same tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from support.loop_worker import LoopWorker
+from support.mesh import GREEDY, MemoryMesh, memory_mesh
+
+from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
+from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
+from shardmesh.listener.stage_session import Work
+from shardmesh.wire.messages import HiddenBatch, Sampling
+
+SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
+PROMPT = [i % 60 for i in range(3 * PREFILL_TOKENS + 5)]
+BOUNDARIES = (0, 1, 3, 4)
+N_TOKENS = 12
+
+
+def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[FakeEngine]:
+    return [
+        FakeEngine(fake_info(start, end, boundaries[-1], n_ctx=512, **options), layer_start=start)
+        for start, end in itertools.pairwise(boundaries)
+    ]
+
+
+def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
+    """What one engine with all layers gives."""
+    engine = FakeEngine(fake_info(n_ctx=512))
+    engine.open_sequence(0, SamplingSettings(temperature=sampling.temperature, seed=sampling.seed))
+    tokens: list[int] = []
+    position, pieces = (
+        0,
+        [PROMPT[i : i + PREFILL_TOKENS] for i in range(0, len(PROMPT), PREFILL_TOKENS)],
+    )
+    while len(tokens) < n_tokens:
+        piece = pieces.pop(0)
+        batch = MicroBatch(sequence=0, position=position, tokens=tuple(piece), sample=not pieces)
+        (output,) = engine.compute([batch])
+        position += len(piece)
+        if output.sampled is not None:
+            tokens.append(output.sampled.token)
+            pieces.append([tokens[-1]])
+    return tokens
+
+
+async def write(
+    session: Session, n_tokens: int = N_TOKENS, before: dict[int, Callable[[], None]] | None = None
+) -> list[int]:
+    """Prefill and decode; `before[n]` is called when n tokens have come."""
+    done = await prefill(session, PROMPT)
+    tokens: list[int] = []
+    while True:
+        assert done.sampled is not None
+        tokens.append(done.sampled.token)
+        if len(tokens) == n_tokens:
+            return tokens
+        if before and len(tokens) in before:
+            before[len(tokens)]()
+        session.send([tokens[-1]], sample=True)
+        done = await session.receive()
+
+
+def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+    """10 ms for a token, 40 ms for a piece of a prompt."""
+    return LoopWorker(compute, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
+
+
+@asynccontextmanager
+async def replicated(n_spares: int = 1, **options: int) -> AsyncIterator[MemoryMesh]:
+    """Three stages with as many spare replicas of each."""
+    spares = [
+        list(each) for each in zip(*(engines(**options) for _ in range(n_spares)), strict=True)
+    ]
+    async with memory_mesh(engines(**options), spares, loop_worker) as mesh:
+        yield mesh
+
+
+def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
+    settings = SessionSettings(n_ctx=300, sampling=sampling)
+    return mesh.router.session(
+        mesh.chain, mesh.links, settings, replacements=mesh.replacements(timeout_s)
+    )
+
+
+def assert_nothing_left(mesh: MemoryMesh) -> None:
+    assert mesh.router.n_sessions == 0
+    assert all(node.stage.n_sessions == 0 for node in mesh.nodes.values() if node.is_alive)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("n_tokens", [1, 5])
+async def test_a_stage_killed_while_tokens_come(
+    number: int, n_tokens: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+            kill = {n_tokens: lambda: mesh.kill(f"stage-{number}")}
+            assert await write(session, before=kill) == whole_tokens()
+            (repair,) = session.repairs
+            assert (repair.lost_peer_id, repair.new_peer_id) == (
+                f"stage-{number}",
+                f"stage-{number}-1",
+            )
+            assert session.epoch >= 1
+        await trio.testing.wait_all_tasks_blocked()
+        assert_nothing_left(mesh)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("after_s", [0.001, 0.05, 0.1, 0.15, 0.2])
+async def test_a_stage_killed_while_the_prompt_is_under_way(
+    number: int, after_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+
+            async def kill() -> None:
+                await trio.sleep(after_s)
+                mesh.kill(f"stage-{number}")
+
+            mesh.nursery.start_soon(kill)
+            assert await write(session) == whole_tokens()
+            assert len(session.repairs) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+async def test_a_frozen_stage_is_left_within_two_seconds_and_its_late_answers_count_for_nothing(
+    number: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+            name = f"stage-{number}"
+            assert await write(session, before={4: lambda: mesh.freeze(name)}) == whole_tokens()
+            (repair,) = session.repairs
+            assert repair.pause_s < 2.0
+            assert (repair.lost_peer_id, repair.new_peer_id) == (name, f"{name}-1")
+            mesh.thaw(name)
+            done = whole_tokens(n_tokens=N_TOKENS + 1)
+            session.send([done[N_TOKENS - 1]], sample=True)
+            late = await session.receive()
+            assert late.sampled is not None
+            assert late.sampled.token == done[-1]
+        await trio.sleep(1)
+        assert_nothing_left(mesh)
+
+
+async def test_all_stages_killed_one_after_the_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated(n_spares=2) as mesh:
+        async with session_of(mesh) as session:
+            kills = {
+                2: lambda: mesh.kill("stage-1"),
+                4: lambda: mesh.kill("stage-0"),
+                5: lambda: mesh.kill("stage-1-1"),
+                8: lambda: mesh.kill("stage-2"),
+            }
+            assert await write(session, before=kills) == whole_tokens()
+            assert len(session.repairs) == 4
+
+
+async def test_two_stages_killed_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+
+            def kill_two() -> None:
+                mesh.kill("stage-0")
+                mesh.kill("stage-1")
+
+            assert await write(session, before={3: kill_two}) == whole_tokens()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("second", ["stage-0", "stage-2", "stage-1-1"])
+async def test_a_kill_during_a_recovery(
+    second: str, delay_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with replicated(n_spares=2) as mesh:
+        async with session_of(mesh) as session:
+
+            async def kill_later() -> None:
+                await trio.sleep(delay_s)
+                mesh.kill(second)
+
+            def kill() -> None:
+                mesh.kill("stage-1")
+                mesh.nursery.start_soon(kill_later)
+
+            assert await write(session, before={3: kill}) == whole_tokens()
+
+
+async def test_without_another_replica_the_error_names_the_layers_in_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated(n_spares=0) as mesh:
+        async with session_of(mesh, timeout_s=2.0) as session:
+            begun_s: list[float] = []
+
+            def kill() -> None:
+                begun_s.append(trio.current_time())
+                mesh.kill("stage-1")
+
+            with pytest.raises(UnreachableError, match=r"\[1, 3\)") as caught:
+                await write(session, before={3: kill})
+            assert caught.value.code == "STAGE_LOST"
+            assert 1.9 < trio.current_time() - begun_s[0] < 3.0
+        await trio.testing.wait_all_tasks_blocked()
+        assert_nothing_left(mesh)
+
+
+async def test_a_replica_that_joins_in_time_is_taken(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated(n_spares=0) as mesh:
+        async with session_of(mesh) as session:
+
+            async def join() -> None:
+                await trio.sleep(4)
+                mesh.add("stage-1-9", engines()[1], 1, 1)
+                mesh.start("stage-1-9")
+
+            def kill() -> None:
+                mesh.kill("stage-1")
+                mesh.nursery.start_soon(join)
+
+            assert await write(session, before={3: kill}) == whole_tokens()
+            assert session.repairs[0].new_peer_id == "stage-1-9"
+
+
+async def test_an_engine_that_fails_is_left(autojump_clock: trio.testing.MockClock) -> None:
+    failures = [EngineError("llama.cpp said no")]
+    bad = engines()
+
+    def fail_late(n_rows: int) -> None:
+        if n_rows == 1 and failures:
+            raise failures.pop()
+
+    bad[1] = FakeEngine(fake_info(1, 3, 4, n_ctx=512), layer_start=1, before_compute=fail_late)
+    spares = [[engine] for engine in engines()]
+    async with memory_mesh(bad, spares, loop_worker) as mesh:
+        async with session_of(mesh) as session:
+            assert await write(session) == whole_tokens()
+            assert [repair.code for repair in session.repairs] == ["ENGINE_FAILED"]
+
+
+class Spoiler(FakeEngine):
+    """Gives hidden states that cannot be right, from one call on."""
+
+    def __init__(self, spoil, n_good: int) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(fake_info(1, 3, 4, n_ctx=512), layer_start=1)
+        self._spoil = spoil
+        self._n_good = n_good
+
+    def compute(self, batch):  # type: ignore[no-untyped-def]
+        outputs = super().compute(batch)
+        self._n_good -= 1
+        if self._n_good < 0:
+            self._spoil(outputs[0].hidden)
+        return outputs
+
+
+async def test_a_stage_whose_hidden_states_are_not_finite_is_left(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    def spoil(hidden: np.ndarray) -> None:  # type: ignore[type-arg]
+        hidden[0, 0] = np.nan
+
+    bad = engines()
+    bad[1] = Spoiler(spoil, 6)
+    async with memory_mesh(bad, [[engine] for engine in engines()], loop_worker) as mesh:
+        async with session_of(mesh) as session:
+            assert await write(session) == whole_tokens()
+            (repair,) = session.repairs
+            assert (repair.lost_peer_id, repair.code) == ("stage-1", "NOT_FINITE")
+
+
+@pytest.mark.parametrize("how", ["doubled", "early", "wide"])
+async def test_frames_that_cannot_be_right_do_not_change_the_text(
+    how: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+
+            def forge() -> None:
+                n_embd = 9 if how == "wide" else 8
+                forged = HiddenBatch(
+                    session=session.session_id,
+                    epoch=session.epoch,
+                    position=session.n_sent + (5 if how == "early" else -1),
+                    n_tokens=1,
+                    n_embd=n_embd,
+                    dtype="f32",
+                    sample=True,
+                    timings=(),
+                    embed=False,
+                )
+                mesh.link_between(0).send(forged, bytes(4 * n_embd))
+
+            assert await write(session, before={3: forge}) == whole_tokens()
+            assert [repair.lost_peer_id for repair in session.repairs] == ["stage-0"]
+
+
+async def test_a_lost_link_between_two_good_stages_is_mended(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+            cut = {3: lambda: mesh.link_between(1).close()}
+            assert await write(session, before=cut) == whole_tokens()
+            assert session.repairs == []
+            assert session.epoch == 1
+
+
+async def test_what_is_no_longer_kept_is_computed_again(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for some forty rows of 8 numbers: the beginning of the prompt is soon forgotten.
+    monkeypatch.setattr("shardmesh.listener.stage_session.REPLAY_KEPT_BYTES_MAX", 4 * 4000)
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+            kill = {5: lambda: mesh.kill("stage-2")}
+            assert await write(session, before=kill) == whole_tokens()
+            assert mesh.nodes["stage-0"].stage.counters.n_sessions_opened == 2
+
+
+async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
+    async with replicated(n_spares=2, n_parallel=1) as mesh:
+        busy = mesh.nodes["stage-1-1"]
+        chain = mesh.chain
+        names = ("stage-0-1", "stage-1-1", "stage-2-1")
+        other = type(chain)(tuple(mesh.nodes[name].replica for name in names))
+        links = [await mesh.link("coordinator", name) for name in names]
+        settings = SessionSettings(n_ctx=300, sampling=GREEDY)
+        async with mesh.router.session(other, links, settings):
+            assert busy.stage.n_sessions == 1
+            async with session_of(mesh) as session:
+                kill = {3: lambda: mesh.kill("stage-1")}
+                assert await write(session, before=kill) == whole_tokens()
+                assert session.repairs[-1].new_peer_id == "stage-1-2"
+
+
+async def test_a_stage_that_does_not_get_on_is_left(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It answers heartbeats and computes nothing."""
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+
+            def hang() -> None:
+                mesh.nodes["stage-1"].scope.cancel()
+
+            assert await write(session, before={3: hang}) == whole_tokens()
+            assert [repair.code for repair in session.repairs] == ["STAGE_LATE"]
+
+
+async def test_whoever_cannot_be_opened_is_exchanged_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated() as mesh:
+        mesh.kill("stage-1")
+        async with session_of(mesh) as session:
+            assert await write(session) == whole_tokens()
+
+
+async def test_a_request_at_fault_is_not_tried_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated() as mesh:
+        async with session_of(mesh) as session:
+            session.send([1000], sample=True)
+            with pytest.raises(ShardmeshError) as caught:
+                await session.receive()
+            assert caught.value.blame == "theirs"
+            assert session.epoch == 0

@@ -1,0 +1,161 @@
+"""Real processes of a mesh with two replicas of each stage, killed and stopped: the same text.
+
+Each test leaves the mesh complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+from support.asking import as_client, complete_with, wait_no_sessions, wait_status
+from support.processes import Mesh, Node, start_bootstrap, workspace
+
+from shardmesh.coordinator.client import Client
+from shardmesh.coordinator.coordinator import Completion
+from shardmesh.coordinator.generate import Piece
+from shardmesh.coordinator.request import CompletionRequest
+from shardmesh.coordinator.session import Repair
+from shardmesh.engine.base import SamplingSettings
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+N_CTX = 1024
+N_TOKENS = 60
+PROMPT = "Once upon a time there was a king who went to the river and said: " * 15
+STATUS_WITHIN_S = 30.0
+SAMPLING = SamplingSettings(temperature=0.9, repeat_penalty=1.2, seed=5)
+IN_PREFILL, IN_DECODE = "prefill", "decode"
+
+
+@dataclasses.dataclass
+class Replicated:
+    """A mesh of two stages with two replicas each, and what an undisturbed run writes."""
+
+    mesh: Mesh
+    text: str = ""
+
+    def node(self, peer_id: str) -> Node:
+        return next(node for node in self.mesh.listeners if node.peer_id == peer_id)
+
+    def start(self, number: int) -> Node:
+        """Listener `number`: replica `number // 2` of stage `number % 2`."""
+        state = str(self.mesh.space.folder / f"state-{number}")
+        options = ("--ctx-size", str(N_CTX), "--parallel", "2", "--state-dir", state)
+        return self.mesh.listen(number % 2, *options)
+
+    def start_again(self, peer_id: str) -> None:
+        number = self.mesh.listeners.index(self.node(peer_id))
+        self.mesh.listeners[number] = self.start(number)
+        self.mesh.listeners[number].wait_announced()
+
+    def wait_complete(self) -> None:
+        peer_ids = [node.peer_id for node in self.mesh.listeners]
+        wait_status(self.mesh, complete_with(*peer_ids), STATUS_WITHIN_S)
+        wait_no_sessions(self.mesh, STATUS_WITHIN_S)
+
+
+@pytest.fixture(scope="module")
+def replicated(model: Path) -> Iterator[Replicated]:
+    with workspace() as space:
+        shards_dir = space.folder / "shards"
+        done = space.run("split", str(model), "--shards", "2", "--out", str(shards_dir))
+        assert done.code == 0, done.err
+        mesh = Mesh(space, "test", shards_dir, start_bootstrap(space, "test"))
+        found = Replicated(mesh)
+        mesh.listeners = [found.start(number) for number in range(4)]
+        mesh.wait_ready()
+        found.text, repairs = write(found)
+        assert found.text
+        assert not repairs
+        yield found
+
+
+Disturb = Callable[[Completion], Awaitable[None]]
+
+
+def write(
+    mesh: Replicated, when: str = "", disturb: Disturb | None = None
+) -> tuple[str, list[Repair]]:
+    """The text of a run that is disturbed in the middle of its prompt or of its answer."""
+
+    async def use(client: Client) -> tuple[str, list[Repair]]:
+        request = CompletionRequest(
+            prompt=PROMPT, n_tokens_max=N_TOKENS, sampling=SAMPLING, ignore_end=True, wait_s=30.0
+        )
+        text, n_pieces = "", 0
+        async with (
+            client.coordinator.complete(request) as completion,
+            trio.open_nursery() as nursery,
+        ):
+            if disturb is not None and when == IN_PREFILL:
+                nursery.start_soon(_in_prefill, completion, disturb)
+            async for item in completion.items:
+                if isinstance(item, Piece):
+                    text, n_pieces = text + item.text, n_pieces + 1
+                    if disturb is not None and when == IN_DECODE and n_pieces == N_TOKENS // 2:
+                        await disturb(completion)
+            return text, list(completion.repairs)
+
+    return as_client(mesh.mesh, use)
+
+
+async def _in_prefill(completion: Completion, disturb: Disturb) -> None:
+    # One piece is through, eight are under way.
+    while completion.session.n_sent < 9 * 32:  # noqa: ASYNC110 - nobody tells of it
+        await trio.sleep(0.001)
+    await disturb(completion)
+
+
+@pytest.mark.parametrize("when", [IN_PREFILL, IN_DECODE])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_data_process(replicated: Replicated, stage: int, when: str) -> None:
+    killed: list[str] = []
+
+    async def kill(completion: Completion) -> None:
+        killed.append(completion.chain.stages[stage].peer_id)
+        replicated.node(killed[0]).running.data_process().kill()
+
+    text, repairs = write(replicated, when, kill)
+    assert text == replicated.text
+    assert [repair.lost_peer_id for repair in repairs] == killed
+    replicated.wait_complete()
+
+
+@pytest.mark.parametrize("when", [IN_PREFILL, IN_DECODE])
+def test_a_killed_listener(replicated: Replicated, when: str) -> None:
+    killed: list[str] = []
+
+    async def kill(completion: Completion) -> None:
+        killed.append(completion.chain.stages[1].peer_id)
+        replicated.node(killed[0]).running.process.kill()
+
+    text, repairs = write(replicated, when, kill)
+    assert text == replicated.text
+    assert [repair.lost_peer_id for repair in repairs] == killed
+    replicated.start_again(killed[0])
+    replicated.wait_complete()
+
+
+@pytest.mark.parametrize("when", [IN_PREFILL, IN_DECODE])
+def test_a_stopped_listener(replicated: Replicated, when: str) -> None:
+    stopped: list[psutil.Process] = []
+
+    async def stop(completion: Completion) -> None:
+        node = replicated.node(completion.chain.stages[0].peer_id)
+        stopped.extend([psutil.Process(node.running.process.pid), *node.running.children()])
+        for process in stopped:
+            process.suspend()
+
+    try:
+        text, repairs = write(replicated, when, stop)
+    finally:
+        for process in stopped:
+            process.resume()
+    assert text == replicated.text
+    assert [repair.code for repair in repairs] == ["STAGE_LOST"]
+    replicated.wait_complete()
