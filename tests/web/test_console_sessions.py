@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 from support.roster import LAYERS, announced
@@ -88,7 +89,8 @@ def completion(*items: Piece | Finished, error: Exception | None = None) -> Comp
         if error is not None:
             raise error
 
-    return Completion(CHAIN, 3, come(), tokenizer=None)  # type: ignore[arg-type]
+    session = SimpleNamespace(chain=CHAIN, repairs=[])
+    return Completion(session, 3, come(), tokenizer=None)  # type: ignore[arg-type]
 
 
 PIECE = Piece("a", Sampled(token=1, logprob=0.0, top_logprobs=()), STAGES, 200.0)
