@@ -19,7 +19,7 @@ from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.plan import plan_shards
 from shardmesh.shards.split import default_name, split_model
 from shardmesh.swarm.admission import Admission
-from shardmesh.swarm.cluster_files import make_secret
+from shardmesh.swarm.cluster_files import ClusterFiles
 
 CLUSTER: Final = "benchmarks"
 
@@ -77,7 +77,7 @@ async def open_mesh(
         open_client(
             bootstraps=[nodes.bootstrap_address],
             cluster=CLUSTER,
-            admission=Admission(make_secret(folder / "state", CLUSTER)),
+            admission=Admission(ClusterFiles(folder / "state", CLUSTER).make()),
             shards_dir=folder / "shards",
             cache_dir=folder / "cache",
         ) as client,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -15,6 +15,7 @@ from shardmesh.errors import InputError
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.cluster_files import ClusterFiles
     from shardmesh.wire.cluster_secret import ClusterSecret
 
 
@@ -84,18 +85,19 @@ def _with_admission(
         **others: Any,
     ) -> Any:
         from shardmesh.swarm.admission import Admission
+        from shardmesh.swarm.cluster_files import ClusterFiles
 
         if not own_state_dir:
             others["state_dir"] = state_dir
         cluster = others["cluster"]
         given = strongest({"secret": secret, "secret_file": secret_file, "public": public})
-        chosen = choose_secret(cluster, state_dir, given)
-        keep = keeper(state_dir, cluster, chosen) if chosen is not None else None
-        if makes_secret and keep is not None and chosen is not None:
-            keep(chosen)  # a bootstrap proves it to others
-        if chosen is None and not given.get("public"):
-            chosen = _made_or_missing(state_dir, cluster, makes_secret)
-        admission = Admission(chosen, allowed=allow, denied=deny, keep=keep)
+        files = ClusterFiles(state_dir, cluster)
+        chosen = choose_secret(files, given)
+        if chosen is None and "public" not in given:
+            chosen = files.make() if makes_secret else missing_secret(cluster)
+        if makes_secret and chosen is not None:
+            files.keep(chosen)  # a bootstrap proves it to others
+        admission = Admission(chosen, allowed=allow, denied=deny, files=files)
         return command(admission=admission, **others)
 
     options = [*_LIST_OPTIONS] if lists else []
@@ -173,12 +175,12 @@ def strongest(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in sources}
 
 
-def choose_secret(cluster: str, state_dir: Path, given: dict[str, Any]) -> ClusterSecret | None:
+def choose_secret(files: ClusterFiles, given: dict[str, Any]) -> ClusterSecret | None:
     """The secret that was given, else the one that is kept; None for a public mesh or if none is.
 
     Raises InputError (theirs) for flags that contradict each other and for what is no secret.
     """
-    from shardmesh.swarm.cluster_files import kept_secret, read_secret
+    from shardmesh.swarm.cluster_files import read_secret
     from shardmesh.wire.cluster_secret import parse_secret
 
     if len(given) > 1:
@@ -193,30 +195,13 @@ def choose_secret(cluster: str, state_dir: Path, given: dict[str, Any]) -> Clust
         return parse_secret(given["secret"])
     if "secret_file" in given:
         return read_secret(given["secret_file"])
-    return kept_secret(state_dir, cluster)
+    return files.secret()
 
 
-def keeper(
-    state_dir: Path, cluster: str, secret: ClusterSecret
-) -> Callable[[ClusterSecret], None] | None:
-    """What keeps the secret once it has proven right; None if it is kept already."""
-    from shardmesh.swarm.cluster_files import keep_secret, secret_path
-
-    path = secret_path(state_dir, cluster)
-    try:
-        if path.read_text(encoding="ascii").strip() == secret.text():
-            return None
-    except (OSError, UnicodeDecodeError):
-        pass  # there is none yet, or none that could be read
-    return functools.partial(keep_secret, state_dir, cluster)
-
-
-def _made_or_missing(state_dir: Path, cluster: str, makes_secret: bool) -> ClusterSecret:
+def missing_secret(cluster: str) -> NoReturn:
+    """Raises InputError (theirs): without a secret nothing can be done."""
     from shardmesh.swarm.admission import SAY_HOW
-    from shardmesh.swarm.cluster_files import make_secret
 
-    if makes_secret:
-        return make_secret(state_dir, cluster)
     raise InputError(
         f"no secret of the cluster {cluster!r} is known here",
         code="NO_SECRET",

@@ -72,7 +72,7 @@ def command(
     import trio
 
     from shardmesh.swarm.bootstrap import BootstrapSettings, run_bootstrap
-    from shardmesh.swarm.cluster_files import secret_path
+    from shardmesh.swarm.cluster_files import ClusterFiles
 
     own_dir = state_dir / "bootstrap"
     settings = BootstrapSettings(
@@ -80,7 +80,7 @@ def command(
         port=port,
         cluster=cluster,
         admission=admission,
-        secret_path=secret_path(state_dir, cluster),
+        secret_path=ClusterFiles(state_dir, cluster).secret_path,
         shows_secret=log_format == "pretty" and not quiet,
         identity_file=identity_file or own_dir / "identity.pem",
         state_dir=own_dir,

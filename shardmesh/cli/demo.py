@@ -218,9 +218,9 @@ class Demo:
         return True
 
     def _show_how_to_talk(self, mesh: DemoMesh) -> None:
-        from shardmesh.swarm.cluster_files import secret_path
+        from shardmesh.swarm.cluster_files import ClusterFiles
 
-        secret = secret_path(self.folder / "state", CLUSTER)
+        secret = ClusterFiles(self.folder / "state", CLUSTER).secret_path
         where = f"--cluster {CLUSTER} --bootstrap {mesh.bootstrap_address} --secret-file {secret}"
         self.console.print("\nThe mesh stays up until Ctrl-C. From another terminal:")
         for line in (

@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from shardmesh.errors import OurError, UnreachableError
-from shardmesh.swarm.cluster_files import make_secret
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.wire.cluster_secret import ClusterSecret
 
 START_TIMEOUT_S = 120.0
@@ -108,7 +108,7 @@ async def start_mesh(
     flags of `shardmesh listen`.  Raises OurError with the last
     words of a process that died, UnreachableError (the moment's) when they are not up in time.
     """
-    secret = make_secret(folder / "state", cluster)  # found there by all that are started below
+    secret = ClusterFiles(folder / "state", cluster).make()  # all that are started find it there
     port = free_port()
     address = f"/ip4/127.0.0.1/tcp/{port}"
     n_threads = n_threads or threads_per_node(n_shards)

@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "run": "Answer a prompt with a running mesh.",
     "status": "Show shards, replicas and what is missing.",
     "command": "Send one JSON command to a node.",
+    "cluster": "Show the members of a mesh, and remove some.",
 }
 """Subcommand -> its line in --help; the code is `command` in shardmesh.cli.<subcommand>."""
 

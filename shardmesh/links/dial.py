@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 
 import trio
 
 from shardmesh.anteroom import Anteroom
-from shardmesh.errors import BusyError, ProtocolError, ShardmeshError, UnreachableError
+from shardmesh.errors import (
+    BusyError,
+    ProtocolError,
+    RefusedError,
+    ShardmeshError,
+    UnreachableError,
+)
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.wire.limits import (
     DIAL_STAGGER_S,
@@ -120,7 +126,7 @@ class Acceptor:
         self._user = user
         self._expected: dict[bytes, _Expected] = {}
         self._anteroom = Anteroom(UNNAMED_CONNECTIONS_MAX)
-        self._n_links = 0
+        self._links: set[Link] = set()
 
     def expect(self, grant: LinkGrant) -> None:
         """Lets the holder of this grant connect once, within ten seconds.
@@ -132,9 +138,15 @@ class Acceptor:
         n_of_node = sum(e.grant.peer_id == grant.peer_id for e in self._expected.values())
         if len(self._expected) >= EXPECTED_LINKS_MAX or n_of_node >= EXPECTED_LINKS_PER_NODE_MAX:
             raise BusyError("too many links are being set up")
-        if self._n_links >= LINKS_MAX:
+        if len(self._links) >= LINKS_MAX:
             raise BusyError("this node has all the links that it can have")
         self._expected[grant.link_id] = _Expected(grant, now_s + EXPECTED_LIFETIME_S)
+
+    def cut_off(self, peer_ids: Collection[str]) -> None:
+        """Ends the links of these nodes and what was offered to them."""
+        kept = self._expected.items()
+        self._expected = {k: e for k, e in kept if e.grant.peer_id not in peer_ids}
+        _close_links(self._links, peer_ids)
 
     async def handle(self, stream: trio.abc.Stream) -> None:
         """Serves one accepted connection to its end; for `trio.serve_listeners`."""
@@ -147,11 +159,11 @@ class Acceptor:
         if link is None:  # refused, too late, or it had to make room
             await trio.aclose_forcefully(stream)
             return
-        self._n_links += 1
+        self._links.add(link)
         try:
             await link.run()
         finally:
-            self._n_links -= 1
+            self._links.discard(link)
 
     async def _named(self, stream: trio.abc.Stream) -> Link:
         link_id = b""
@@ -222,12 +234,22 @@ class LinkPool:
         for link in list(self._links.values()):
             link.close()
 
+    def cut_off(self, peer_ids: Collection[str]) -> None:
+        """Ends the links to these nodes."""
+        _close_links(self._links.values(), peer_ids)
+
     async def _carry(self, link: Link) -> None:
         try:
             await link.run()
         finally:
             if self._links.get(link.peer_id) is link:
                 del self._links[link.peer_id]
+
+
+def _close_links(links: Iterable[Link], peer_ids: Collection[str]) -> None:
+    for link in list(links):
+        if link.peer_id in peer_ids:
+            link.close(RefusedError(f"{link.peer_id} was removed from the cluster"))
 
 
 def local_endpoints(addresses: list[str], port: int) -> tuple[Endpoint, ...]:

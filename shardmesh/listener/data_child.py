@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 
@@ -15,6 +15,7 @@ from shardmesh.links.dial import Agree
 from shardmesh.listener.local_messages import (
     PROCESS_GONE,
     AskMetrics,
+    CutOff,
     ExpectLink,
     Failed,
     Grant,
@@ -95,6 +96,10 @@ class DataChild:
     async def expect(self, grant: LinkGrant) -> None:
         """Tells the process that somebody will dial this link; raises UnreachableError if gone."""
         await self._living_channel().send(ExpectLink(grant=Grant.of(grant)))
+
+    async def cut_off(self, peer_ids: Collection[str]) -> None:
+        """Has the process end its links with these nodes; raises UnreachableError if gone."""
+        await self._living_channel().send(CutOff(peer_ids=tuple(sorted(peer_ids))))
 
     async def metrics(self) -> Metrics:
         """The process's own figures; raises UnreachableError (the moment's) if it is gone."""

@@ -26,6 +26,7 @@ from shardmesh.links.link import Link
 from shardmesh.listener.local_messages import (
     PROCESS_GONE,
     AskMetrics,
+    CutOff,
     ExpectLink,
     Grant,
     LinkAnswer,
@@ -94,6 +95,9 @@ class DataProcess:
             match message:
                 case ExpectLink():
                     self._expect(message)
+                case CutOff():
+                    self._acceptor.cut_off(message.peer_ids)
+                    self._pool.cut_off(message.peer_ids)
                 case LinkAnswer():
                     asked = self._asked.pop(message.number, None)
                     if asked is not None:

@@ -120,6 +120,12 @@ class ExpectLink(_Message, frozen=True, tag="expect"):
     grant: Grant
 
 
+class CutOff(_Message, frozen=True, tag="cut"):
+    """To the data process: these nodes are no members any more."""
+
+    peer_ids: tuple[str, ...]
+
+
 class NeedLink(_Message, frozen=True, tag="need"):
     """To the control process: agree on a link with the next stage."""
 
@@ -154,7 +160,16 @@ class Stop(_Message, frozen=True, tag="stop"):
 
 
 LocalMessage = (
-    Start | Ready | Failed | ExpectLink | NeedLink | LinkAnswer | AskMetrics | Metrics | Stop
+    Start
+    | Ready
+    | Failed
+    | ExpectLink
+    | CutOff
+    | NeedLink
+    | LinkAnswer
+    | AskMetrics
+    | Metrics
+    | Stop
 )
 
 

@@ -133,6 +133,7 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             logger=logger,
         )
         node.join(host, membership, files)
+        membership.updates.on_removed(node.supervisor.cut_off)
         files.start(node.is_computing)
         models = ModelFiles(host, node.library, options.cache_dir)
         coordinator = Coordinator(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import trio
@@ -91,6 +92,12 @@ class Supervisor:
             raise UnreachableError("no shard is loaded on this node now", code="NOT_LOADED")
         await child.expect(grant)
         return ready.data_port
+
+    async def cut_off(self, peer_ids: Collection[str]) -> None:
+        """Ends the data process's links with these nodes, if there is a data process."""
+        if self._child is not None and self.status.ready is not None:
+            with contextlib.suppress(UnreachableError):  # it is gone, and its links with it
+                await self._child.cut_off(peer_ids)
 
     async def metrics(self) -> Metrics | None:
         """The data process's figures, None while there is none to ask."""

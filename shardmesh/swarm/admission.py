@@ -6,11 +6,13 @@ The decision alone; `swarm/noise.py` makes the handshake that carries it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
-from shardmesh.errors import InputError, RefusedError, ShardmeshError
+from shardmesh.errors import InputError, ProtocolError, RefusedError, ShardmeshError
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.wire.cluster_secret import ClusterSecret
+from shardmesh.wire.cluster_update import ClusterUpdate, open_update
 from shardmesh.wire.peer_id import is_peer_id
 
 _log = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ SAY_HOW: Final = (
 class Admission:
     """What a node asks of others before it speaks with them.
 
-    Without a secret the mesh is public: whoever is not denied gets in.  `keep` is called once,
-    when another node has proven that the secret is right.
+    Without a secret the mesh is public: whoever is not denied gets in.  With `files` the secret is
+    kept when another node has proven that it is right, and so are later changes of it.
     """
 
     def __init__(
@@ -34,13 +36,15 @@ class Admission:
         *,
         allowed: Iterable[str] = (),
         denied: Iterable[str] = (),
-        keep: Callable[[ClusterSecret], None] | None = None,
+        files: ClusterFiles | None = None,
     ) -> None:
         """Raises InputError (theirs) for an entry of the lists that is no peer id."""
         self.secret = secret
         self.allowed = frozenset(allowed)
         self.denied = frozenset(denied)
-        self._keep = keep
+        self.files = files
+        self._is_proven = False
+        self._last_sequence = -1
         for peer_id in self.allowed | self.denied:
             if not is_peer_id(peer_id):
                 raise InputError(
@@ -58,12 +62,46 @@ class Admission:
 
     def note_proven(self) -> None:
         """Another node has the same secret, so it is worth keeping."""
-        keep, self._keep = self._keep, None
-        if keep is not None and self.secret is not None:
+        if self._is_proven or self.files is None or self.secret is None:
+            return
+        self._is_proven = True
+        try:
+            self.files.keep(self.secret)
+        except ShardmeshError as error:
+            _log.warning("the cluster's secret could not be kept: %s", error)
+
+    def take_update(self, signed: bytes, cluster: str) -> ClusterUpdate | None:
+        """Takes a change of the secret over from now on; None if it is not news.
+
+        Raises ProtocolError (theirs) for one that the owner did not sign, and for a public mesh.
+        What cannot be written is said in the log: it holds until the node ends.
+        """
+        if self.secret is None:
+            raise ProtocolError("a public mesh has no secret to change")
+        update = open_update(signed, cluster=cluster, owner=self.secret.owner)
+        if update.sequence <= self._known_sequence(cluster):
+            return None
+        self._last_sequence = update.sequence
+        self.secret = update.new_secret()
+        self.denied |= set(update.removed)
+        if self.files is not None:
             try:
-                keep(self.secret)
+                self.files.keep_update(signed, self.secret)
             except ShardmeshError as error:
-                _log.warning("the cluster's secret could not be kept: %s", error)
+                _log.error("the cluster's new secret could not be kept: %s", error)
+        return update
+
+    def _known_sequence(self, cluster: str) -> int:
+        """That of the last change, also over restarts: an old one must not come back."""
+        kept = self.files.update() if self.files is not None else None
+        if self._last_sequence < 0 and kept is not None and self.secret is not None:
+            try:
+                self._last_sequence = open_update(
+                    kept, cluster=cluster, owner=self.secret.owner
+                ).sequence
+            except ProtocolError as error:
+                _log.warning("the last change of the secret is left aside: %s", error)
+        return self._last_sequence
 
 
 PUBLIC: Final = Admission(None)

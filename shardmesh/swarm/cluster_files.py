@@ -1,11 +1,12 @@
 """The secret of each cluster that a user of this machine is a member of, kept on disk.
 
-`clusters/<name>.secret` in the state folder; beside it lies `<name>.owner.pem` where the cluster
-was made, the key that may change the secret.
+`clusters/<name>.secret` in the state folder, and `<name>.update` once the owner has changed it.
+Beside them lies `<name>.owner.pem` where the cluster was made: the key that may change the secret.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Final
@@ -15,19 +16,67 @@ from shardmesh.errors import InputError
 from shardmesh.swarm.identity import Identity, load_identity
 from shardmesh.swarm.state_file import write_state
 from shardmesh.wire.cluster_secret import ClusterSecret, new_secret, parse_secret
+from shardmesh.wire.limits import CLUSTER_UPDATE_BYTES_MAX
 
 SECRET_FILE_BYTES_MAX: Final = 4096
 _NAME_LETTERS_MAX: Final = 100
 
 
-def secret_path(state_dir: Path, cluster: str) -> Path:
-    """Where the secret of a cluster is kept."""
-    return state_dir / "clusters" / f"{_file_name(cluster)}.secret"
+@dataclasses.dataclass(frozen=True)
+class ClusterFiles:
+    """What is kept of one cluster in a state folder."""
 
+    state_dir: Path
+    cluster: str
 
-def owner_path(state_dir: Path, cluster: str) -> Path:
-    """Where the key of a cluster's owner is kept, on the machine that made the cluster."""
-    return state_dir / "clusters" / f"{_file_name(cluster)}.owner.pem"
+    def _path(self, kind: str) -> Path:
+        return self.state_dir / "clusters" / f"{_file_name(self.cluster)}.{kind}"
+
+    @property
+    def secret_path(self) -> Path:
+        return self._path("secret")
+
+    @property
+    def owner_path(self) -> Path:
+        return self._path("owner.pem")
+
+    def secret(self) -> ClusterSecret | None:
+        """The kept secret, None if there is none; raises as `read_secret`."""
+        return read_secret(self.secret_path) if self.secret_path.exists() else None
+
+    def keep(self, secret: ClusterSecret) -> None:
+        """Keeps the secret (mode 0600) for later starts; StorageError (ours) if it cannot."""
+        text = f"{secret.text()}\n".encode()
+        try:
+            if self.secret_path.read_bytes() == text:
+                return
+        except OSError:
+            pass  # there is none yet, or none that could be read
+        write_state(self.secret_path, text)
+
+    def make(self) -> ClusterSecret:
+        """The kept secret; made, with the key of its owner, if there is none yet."""
+        if not self.secret_path.exists():
+            text = new_secret(self.owner().public_key).text()
+            write_state(self.secret_path, f"{text}\n".encode(), replace=False)  # the first counts
+        return read_secret(self.secret_path)
+
+    def owner(self) -> Identity:
+        """The key of the owner, made if it is missing; raises as `load_identity`."""
+        return load_identity(self.owner_path)
+
+    def update(self) -> bytes | None:
+        """The owner's last signed change that was taken, None if there is none."""
+        try:
+            with self._path("update").open("rb") as file:
+                return file.read(CLUSTER_UPDATE_BYTES_MAX + 1)
+        except OSError:
+            return None
+
+    def keep_update(self, signed: bytes, secret: ClusterSecret) -> None:
+        """Keeps a change of the owner's and the secret that it brings; StorageError (ours)."""
+        write_state(self._path("update"), signed)
+        self.keep(secret)
 
 
 def read_secret(path: Path) -> ClusterSecret:
@@ -50,32 +99,6 @@ def read_secret(path: Path) -> ClusterSecret:
             next_step=f"chmod 600 {path}",
         )
     return parse_secret(data.decode("ascii", "replace"))
-
-
-def kept_secret(state_dir: Path, cluster: str) -> ClusterSecret | None:
-    """The secret that is kept for the cluster, None if there is none; raises as `read_secret`."""
-    path = secret_path(state_dir, cluster)
-    return read_secret(path) if path.exists() else None
-
-
-def keep_secret(state_dir: Path, cluster: str, secret: ClusterSecret) -> None:
-    """Keeps the secret (mode 0600) for later starts; StorageError (ours) if it cannot."""
-    write_state(secret_path(state_dir, cluster), f"{secret.text()}\n".encode())
-
-
-def make_secret(state_dir: Path, cluster: str) -> ClusterSecret:
-    """The kept secret of a cluster; made, with the key of its owner, if there is none yet."""
-    path = secret_path(state_dir, cluster)
-    if not path.exists():
-        owner = load_owner(state_dir, cluster)
-        text = new_secret(owner.public_key).text()
-        write_state(path, f"{text}\n".encode(), replace=False)  # of two, the first one counts
-    return read_secret(path)
-
-
-def load_owner(state_dir: Path, cluster: str) -> Identity:
-    """The key of the cluster's owner, made if it is missing; raises as `load_identity`."""
-    return load_identity(owner_path(state_dir, cluster))
 
 
 def _file_name(cluster: str) -> str:

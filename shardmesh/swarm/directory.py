@@ -61,6 +61,8 @@ class Directory:
         self.wall_clock = wall_clock
         self.version = 0
         """Rises with each change."""
+        self.admits: Callable[[str], bool] = lambda peer_id: True
+        """Says of a peer id whether its announcements are taken in at all."""
         self._entries: dict[str, _Entry] = {}
         self._changed = trio.Event()
 
@@ -78,6 +80,8 @@ class Directory:
             check_timely(announcement, cluster=self.cluster, now_s=now_s)
         elif announcement.cluster != self.cluster:
             raise ProtocolError(f"an announcement for cluster {announcement.cluster!r}")
+        if not self.admits(announcement.peer_id):
+            return False
         known = self._entries.get(announcement.peer_id)
         if known is not None and known.announcement.sequence >= announcement.sequence:
             return False

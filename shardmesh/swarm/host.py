@@ -52,8 +52,15 @@ _log = logging.getLogger(__name__)
 class Host:
     """A libp2p host; made by `open_host`.  Raises only ShardmeshErrors."""
 
-    def __init__(self, libp2p: MeshHost, watch: ConnectionWatch, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        libp2p: MeshHost,
+        admission: Admission,
+        watch: ConnectionWatch,
+        nursery: trio.Nursery,
+    ) -> None:
         self.libp2p = libp2p
+        self.admission = admission
         self.peer_id = str(libp2p.get_id())
         self._swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
         self._watch = watch
@@ -342,7 +349,7 @@ async def open_host(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch.run)
                 try:
-                    yield Host(libp2p, watch, nursery)
+                    yield Host(libp2p, admission, watch, nursery)
                 except Exception as error:  # noqa: BLE001 - raised below, outside of the nurseries
                     failure = error
                 finally:

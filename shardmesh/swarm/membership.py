@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.swarm.cluster import ClusterUpdates
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.directory import Directory, exchange, serve_directory
 from shardmesh.swarm.host import Host
@@ -105,6 +106,7 @@ class Membership:
         self._changed = trio.Event()
         self._sequence = 0
         self._signed: bytes | None = None  # our announcement as others should know it
+        self.updates = ClusterUpdates(host, directory, self._log)
         serve_directory(host, directory)
         dht.on_routing_updated(lambda peer_id: self._log.info("[DHT] Routing updated: %s", peer_id))
 
@@ -112,6 +114,7 @@ class Membership:
         """Takes part until cancelled; then says farewell, within a second."""
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.updates.run)
                 nursery.start_soon(self._neighbours.recheck_lost)
                 nursery.start_soon(self._neighbours.stay_with_bootstraps, self._join_through)
                 nursery.start_soon(self._keep_pulling)

@@ -138,6 +138,14 @@ EXPECTED_LINKS_PER_NODE_MAX: Final = 8
 UNNAMED_CONNECTIONS_MAX: Final = 512
 """Accepted connections that have not yet proven a key; beyond it the oldest is closed."""
 
+# -- members -----------------------------------------------------------------------------------
+
+REMOVED_NODES_MAX: Final = 64
+"""Peer ids that one change of the secret turns away; a later change needs not name them again."""
+
+CLUSTER_UPDATE_BYTES_MAX: Final = 8 * KIB
+"""A signed change of the secret: its text and 64 peer ids of 52 letters."""
+
 # -- libp2p ------------------------------------------------------------------------------------
 
 CONNECTIONS_MAX: Final = 512

@@ -19,7 +19,7 @@ from shardmesh.cli.admission import (
 from shardmesh.cli.options import cluster_option, state_dir_option
 from shardmesh.errors import InputError
 from shardmesh.swarm.admission import Admission
-from shardmesh.swarm.cluster_files import keep_secret, kept_secret, make_secret, secret_path
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.swarm.identity import new_identity
 from shardmesh.swarm.rights import Rights
 from shardmesh.wire.cluster_secret import ClusterSecret, new_secret, parse_secret
@@ -76,7 +76,7 @@ def taken(command: click.Command, state: Path, *flags: str, **variables: str) ->
 
 
 def test_flag_beats_file_beats_kept(tmp_path: Path) -> None:
-    keep_secret(tmp_path, "llama-cluster", KEPT)
+    ClusterFiles(tmp_path, "llama-cluster").keep(KEPT)
     file = tmp_path / "given"
     file.write_text(SECRET.text())
     file.chmod(0o600)
@@ -92,7 +92,7 @@ def test_flag_beats_file_beats_kept(tmp_path: Path) -> None:
 
 
 def test_the_secret_of_another_cluster_is_not_taken(tmp_path: Path) -> None:
-    keep_secret(tmp_path, "home", KEPT)
+    ClusterFiles(tmp_path, "home").keep(KEPT)
     assert taken(client, tmp_path, "--cluster", "home") == KEPT
     with pytest.raises(InputError) as caught:
         invoke(client, tmp_path, "--cluster", "work")
@@ -107,13 +107,13 @@ def test_only_a_bootstrap_makes_one(tmp_path: Path) -> None:
             invoke(command, tmp_path)
     made = taken(bootstrap, tmp_path)
     assert taken(bootstrap, tmp_path) == taken(client, tmp_path) == made
-    path = secret_path(tmp_path, "llama-cluster")
+    path = ClusterFiles(tmp_path, "llama-cluster").secret_path
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_public_is_said_and_not_remembered(tmp_path: Path) -> None:
-    keep_secret(tmp_path, "llama-cluster", KEPT)
+    ClusterFiles(tmp_path, "llama-cluster").keep(KEPT)
     assert invoke(client, tmp_path, "--public").exit_code == 0
     assert TAKEN.admission is not None
     assert TAKEN.admission.is_public
@@ -143,23 +143,23 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_given_secret_is_kept_when_it_has_proven_right(tmp_path: Path) -> None:
-    keep_secret(tmp_path, "llama-cluster", KEPT)
+    ClusterFiles(tmp_path, "llama-cluster").keep(KEPT)
     assert taken(client, tmp_path, LLAMA_SECRET=SECRET.text()) == SECRET
     assert TAKEN.admission is not None
-    assert kept_secret(tmp_path, "llama-cluster") == KEPT, "it may be a mistake"
+    assert ClusterFiles(tmp_path, "llama-cluster").secret() == KEPT, "it may be a mistake"
     TAKEN.admission.note_proven()
-    assert kept_secret(tmp_path, "llama-cluster") == SECRET
+    assert ClusterFiles(tmp_path, "llama-cluster").secret() == SECRET
 
 
 def test_a_second_bootstrap_keeps_what_it_is_given(tmp_path: Path) -> None:
     taken(bootstrap, tmp_path, LLAMA_SECRET=SECRET.text())
-    assert kept_secret(tmp_path, "llama-cluster") == SECRET
+    assert ClusterFiles(tmp_path, "llama-cluster").secret() == SECRET
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "ü" * 90, "x" * 300, "", ".hidden", "a\0b"])
 def test_any_name_of_a_cluster_stays_in_its_folder(tmp_path: Path, name: str) -> None:
-    made = make_secret(tmp_path, name)
-    assert kept_secret(tmp_path, name) == made
+    made = ClusterFiles(tmp_path, name).make()
+    assert ClusterFiles(tmp_path, name).secret() == made
     assert len(list((tmp_path / "clusters").iterdir())) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "clusters"]
 
@@ -175,8 +175,8 @@ def test_the_lists_of_a_node(tmp_path: Path) -> None:
 
 
 def test_the_text_in_the_file_is_the_secret(tmp_path: Path) -> None:
-    made = make_secret(tmp_path, "home")
-    assert parse_secret(secret_path(tmp_path, "home").read_text()) == made
+    made = ClusterFiles(tmp_path, "home").make()
+    assert parse_secret(ClusterFiles(tmp_path, "home").secret_path.read_text()) == made
 
 
 @click.command("listen")

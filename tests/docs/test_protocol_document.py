@@ -15,6 +15,7 @@ import pytest
 import shardmesh
 from shardmesh.wire import (
     announcement,
+    cluster_update,
     commands,
     limits,
     link_agreement,
@@ -27,7 +28,15 @@ PACKAGE = Path(shardmesh.__file__).parent
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text(encoding="utf-8")
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
-MODULES = (announcement, commands, link_agreement, messages, model_info, torrent_messages)
+MODULES = (
+    announcement,
+    cluster_update,
+    commands,
+    link_agreement,
+    messages,
+    model_info,
+    torrent_messages,
+)
 UNITS = {"KIB", "MIB"}
 ERROR_MAKERS = {"refuse", "_refuse"}  # shards' helpers: the code is their last argument
 
@@ -129,6 +138,7 @@ def test_every_command_is_described() -> None:
     "protocol",
     [
         announcement.DIRECTORY_PROTOCOL,
+        cluster_update.CLUSTER_PROTOCOL,
         commands.JSON_PROTOCOL,
         commands.METRICS_PROTOCOL,
         link_agreement.LINK_PROTOCOL,

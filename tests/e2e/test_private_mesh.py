@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from support.processes import Finished, Node, Workspace, workspace
 
-from shardmesh.swarm.cluster_files import secret_path
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.swarm.identity import new_identity
 from shardmesh.wire.cluster_secret import new_secret
 
@@ -51,7 +52,7 @@ def home() -> Iterator[Home]:
 
 
 def test_the_secret_is_its_makers_alone(home: Home) -> None:
-    path = secret_path(home.state, "home")
+    path = ClusterFiles(home.state, "home").secret_path
     assert path.read_text().strip() == home.secret
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -99,7 +100,7 @@ def test_logs_for_machines_hold_no_secret(home: Home) -> None:
     node = home.start("logged", "--log-format", "json")
     text = "\n".join(node.running.lines)
     assert "sm1_" not in text
-    assert f"--secret-file {secret_path(home.state, 'logged')}" in text
+    assert f"--secret-file {ClusterFiles(home.state, 'logged').secret_path}" in text
 
 
 def test_a_public_mesh_says_what_that_means(home: Home) -> None:
@@ -112,3 +113,27 @@ def test_a_public_mesh_says_what_that_means(home: Home) -> None:
     assert "Nobody in this mesh serves a shard" in done.out
     refused = home.space.run("status", *where, "--secret", home.secret, variables=NO_SECRET)
     assert "Error [PUBLIC_MESH]" in refused.err
+
+
+def test_a_removed_member_stays_outside_and_the_others_inside(home: Home) -> None:
+    """The last one: it changes the secret of the mesh that all share."""
+    assert home.status("leaver", "--secret", home.secret).code == 1  # keeps it
+    leaver = new_identity().peer_id
+    where = (*home.where, "--state-dir", str(home.state))
+    members = home.space.run("cluster", "members", "--json", *where, variables=NO_SECRET)
+    assert [m["peer_id"] for m in json.loads(members.out)] == [home.node.peer_id]
+    folder = ("--state-dir", str(home.space.folder / "leaver"))
+    refused = home.space.run("cluster", "remove", leaver, *home.where, *folder, variables=NO_SECRET)
+    assert "Error [NOT_OWNER]" in refused.err
+    done = home.space.run("cluster", "remove", leaver, *where, variables=NO_SECRET)
+    assert done.code == 0, done.err
+    assert f"removed: {leaver}" in done.out
+    home.node.running.wait_line("The cluster's owner has changed its secret")
+    assert "Error [WRONG_SECRET]" in home.status("leaver").err
+    assert "Nobody in this mesh" in home.status("state").out
+    kept = home.space.run(
+        "cluster", "secret", "--cluster", "home", "--state-dir", str(home.state)
+    ).out.strip()
+    assert kept != home.secret
+    assert "Nobody in this mesh" in home.status("late", "--secret", kept).out
+    assert kept not in "\n".join(home.node.running.lines)

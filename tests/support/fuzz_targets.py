@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.manifest import Manifest, check_manifest, encode_manifest
 from shardmesh.shards.store import layers_of
@@ -19,6 +21,8 @@ from shardmesh.wire.announcement import (
     check_timely,
     open_signed,
 )
+from shardmesh.wire.cluster_secret import owner_of
+from shardmesh.wire.cluster_update import open_update
 from shardmesh.wire.codec import decode_cbor, decode_json, encode_cbor
 from shardmesh.wire.commands import decode_command, decode_response
 from shardmesh.wire.framing import LENGTH, RecordReader
@@ -26,6 +30,11 @@ from shardmesh.wire.limits import MANIFEST_BYTES_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
 from shardmesh.wire.messages import HiddenBatch, body_to_hidden, decode_message, encode_message
 from shardmesh.wire.model_info import ModelInfo, ModelInfoRequest
+
+CLUSTER_OWNER = owner_of(
+    Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
+)
+"""Who signed the good updates of the corpus: the key of 32 zeros."""
 
 Target = Callable[[bytes], None]
 
@@ -85,6 +94,10 @@ def parse_model_info(data: bytes) -> None:
     decode_cbor(data, ModelInfoRequest if b"digest" in data else ModelInfo)
 
 
+def parse_cluster_update(data: bytes) -> None:
+    open_update(data, cluster="home", owner=CLUSTER_OWNER)
+
+
 TARGETS: dict[str, Target] = {
     "stream": parse_stream,
     "announcement": parse_announcement,
@@ -96,6 +109,7 @@ TARGETS: dict[str, Target] = {
     "manifest": parse_manifest,
     "gguf": parse_gguf,
     "model_info": parse_model_info,
+    "cluster_update": parse_cluster_update,
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import trio
 
-from shardmesh.errors import InputError, RefusedError, StorageError, UnreachableError
+from shardmesh.errors import InputError, RefusedError, UnreachableError
 from shardmesh.swarm.admission import PUBLIC, Admission
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.swarm.host import ByteStream, Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.streams import receive_message, send_message
@@ -126,26 +128,27 @@ async def test_the_denied_are_turned_away_from_a_public_mesh() -> None:
         assert (unwelcome.connected(), guarded.connected()) == ([], [])
 
 
-async def test_the_secret_is_kept_once_it_has_proven_right() -> None:
-    kept: list[ClusterSecret] = []
+async def test_the_secret_is_kept_once_it_has_proven_right(tmp_path: Path) -> None:
+    files = ClusterFiles(tmp_path, "home")
     async with host(private()) as member:
-        async with host(Admission(OTHER, keep=kept.append)) as wrong:
+        async with host(Admission(OTHER, files=files)) as wrong:
             await refusal(wrong, member)
-        assert kept == []
-        async with host(Admission(SECRET, keep=kept.append)) as right:
+        assert files.secret() is None
+        async with host(Admission(SECRET, files=files)) as right:
             for _ in range(2):
                 await right.connect(member.addresses(), 5)
                 await right.disconnect(member.peer_id, "again")
-        assert kept == [SECRET]
+        assert files.secret() == SECRET
 
 
-async def test_a_full_disk_does_not_keep_a_member_out(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(secret: ClusterSecret) -> None:
-        raise StorageError("the disk is full")
-
-    async with host(private()) as member, host(Admission(SECRET, keep=fail)) as newcomer:
+async def test_a_full_disk_does_not_keep_a_member_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "clusters").write_text("no folder")
+    newcomer_admission = Admission(SECRET, files=ClusterFiles(tmp_path, "home"))
+    async with host(private()) as member, host(newcomer_admission) as newcomer:
         assert await newcomer.connect(member.addresses(), 5) == member.peer_id
-    assert "could not be kept: the disk is full" in caplog.text
+    assert "could not be kept" in caplog.text
 
 
 def test_lists_hold_peer_ids() -> None:

@@ -1,0 +1,195 @@
+"""`shardmesh cluster`: the members of a private mesh, and who is one no more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shardmesh.cli.admission import client_admission, missing_secret
+from shardmesh.cli.command import matching_peer
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cache_dir,
+    cluster_option,
+    config_option,
+    state_dir_option,
+)
+from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
+from shardmesh.wire.limits import COMMAND_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from shardmesh.coordinator.client import Client
+    from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.cluster_files import ClusterFiles
+    from shardmesh.wire.cluster_update import ClusterUpdate
+
+
+@click.group("cluster")
+def command() -> None:
+    """Show the members of a mesh, show its secret, or remove members."""
+
+
+@command.command("secret")
+@cluster_option
+@state_dir_option
+@config_option
+def secret_command(cluster: str, state_dir: Path) -> None:
+    """Print the secret that is kept for the cluster."""
+    from shardmesh.swarm.cluster_files import ClusterFiles
+
+    secret = ClusterFiles(state_dir, cluster).secret() or missing_secret(cluster)
+    click.echo(secret.text())
+
+
+@command.command("members")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@bootstrap_option
+@cluster_option
+@client_admission
+@config_option
+def members_command(
+    as_json: bool, bootstrap: tuple[str, ...], cluster: str, admission: Admission
+) -> None:
+    """Show the listeners of the mesh and the bootstraps that were reached."""
+    found = _with_client(bootstrap, cluster, admission, _members)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in ("node", "role", "version", "address"):
+        table.add_column(name, no_wrap=name == "node")
+    for member in found:
+        address = member["addresses"][0].partition("/p2p/")[0] if member["addresses"] else ""
+        table.add_row(member["peer_id"], member["role"], member["version"], address)
+    Console().print(table)
+
+
+@command.command("remove")
+@click.argument("peers", nargs=-1, metavar="[PEER]...")
+@bootstrap_option
+@cluster_option
+@client_admission
+@config_option
+def remove_command(
+    peers: tuple[str, ...], bootstrap: tuple[str, ...], cluster: str, admission: Admission
+) -> None:
+    """Change the secret of the cluster and give the new one to all members but PEER...
+
+    To be run where the cluster was made, since it takes the key of its owner.  Without PEER the
+    secret is changed and nobody removed.
+    """
+    files = admission.files
+    if files is None or admission.is_public or not files.owner_path.exists():
+        raise InputError(
+            f"the key of the owner of {cluster!r} is not here",
+            code="NOT_OWNER",
+            next_step="run this where `shardmesh bootstrap` made the cluster, as the same user",
+        )
+
+    async def remove(client: Client) -> tuple[ClusterUpdate, dict[str, str]]:
+        return await _remove(client, files, cluster, peers)
+
+    update, failures = _with_client(bootstrap, cluster, admission, remove)
+    for peer_id in update.removed:
+        click.echo(f"removed: {peer_id}")
+    for peer_id, reason in failures.items():
+        click.echo(f"not reached, needs the new secret by hand: {peer_id} ({reason})", err=True)
+    click.echo(f"The secret is another one now, kept in {files.secret_path}.")
+    click.echo("Who was offline needs it; `shardmesh cluster secret` prints it.")
+
+
+def _with_client(bootstrap: tuple[str, ...], cluster: str, admission: Admission, use: Any) -> Any:
+    import trio
+
+    from shardmesh.coordinator.client import open_client
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+
+    async def run() -> Any:
+        async with open_client(
+            bootstraps=bootstrap,
+            cluster=cluster,
+            admission=admission,
+            shards_dir=Path(),
+            cache_dir=cache_dir(),
+        ) as client:
+            return await use(client)
+
+    return trio.run(run)
+
+
+async def _members(client: Client) -> list[dict[str, Any]]:
+    """What each node that can be found says about itself, or that it does not answer."""
+    import trio
+
+    from shardmesh.swarm.commands import send_command
+
+    peer_ids = {a.peer_id for a in await client.membership.find_listeners()}
+    peer_ids |= set(client.host.connected())
+    found: list[dict[str, Any]] = []
+
+    async def ask(peer_id: str) -> None:
+        try:
+            answer = await send_command(client.host, peer_id, "GET_CAPABILITIES")
+            role = answer.get("role") or f"listener of shard {answer['shard_id']}"
+            version, addresses = str(answer["version"]), list(answer["addresses"])
+        except ShardmeshError as error:
+            role, version, addresses = f"no answer: {error.code}", "", []
+        found.append({"peer_id": peer_id, "role": role, "version": version, "addresses": addresses})
+
+    async with trio.open_nursery() as nursery:
+        for peer_id in peer_ids:
+            nursery.start_soon(ask, peer_id)
+    return sorted(found, key=lambda member: (member["role"], member["peer_id"]))
+
+
+async def _remove(
+    client: Client, files: ClusterFiles, cluster: str, peers: tuple[str, ...]
+) -> tuple[ClusterUpdate, dict[str, str]]:
+    """Signs the change, hands it to all members that can be reached, and keeps the new secret."""
+    from shardmesh.swarm.cluster import hand_over
+    from shardmesh.wire.cluster_secret import new_secret, owner_of
+    from shardmesh.wire.cluster_update import ClusterUpdate, sign_update
+    from shardmesh.wire.peer_id import is_peer_id
+
+    owner = files.owner()
+    old = client.host.admission.secret
+    if old is None or old.owner != owner_of(owner.public_key):
+        raise RefusedError(
+            f"the cluster {cluster!r} has another owner than the key that is kept here",
+            code="NOT_OWNER",
+            next_step="run this where the cluster was made",
+        )
+    listeners = {a.peer_id: a.addresses for a in await client.membership.find_listeners()}
+    known = {*listeners, *client.host.connected()}
+    removed = {p if is_peer_id(p) else matching_peer(p, sorted(known)) for p in peers}
+    secret = new_secret(owner.public_key)
+    update = ClusterUpdate(
+        cluster=cluster,
+        sequence=int(time.time() * 1000),
+        secret=secret.text(),
+        removed=tuple(sorted(removed)),
+    )
+    signed = sign_update(update, owner)
+    told = known - removed
+    for peer_id in told & listeners.keys():  # before the first one has changed its secret
+        with contextlib.suppress(ShardmeshError):  # which is said below
+            await client.host.connect(listeners[peer_id], COMMAND_TIMEOUT_S)
+    failures = await hand_over(client.host, told, signed)
+    if told and len(failures) == len(told):
+        raise UnreachableError(
+            "no member took the new secret; the old one stays",
+            next_step=f"try again; the first one says: {next(iter(failures.values()))}",
+        )
+    files.keep_update(signed, secret)
+    return update, failures
