@@ -39,14 +39,28 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class _Download(msgspec.Struct, frozen=True):
-    """One entry of `downloads` in GET_METRICS; fields of later versions are passed over."""
+    """An entry of `downloads` in GET_METRICS, as `swarm.torrents.progress.DownloadProgress`."""
 
-    name: Text
-    n_bytes: Count = 0
+    file_name: Text
+    state: Text
     n_bytes_done: Count = 0
-    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] = 0.0
+    n_bytes_total: Count = 0
+    rate_bytes_per_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] = 0.0
+    eta_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] | None = None
     n_sources: Count = 0
-    remaining_s: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] | None = None
+    error: Text = ""
+
+    def shown(self) -> Download:
+        return Download(
+            name=self.file_name,
+            state=self.state,
+            n_bytes=self.n_bytes_total,
+            n_bytes_done=self.n_bytes_done,
+            bytes_per_s=self.rate_bytes_per_s,
+            n_sources=self.n_sources,
+            remaining_s=self.eta_s,
+            error=self.error,
+        )
 
 
 class _Metrics(msgspec.Struct, frozen=True):
@@ -75,10 +89,7 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
         n_sessions=metrics.n_sessions,
         memory_bytes=metrics.data_memory_bytes,
         n_kv_tokens=n_kv_tokens if isinstance(n_kv_tokens, int) else None,
-        downloads=tuple(
-            Download(**msgspec.structs.asdict(each))
-            for each in metrics.downloads[:DOWNLOADS_SHOWN_MAX]
-        ),
+        downloads=tuple(each.shown() for each in metrics.downloads[-DOWNLOADS_SHOWN_MAX:]),
     )
     return report, n_tokens if isinstance(n_tokens, int) else 0
 

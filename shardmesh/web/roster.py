@@ -24,14 +24,20 @@ OFFLINE_MAX: Final = 200
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Download:
-    """A file that a node is fetching."""
+    """A file that a node is fetching, or has just fetched or given up."""
 
     name: str
     n_bytes: int
     n_bytes_done: int
+    state: str = "downloading"  # as `swarm.torrents.progress.DownloadState`
     bytes_per_s: float = 0.0
     n_sources: int = 0
     remaining_s: float | None = None  # None: unknown
+    error: str = ""
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.state not in ("done", "failed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,10 @@ class Report:
     tokens_per_s: float = 0.0
     n_kv_tokens: int | None = None  # None: the node does not tell
     downloads: tuple[Download, ...] = ()
+
+    @property
+    def is_downloading(self) -> bool:
+        return any(download.is_under_way for download in self.downloads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +140,7 @@ def state_of(announcement: Announcement, report: Report | None, *, is_busy: bool
         return "busy" if is_busy or report.n_sessions else "online"
     if report.shard_state in ("loading", "failed"):
         return report.shard_state
-    return "downloading" if report.downloads else "waiting"
+    return "downloading" if report.is_downloading else "waiting"
 
 
 def _still_shown(lost: Iterable[Node], now_s: float) -> list[Node]:
@@ -187,19 +197,22 @@ def _kind_of_step(before: Node, after: Node) -> str | None:
 def _download_changes(before: Node, after: Node) -> list[Change]:
     if after.report is None or not after.report.answered:
         return []
-    had = {d.name: d for d in before.report.downloads} if before.report else {}
+    had = {d.name: d for d in before.report.downloads} if before.report is not None else {}
     has = {d.name: d for d in after.report.downloads}
-    who = describe(after)
-    started = [Change("download.started", who | {"file": name}) for name in has.keys() - had.keys()]
-    ended = [
-        Change(
-            "download.ended",
-            who | {"file": name, "n_bytes": had[name].n_bytes},
-            after.report.error,
-        )
-        for name in had.keys() - has.keys()
-    ]
-    return sorted(started + ended, key=lambda change: (change.kind, change.data["file"]))
+    told = []
+    for name in sorted({*had, *has}):
+        old, new = had.get(name), has.get(name)
+        was_under_way = old is not None and old.is_under_way
+        data = describe(after) | {"file": name}
+        if new is not None and new.is_under_way and not was_under_way:
+            told.append(Change("download.started", data | {"n_bytes": new.n_bytes}))
+        elif new is not None and new.state == "done" and was_under_way:
+            told.append(Change("download.finished", data | {"n_bytes": new.n_bytes}))
+        elif new is not None and new.state == "failed" and was_under_way:
+            told.append(Change("download.failed", data, new.error))
+        elif new is None and was_under_way:
+            told.append(Change("download.ended", data))
+    return told
 
 
 def _completeness_changes(before: Roster, after: Roster) -> list[Change]:
@@ -268,7 +281,8 @@ def json_of(node: Node) -> dict[str, Any]:
             "tokens_per_s": round(r.tokens_per_s, 1),
             "n_kv_tokens": r.n_kv_tokens,
             "error": r.error or None,
-            "downloads": {d.name: _download_json(d) for d in r.downloads} or None,
+            "downloads": {d.name: _download_json(d) for d in r.downloads if d.state != "done"}
+            or None,
         }
     return {key: value for key, value in shown.items() if value is not None}
 
@@ -277,4 +291,4 @@ def _download_json(download: Download) -> dict[str, Any]:
     fields = dataclasses.asdict(download)
     del fields["name"]
     fields["bytes_per_s"] = round(download.bytes_per_s)
-    return {key: value for key, value in fields.items() if value is not None}
+    return {key: value for key, value in fields.items() if value not in (None, "")}

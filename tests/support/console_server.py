@@ -9,8 +9,8 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -102,7 +102,6 @@ class SyntheticMesh:
                 shard_state="loaded" if loaded else "absent",
                 memory_bytes=(200 + number * 13 % 300) << 20,
                 tokens_per_s=(71.5 + number * 7 % 30) if loaded else 0.0,
-                n_sessions=number % 3 if loaded else 0,
             )
         self.directory.tell()
 
@@ -144,7 +143,7 @@ class SyntheticMesh:
 
     async def write(
         self, session_id: str, n_prompt_tokens: int, n_tokens: int
-    ) -> AsyncIterator[int]:
+    ) -> AsyncGenerator[int, None]:
         """A session that writes; gives the number of each token."""
         chain = self.chain()
         session = self.sessions.start(session_id, chain, n_prompt_tokens)
@@ -192,12 +191,12 @@ class SyntheticMesh:
                 body = {"id": session_id, "object": kind, "choices": choices, **members}
                 return f"data: {json.dumps(body)}\n\n"
 
-            async for number in self.write(session_id, 12, len(words)):
-                piece = words[number]
-                content = (
-                    {"text": piece} if kind == "text_completion" else {"delta": {"content": piece}}
-                )
-                yield chunk([{"index": 0, "finish_reason": None, **content}])
+            async with aclosing(self.write(session_id, 12, len(words))) as numbers:
+                async for number in numbers:
+                    piece = words[number]
+                    is_text = kind == "text_completion"
+                    content = {"text": piece} if is_text else {"delta": {"content": piece}}
+                    yield chunk([{"index": 0, "finish_reason": None, **content}])
             yield chunk([{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}])
             yield chunk([], usage={"prompt_tokens": 12, "completion_tokens": len(words)})
             yield "data: [DONE]\n\n"

@@ -19,6 +19,8 @@ from shardmesh.web.roster import (
 FOUR = [announced(number) for number in range(4)]
 PEERS = [a.peer_id for a in FOUR]
 DOWNLOAD = Download(name="shard-0.gguf", n_bytes=100, n_bytes_done=40)
+FETCHED = dataclasses.replace(DOWNLOAD, n_bytes_done=100, state="done")
+FAILED = dataclasses.replace(DOWNLOAD, state="failed", error="the disk is full")
 
 
 def kinds(changes: list[Change]) -> list[str]:
@@ -38,6 +40,7 @@ def kinds(changes: list[Change]) -> list[str]:
         (True, Report(shard_state="failed", error="no memory"), False, "failed"),
         (False, Report(shard_state="absent"), False, "waiting"),
         (False, Report(shard_state="absent", downloads=(DOWNLOAD,)), False, "downloading"),
+        (False, Report(shard_state="absent", downloads=(FETCHED, FAILED)), False, "waiting"),
     ],
 )
 def test_state_of_a_node(loaded: bool, report: Report | None, is_busy: bool, state: str) -> None:
@@ -88,7 +91,11 @@ def test_what_happens_from_joining_to_serving() -> None:
             Report(shard_state="absent", downloads=(DOWNLOAD,)),
             ["download.started"],
         ),
-        ([waiting], Report(shard_state="loading"), ["shard.loading", "download.ended"]),
+        (
+            [waiting],
+            Report(shard_state="loading", downloads=(FETCHED,)),
+            ["shard.loading", "download.finished"],
+        ),
         ([FOUR[0]], Report(), ["shard.loaded"]),
         ([FOUR[0]], Report(answered=False), ["node.silent"]),
         ([FOUR[0]], Report(n_sessions=2), ["node.answers"]),
@@ -133,3 +140,18 @@ def test_progress_of_a_download_is_no_event() -> None:
     before = roster_of(waiting, reports={PEERS[0]: reports[0]})
     after = look(before, [waiting], {PEERS[0]: reports[1]}, now_s=NOW_S)
     assert changes_between(before, after) == []
+
+
+def test_how_a_download_can_end() -> None:
+    waiting = announced(0, loaded=False)
+    ends = {(FETCHED,): "download.finished", (FAILED,): "download.failed", (): "download.ended"}
+    for downloads, kind in ends.items():
+        before = roster_of(
+            waiting, reports={PEERS[0]: Report(shard_state="absent", downloads=(DOWNLOAD,))}
+        )
+        report = Report(shard_state="absent", downloads=downloads)
+        (change,) = changes_between(
+            before, look(before, [waiting], {PEERS[0]: report}, now_s=NOW_S)
+        )
+        assert (change.kind, change.data["file"]) == (kind, "shard-0.gguf")
+        assert change.cause == ("the disk is full" if downloads == (FAILED,) else "")

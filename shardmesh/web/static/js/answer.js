@@ -63,7 +63,7 @@ export class Answer {
     if (!session) return;
     const { meta } = this.message;
     meta.tokens_per_s = session.tokens_per_s ?? meta.tokens_per_s;
-    meta.n_tokens = session.n_tokens;
+    meta.n_tokens = Math.max(meta.n_tokens ?? 0, session.n_tokens);
     meta.server_first_ms = session.first_token_ms;
     meta.route = session.chain.map((peer) => nodeName(peer, state.nodes[peer]));
     meta.n_recoveries = session.n_recoveries;

@@ -1,6 +1,6 @@
 // The chain: a ruler of layers, stages left to right, replicas under each.
 
-import { arrange, attribute, byId, copyLine, h, text, variable } from "./dom.js";
+import { arrange, attribute, byId, copyLine, h, hide, text, variable } from "./dom.js";
 import { count, gib, ms, nodeName, range, rate } from "./format.js";
 import { joining } from "./join.js";
 import { Motion } from "./motion.js";
@@ -184,9 +184,11 @@ export class ChainView {
     text(cardRate, node.tokens_per_s ? rate(node.tokens_per_s) : "");
     attribute(card, "aria-label", `${own}, ${stateWord(node)}, layers ${range(node.layer_start, node.layer_end)}. Details`);
     card.classList.toggle("loading-bar", node.state === "loading");
-    meters.hidden = foot.hidden = !["online", "busy", "suspect"].includes(node.state);
+    const hasShard = ["online", "busy", "suspect"].includes(node.state);
+    hide(meters, !hasShard);
+    hide(foot, !hasShard);
     const [download] = Object.values(node.downloads ?? {});
-    progress.hidden = !download;
+    hide(progress, !download);
     if (download) share(progress, download.n_bytes_done / download.n_bytes);
     const usedMb = node.memory_mb - node.memory_available_mb;
     share(memory, usedMb / node.memory_mb);
@@ -200,7 +202,7 @@ export class ChainView {
     text(trip, ms(node.round_trip_ms));
     const said = noteOf(node);
     text(note, said);
-    note.hidden = !said;
+    hide(note, !said);
     return card;
   }
 

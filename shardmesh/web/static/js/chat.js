@@ -82,8 +82,19 @@ export class Chat {
     }
     if (!names.includes(this.current.model)) this.current.model = names[0] ?? "";
     byId("model").value = this.current.model;
-    if (this.running) this.running.answer.showSession(state.sessions[this.running.id], state);
+    this.showSession(this.running ?? this.ended, state);
     this.renderComposer();
+  }
+
+  /** The last figures of a session come a moment after its last word. */
+  showSession(shown, state) {
+    const session = shown && state.sessions[shown.id];
+    if (!session) return;
+    shown.answer.showSession(session, state);
+    if (shown === this.ended && session.state !== "running") {
+      this.ended = null;
+      this.save();
+    }
   }
 
   renderComposer() {
@@ -233,6 +244,7 @@ export class Chat {
       else message.meta.reason = "stopped";
     }
     if (this.running === running) this.running = null;
+    this.ended = running;
     answer.end(this.state?.sessions[running.id], this.state);
     conversation.changedAt = Date.now();
     if (this.current === conversation) {

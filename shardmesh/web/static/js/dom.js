@@ -45,6 +45,9 @@ export function attribute(element, name, value) {
   else element.setAttribute(name, value);
 }
 
+/** As `text`, for what is not to be seen. */
+export const hide = (element, isHidden) => attribute(element, "hidden", isHidden ? "" : null);
+
 /** As `text`, for a custom property of the style. */
 export function variable(element, name, value) {
   const shown = (element.shownVariables ??= new Map());

@@ -39,13 +39,16 @@ export function sentence(event) {
     "shard.loaded": `serves${held || " its shard"}`,
     "shard.unloaded": "unloaded its shard",
     "shard.failed": "cannot serve its shard",
-    "download.started": `downloads ${file}`,
-    "download.ended": `has ended downloading ${file}${data.n_bytes ? `, ${bytes(data.n_bytes)}` : ""}`,
+    "download.started": `fetches ${file}${data.n_bytes ? `, ${bytes(data.n_bytes)}` : ""}`,
+    "download.finished": `has fetched ${file}${data.n_bytes ? `, ${bytes(data.n_bytes)}` : ""}`,
+    "download.failed": `could not fetch ${file}`,
+    "download.ended": `no longer fetches ${file}`,
     "model.complete": "is complete",
     "model.incomplete": `is incomplete${data.missing_layers ? `: nobody serves ${data.missing_layers.map(([a, b]) => range(a, b)).join(", ")}` : ""}`,
     "model.gone": "is gone: nobody serves any of it",
     "gateway.started": "",
   }[event.kind];
+  if (event.kind === "request.failed") return [data.model_name ?? data.model ?? "", "a request failed"];
   if (event.kind === "gateway.started") return ["", "This gateway started"];
   if (said !== undefined) return [who, said];
   return [who, event.kind.replaceAll(".", " ").replaceAll("_", " ")];

@@ -4,6 +4,7 @@ import { arrange, attribute, byId, h, text, variable } from "./dom.js";
 import { bytes, count, duration, list, nodeName, range } from "./format.js";
 
 const NAMES_SHOWN = 6;
+const STATES = { looking: "looking for a source", waiting: "another process fetches it", checking: "checking what is there", verifying: "verifying", failed: "failed" };
 
 export class ModelsView {
   constructor({ openNode }) {
@@ -54,7 +55,9 @@ export class ModelsView {
     const share = download.n_bytes ? download.n_bytes_done / download.n_bytes : 0;
     const facts = [`${bytes(download.n_bytes_done)} of ${bytes(download.n_bytes)}`, `${bytes(download.bytes_per_s ?? 0)}/s`];
     if (download.remaining_s !== undefined) facts.push(`${duration(download.remaining_s)} left`);
-    facts.push(download.n_sources ? `from ${count(download.n_sources, "source")}` : "looking for a source");
+    facts.push(STATES[download.state] ?? (download.n_sources ? `from ${count(download.n_sources, "source")}` : "no source yet"));
+    if (download.error) facts.push(download.error);
+    row.classList.toggle("failed", download.state === "failed");
     text(row.parts.name, `${who} fetches ${file}`);
     text(row.parts.facts, facts.join(" · "));
     variable(row.parts.bar, "--share", share.toFixed(4));
