@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
@@ -10,7 +13,7 @@ from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
 from shardmesh.coordinator.session import Session, SessionSettings
-from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.wire.messages import HiddenBatch, TokenBatch
@@ -248,3 +251,47 @@ async def _lose_all_links(mesh: MemoryMesh) -> None:
         for link in mesh.links:
             link.close()
         await session.receive()
+
+
+class RecordingFake(FakeEngine):
+    """Waits at a gate before it computes, and notes how many micro-batches came at once."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        super().__init__(info)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.numbers: list[int] = []
+
+    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+        self.gate.wait(10)
+        self.numbers.append(len(batch))
+        return super().compute(batch)
+
+
+async def test_a_stage_advances_its_share_of_the_sessions_at_once() -> None:
+    prompt, n_sessions = [7, 8, 9], 4
+    info = dataclasses.replace(fake_info(0, 2, 4), numbers_at_once=(2, 3, 4))
+    first = RecordingFake(info)
+    _, last = fake_chain((0, 2, 4))
+    expected = whole_tokens(prompt, 2)
+    async with memory_mesh([first, last]) as mesh, AsyncExitStack() as stack:
+        sessions = [
+            await stack.enter_async_context(mesh.router.session(mesh.chain, mesh.links, SETTINGS))
+            for _ in range(n_sessions)
+        ]
+        for session in sessions:
+            assert await mesh_tokens(session, prompt, 1) == expected[:1]
+        first.gate.clear()
+        first.numbers.clear()
+        for session in sessions:
+            session.send(expected[:1], sample=True)
+        waiting = mesh.stages[0]._sessions.values()
+        await until(lambda: all(s.n_received == len(prompt) + 1 for s in waiting))
+        first.gate.set()
+        for session in sessions:
+            done = await session.receive()
+            assert done.sampled is not None
+            assert done.sampled.token == expected[1]
+    # Half of them, for there are two stages; one or two may have been taken before the others came.
+    assert sum(first.numbers) == n_sessions
+    assert max(first.numbers) == n_sessions // 2
