@@ -17,13 +17,16 @@ from shardmesh.cli.options import (
     start_logging,
     state_dir_option,
 )
+from shardmesh.cli.reach import bootstrap_reach
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.reach import ReachOptions
 
 
 @click.command("bootstrap")
 @listen_addr_option
+@bootstrap_reach
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -51,7 +54,8 @@ if TYPE_CHECKING:
 @config_option
 @log_options
 def command(
-    listen_addr: str,
+    listen_addr: tuple[str, ...],
+    reach: ReachOptions,
     port: int,
     identity_file: Path | None,
     join: tuple[str, ...],
@@ -76,7 +80,8 @@ def command(
 
     own_dir = state_dir / "bootstrap"
     settings = BootstrapSettings(
-        listen_addr=listen_addr,
+        listen_hosts=listen_addr,
+        reach=reach,
         port=port,
         cluster=cluster,
         admission=admission,

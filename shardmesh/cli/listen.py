@@ -26,10 +26,12 @@ from shardmesh.cli.options import (
     start_logging,
     state_dir_option,
 )
+from shardmesh.cli.reach import listener_reach
 
 if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.reach import ReachOptions
     from shardmesh.swarm.rights import Rights
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -60,6 +62,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     help="Name of the model.  [default: as the manifest says]",
 )
 @listen_addr_option
+@listener_reach
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -161,7 +164,8 @@ def command(
     total_shards: int | None,
     total_layers: int | None,
     model_name: str | None,
-    listen_addr: str,
+    listen_addr: tuple[str, ...],
+    reach: ReachOptions,
     port: int,
     data_port: int,
     refresh_interval_s: float,
@@ -219,7 +223,7 @@ def command(
         link=link,
         fetch_into_shards_dir=is_given("shards_dir"),
         torrents=TorrentOptions(
-            listen_host=listen_addr,
+            listen_host=listen_addr[0],
             port=torrent_port,
             upload_rate=upload_rate,
             download_rate=download_rate,
@@ -228,7 +232,8 @@ def command(
         state_dir=state_dir,
         cache_dir=cache_dir(),
         bootstraps=bootstrap if link is None else bootstraps_of(link, bootstrap),
-        listen_host=listen_addr,
+        listen_hosts=listen_addr,
+        reach=reach,
         port=port,
         data_port=data_port,
         refresh_interval_s=refresh_interval_s,

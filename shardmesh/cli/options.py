@@ -157,14 +157,22 @@ def read_config(
 
 
 def listen_addr_option(command: Command) -> Command:
-    """--listen-addr as `listen_addr`: an IP address."""
+    """--listen-addr, several times, as `listen_addr`: a tuple of IP addresses."""
     return click.option(
         "--listen-addr",
-        default="0.0.0.0",
-        show_default=True,
+        type=AddressType(),
+        multiple=True,
+        default=_default_hosts,
+        show_default="0.0.0.0, and :: where there is IPv6",
         envvar="LLAMA_LISTEN_ADDR",
-        help="IP address to listen on.",
+        help="IP address to listen on; may be given several times.",
     )(command)
+
+
+def _default_hosts() -> tuple[str, ...]:
+    from shardmesh.swarm.addresses import default_hosts
+
+    return default_hosts()
 
 
 def shards_dir_option(command: Command) -> Command:

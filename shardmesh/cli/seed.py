@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @config_option
 @log_options
 def command(
-    listen_addr: str,
+    listen_addr: tuple[str, ...],
     port: int,
     shards_dir: Path,
     models_dir: Path,
@@ -73,13 +73,13 @@ def command(
         bootstraps=bootstrap,
         cluster=cluster,
         admission=admission,
-        listen_host=listen_addr,
+        listen_hosts=listen_addr,
         port=port,
         state_dir=state_dir,
         shards_dir=shards_dir,
         models_dir=models_dir,
         torrents=TorrentOptions(
-            listen_host=listen_addr,
+            listen_host=listen_addr[0],
             port=torrent_port,
             upload_rate=upload_rate,
             download_rate=download_rate,

@@ -133,7 +133,7 @@ def models_as_table(models: tuple[ModelView, ...]) -> RenderableType:
             f"in {model.total_shards} shards",
             title_justify="left",
         )
-        for name in ("shard", "layers", "state", "memory", "context", "round trip"):
+        for name in ("shard", "layers", "state", "memory", "context", "reached", "round trip"):
             table.add_column(name, justify="right" if name != "state" else "left")
         table.add_column("node", no_wrap=True)
         for replica in model.replicas:
@@ -144,12 +144,30 @@ def models_as_table(models: tuple[ModelView, ...]) -> RenderableType:
                 Text(replica.state, style="green" if replica.state == "loaded" else "yellow"),
                 f"{replica.memory_available_mb / 1024:.1f}/{replica.memory_mb / 1024:.1f} GiB",
                 str(replica.n_ctx or "-"),
+                replica.path or "-",
                 f"{trip:.0f} ms" if trip is not None else "-",
                 short_peer_id(replica.peer_id),
             )
         parts.append(table)
+        parts += _links(model)
         parts.append(_verdict(model))
     return Group(*parts)
+
+
+def _links(model: ModelView) -> list[RenderableType]:
+    """A line for each link between two stages: what it goes over, and what that costs."""
+    from rich.text import Text
+
+    shards = {replica.peer_id: str(replica.shard_id) for replica in model.replicas}
+    return [
+        Text(
+            f"link {replica.shard_id} -> {shards.get(link.peer_id, '?')}: {link.kind}, "
+            f"round trip {link.round_trip_ms:.1f} ms",
+            style="yellow" if link.kind != "direct" else "",
+        )
+        for replica in model.replicas
+        for link in replica.links
+    ]
 
 
 def short_peer_id(peer_id: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import trio
 
 from shardmesh.coordinator.coordinator import Coordinator
+from shardmesh.coordinator.link_streams import open_link_streams
 from shardmesh.coordinator.model_files import ModelFiles
 from shardmesh.errors import UnreachableError, ungrouped
 from shardmesh.shards.store import ShardStore
@@ -20,13 +20,9 @@ from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.membership import Membership
-from shardmesh.wire.limits import LINK_AGREEMENT_BYTES_MAX
-from shardmesh.wire.link_agreement import LINK_PROTOCOL, LinkGrant, LinkRequester
 
 JOIN_TIMEOUT_S = 10.0
 """For reaching a first node; a person waits for it."""
-
-AGREE_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,7 @@ async def open_client(
         async with (
             open_host(identity, listen_host="127.0.0.1", admission=admission) as host,
             open_dht(host, cluster=cluster, server=False) as dht,
+            open_link_streams(host) as link_streams,
         ):
             membership = Membership(host, dht, directory, bootstraps=bootstraps, signer=identity)
             models = ModelFiles(host, ShardStore(shards_dir, create=False), cache_dir)
@@ -72,10 +69,9 @@ async def open_client(
                 with trio.move_on_after(JOIN_TIMEOUT_S):
                     await membership.joined.wait()
 
-                agree = partial(agree_on_link, host)
                 coordinator = Coordinator(
                     membership.find_listeners,
-                    agree,
+                    link_streams.agree,
                     models,
                     nursery,
                     known=membership.known_listeners,
@@ -102,21 +98,3 @@ async def _reach(host: Host, directory: Directory, bootstraps: Sequence[str]) ->
             next_step="start one with `shardmesh bootstrap`, or correct --bootstrap",
         ) from error
     await exchange(host, directory, peer_id)
-
-
-async def agree_on_link(host: Host, peer_id: str, addresses: Sequence[str]) -> LinkGrant:
-    """Asks another node for a link to its data process.
-
-    Raises its refusal, or UnreachableError (the moment's).
-    """
-    requester = LinkRequester(host.peer_id, peer_id)
-    if addresses:
-        host.learn(peer_id, addresses)
-    answer = await host.request(
-        peer_id,
-        LINK_PROTOCOL,
-        requester.request(),
-        timeout_s=AGREE_TIMEOUT_S,
-        response_bytes_max=LINK_AGREEMENT_BYTES_MAX,
-    )
-    return requester.grant(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import trio
 
 from shardmesh.coordinator.chain import missing_layers, models_of
@@ -13,9 +14,29 @@ from shardmesh.errors import ShardmeshError
 from shardmesh.swarm.commands import send_command
 from shardmesh.swarm.host import Host
 from shardmesh.wire.announcement import Announcement
+from shardmesh.wire.limits import LINKS_MAX
 
 ASK_TIMEOUT_S = 3.0
 """For one node's answer; a node that takes longer is shown as not answering."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkView:
+    """A link between two stages, as the one that dialed it tells."""
+
+    peer_id: str  # of the other stage
+    kind: str  # direct, stream (over libp2p) or relayed
+    round_trip_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a node said when it was asked, and how long that took."""
+
+    state: str = "no answer"
+    round_trip_ms: float | None = None
+    path: str | None = None
+    links: tuple[LinkView, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +53,8 @@ class ReplicaView:
     n_ctx: int
     fingerprint: str
     round_trip_ms: float | None
+    path: str | None  # direct or relayed: how this client reached it
+    links: tuple[LinkView, ...]  # those that it keeps to next stages
     addresses: tuple[str, ...]
 
 
@@ -58,17 +81,10 @@ class ModelView:
 
 async def look_at_mesh(host: Host, announcements: Sequence[Announcement]) -> tuple[ModelView, ...]:
     """Asks every announced node itself, all at once; a silent one counts as not there."""
-    answers: dict[str, tuple[str, float | None]] = {}
+    answers: dict[str, Answer] = {}
 
     async def ask(peer_id: str) -> None:
-        started_s = trio.current_time()
-        try:
-            data = await send_command(host, peer_id, "GET_CAPABILITIES", None, ASK_TIMEOUT_S)
-        except ShardmeshError:
-            answers[peer_id] = ("no answer", None)
-        else:
-            elapsed_ms = (trio.current_time() - started_s) * 1e3
-            answers[peer_id] = (str(data["shard_state"]), round(elapsed_ms, 1))
+        answers[peer_id] = await _ask(host, peer_id)
 
     async with trio.open_nursery() as nursery:
         for announcement in announcements:
@@ -76,13 +92,30 @@ async def look_at_mesh(host: Host, announcements: Sequence[Announcement]) -> tup
     return overview(announcements, answers)
 
 
+async def _ask(host: Host, peer_id: str) -> Answer:
+    try:
+        started_s = trio.current_time()
+        data = await send_command(host, peer_id, "GET_CAPABILITIES", None, ASK_TIMEOUT_S)
+        elapsed_ms = (trio.current_time() - started_s) * 1e3
+        metrics = await send_command(host, peer_id, "GET_METRICS", None, ASK_TIMEOUT_S)
+        links = [msgspec.convert(link, LinkView) for link in metrics["links"][:LINKS_MAX]]
+    except (ShardmeshError, msgspec.ValidationError, KeyError, TypeError):
+        return Answer()
+    return Answer(
+        state=str(data["shard_state"]),
+        round_trip_ms=round(elapsed_ms, 1),
+        path="relayed" if host.is_relayed(peer_id) else "direct",
+        links=tuple(links),
+    )
+
+
 def overview(
-    announcements: Sequence[Announcement], answers: dict[str, tuple[str, float | None]]
+    announcements: Sequence[Announcement], answers: dict[str, Answer]
 ) -> tuple[ModelView, ...]:
-    """Announcements and (state, round trip) of each node, by model.  Pure."""
+    """Announcements and the answer of each node, by model.  Pure."""
     by_peer = {a.peer_id: a for a in announcements}
     replicas = [
-        dataclasses.replace(replica_of(a), shard_loaded=answers[a.peer_id][0] == "loaded")
+        dataclasses.replace(replica_of(a), shard_loaded=answers[a.peer_id].state == "loaded")
         for a in announcements
     ]
     views = []
@@ -95,7 +128,7 @@ def overview(
                 n_layer=found[0].n_layer,
                 total_shards=by_peer[found[0].peer_id].total_shards,
                 replicas=tuple(
-                    _view(by_peer[r.peer_id], *answers[r.peer_id])
+                    _view(by_peer[r.peer_id], answers[r.peer_id])
                     for r in sorted(found, key=lambda r: (r.shard_id, r.peer_id))
                 ),
                 missing=tuple(missing),
@@ -104,18 +137,20 @@ def overview(
     return tuple(views)
 
 
-def _view(announcement: Announcement, state: str, round_trip_ms: float | None) -> ReplicaView:
+def _view(announcement: Announcement, answer: Answer) -> ReplicaView:
     capabilities = announcement.capabilities
     return ReplicaView(
         peer_id=announcement.peer_id,
         shard_id=announcement.shard_id,
         layer_start=announcement.layer_start,
         layer_end=announcement.layer_end,
-        state=state,
+        state=answer.state,
         memory_mb=capabilities.memory_mb,
         memory_available_mb=capabilities.memory_available_mb,
         n_ctx=capabilities.n_ctx,
         fingerprint=announcement.engine_fingerprint,
-        round_trip_ms=round_trip_ms,
+        round_trip_ms=answer.round_trip_ms,
+        path=answer.path,
+        links=answer.links,
         addresses=announcement.addresses,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import trio
 
@@ -16,12 +17,13 @@ from shardmesh.errors import (
     ShardmeshError,
     UnreachableError,
 )
-from shardmesh.links.link import Link, LinkUser
+from shardmesh.links.link import Link, LinkKind, LinkUser
 from shardmesh.wire.limits import (
     DIAL_STAGGER_S,
     EXPECTED_LINKS_MAX,
     EXPECTED_LINKS_PER_NODE_MAX,
     HANDSHAKE_TIMEOUT_S,
+    LINK_STREAM_DELAY_S,
     LINKS_MAX,
     UNNAMED_CONNECTIONS_MAX,
 )
@@ -32,23 +34,26 @@ logger = logging.getLogger(__name__)
 
 EXPECTED_LIFETIME_S = 2 * HANDSHAKE_TIMEOUT_S
 
+_Connected = tuple[trio.SocketStream, LinkKind]
+
 
 async def dial(grant: LinkGrant, user: LinkUser) -> Link:
     """A greeted link to the first endpoint that answers; the caller runs it.
 
     All endpoints are connected to, each with a head start on the next: a machine has addresses
-    that lead nowhere from here.  Raises UnreachableError (the moment's) when none will do.  A
-    cancellation leaves no connection.
+    that lead nowhere from here.  The libp2p stream comes last, since it costs more on every hop.
+    Raises UnreachableError (the moment's) when none will do.  A cancellation leaves no connection.
     """
     found: Link | None = None
     error: Exception | None = None
-    connected, streams = trio.open_memory_channel[trio.SocketStream](len(grant.endpoints))
+    connected, streams = trio.open_memory_channel[_Connected](len(grant.endpoints) + 1)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_connect_all, grant.endpoints, connected)
-            async for stream in streams:
+            nursery.start_soon(_connect_all, grant, connected)
+            async for stream, kind in streams:
                 try:
                     found = await _greeted(stream, grant, user)
+                    found.kind = kind
                 except (OSError, trio.BrokenResourceError, ShardmeshError) as failure:
                     error = failure  # something else listens there
                 else:
@@ -62,40 +67,49 @@ async def dial(grant: LinkGrant, user: LinkUser) -> Link:
         await _close_all(streams)
     if found is not None:
         return found
-    tried = ", ".join(f"{e.host}:{e.port}" for e in grant.endpoints)
+    tried = [f"{e.host}:{e.port}" for e in grant.endpoints]
+    tried += ["a libp2p stream"] if grant.stream is not None else []
     raise UnreachableError(
-        f"no link to {grant.peer_id}: tried {tried}",
+        f"no link to {grant.peer_id}: tried {', '.join(tried) or 'nothing, as it offers nothing'}",
         code="NO_LINK",
         next_step="open the data port of that machine in its firewall (--data-port fixes it)",
     ) from error
 
 
-async def _connect_all(
-    endpoints: tuple[Endpoint, ...], connected: trio.MemorySendChannel[trio.SocketStream]
-) -> None:
+async def _connect_all(grant: LinkGrant, connected: trio.MemorySendChannel[_Connected]) -> None:
     """Hands over each stream that could be connected in time; then closes the channel."""
+    n_failed = 0
+    none_left = trio.Event()
 
-    async def connect(endpoint: Endpoint) -> None:
+    async def connect(endpoint: Endpoint, kind: LinkKind) -> None:
+        nonlocal n_failed
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
         except (OSError, trio.TooSlowError) as error:
             logger.debug("%s:%d cannot be reached: %s", endpoint.host, endpoint.port, error)
+            n_failed += 1
+            if n_failed == len(grant.endpoints):
+                none_left.set()
         else:
-            connected.send_nowait(stream)  # there is room for all
+            connected.send_nowait((stream, kind))  # there is room for all
 
     async with connected, trio.open_nursery() as nursery:
-        for endpoint in endpoints:
-            nursery.start_soon(connect, endpoint)
+        for endpoint in grant.endpoints:
+            nursery.start_soon(connect, endpoint, "direct")
             await trio.sleep(DIAL_STAGGER_S)
+        if grant.stream is not None:
+            with trio.move_on_after(LINK_STREAM_DELAY_S if grant.endpoints else 0):
+                await none_left.wait()
+            await connect(grant.stream, "stream")
 
 
-async def _close_all(streams: trio.MemoryReceiveChannel[trio.SocketStream]) -> None:
+async def _close_all(streams: trio.MemoryReceiveChannel[_Connected]) -> None:
     """Closes what was connected and is not needed, and the channel."""
     with trio.CancelScope(shield=True):
         while True:
             try:
-                stream = streams.receive_nowait()
+                stream, _ = streams.receive_nowait()
             except (trio.WouldBlock, trio.EndOfChannel):
                 break
             await trio.aclose_forcefully(stream)
@@ -229,6 +243,10 @@ class LinkPool:
             if not lock.locked():  # nobody waits: strangers name the nodes, so none is kept
                 self._dialing.pop(peer_id, None)
 
+    def links(self) -> list[Link]:
+        """Those that are open now."""
+        return [link for link in self._links.values() if link.is_open]
+
     def close(self) -> None:
         """Ends all links."""
         for link in list(self._links.values()):
@@ -258,6 +276,15 @@ def local_endpoints(addresses: list[str], port: int) -> tuple[Endpoint, ...]:
     for address in addresses:
         parts = address.split("/")
         is_ip = len(parts) > 2 and parts[1] in ("ip4", "ip6") and "%" not in parts[2]
-        if is_ip and parts[2] not in hosts:
+        is_own = "p2p-circuit" not in parts  # else it is a relay's
+        if is_ip and is_own and parts[2] not in hosts:
             hosts.append(parts[2])
     return tuple(Endpoint(host=host, port=port) for host in hosts)
+
+
+def own_endpoint(listen_hosts: Sequence[str], port: int) -> Endpoint:
+    """Where a process that listens on these IP addresses is reached on its own machine."""
+    host = listen_hosts[0]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "::1" if ":" in host else "127.0.0.1"
+    return Endpoint(host=host, port=port)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
@@ -45,6 +45,10 @@ N_CHECKS_PER_BEAT = 5  # a silence is noticed at most a fifth of a heartbeat lat
 _CLOSED_HERE = UnreachableError("the link was closed on this side", code="LINK_CLOSED")
 
 
+LinkKind = Literal["direct", "stream"]
+"""Over a TCP connection of its own, or over a libp2p stream of the two control processes."""
+
+
 class LinkUser(Protocol):
     """Whoever a link belongs to; all are called on the trio loop and must not raise or wait.
 
@@ -74,6 +78,7 @@ class Link:
         if not is_dialer:
             outward, inward = inward, outward
         self.peer_id = peer_id
+        self.kind: LinkKind = "direct"
         self._stream = stream
         self._outbox = Outbox(stream, Sealer(outward), peer_id)
         self._opener = Opener(inward)

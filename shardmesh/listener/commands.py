@@ -16,6 +16,7 @@ from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.request import request_of_command
 from shardmesh.errors import UnreachableError
+from shardmesh.listener.local_messages import LinkState
 from shardmesh.listener.node import Node
 from shardmesh.swarm.host import Host
 from shardmesh.wire.commands import InferenceParams, LoadShardParams, NoParams
@@ -184,7 +185,17 @@ class NodeCommands:
             "stage": stage.counters if stage else {},
             "downloads": [dataclasses.asdict(d) for d in files.downloads()] if files else [],
             "torrents": dataclasses.asdict(files.seeding()) if files else {},
+            "links": [self._link_report(link) for link in stage.links] if stage else [],
             "commands": {name: c.report() for name, c in self._counters.items()},
+        }
+
+    def _link_report(self, link: LinkState) -> dict[str, object]:
+        """A link of the data process, with what only this one knows: whether a relay carries it."""
+        through_relay = link.kind == "stream" and self._host.is_relayed(link.peer_id)
+        return {
+            "peer_id": link.peer_id,
+            "kind": "relayed" if through_relay else link.kind,
+            "round_trip_ms": round(link.round_trip_us / 1e3, 3),
         }
 
 

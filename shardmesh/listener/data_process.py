@@ -30,6 +30,7 @@ from shardmesh.listener.local_messages import (
     ExpectLink,
     Grant,
     LinkAnswer,
+    LinkState,
     LocalChannel,
     Metrics,
     NeedLink,
@@ -80,7 +81,7 @@ class DataProcess:
             self.stage = Stage(self._engine, identity, nursery, self._link_to)
             self._acceptor = Acceptor(self.stage)
             self._pool = LinkPool(nursery, self._agree, self.stage)
-            listeners = await _open_listeners(self._start.listen_host, self._start.data_port)
+            listeners = await _open_listeners(self._start.listen_hosts, self._start.data_port)
             nursery.start_soon(trio.serve_listeners, self._acceptor.handle, listeners)
             nursery.start_soon(self.stage.run)
             port = listeners[0].socket.getsockname()[1]
@@ -132,6 +133,14 @@ class DataProcess:
             n_sessions=self.stage.n_sessions,
             memory_bytes=psutil.Process().memory_info().rss,
             counters=dataclasses.asdict(self.stage.counters),
+            links=tuple(
+                LinkState(
+                    peer_id=link.peer_id,
+                    kind=link.kind,
+                    round_trip_us=2 * link.half_round_trip_us,
+                )
+                for link in self._pool.links()
+            ),
         )
 
     async def _link_to(self, target: NextStage) -> Link:
@@ -156,15 +165,20 @@ class DataProcess:
         return grant.link_grant()
 
 
-async def _open_listeners(host: str, port: int) -> Sequence[trio.SocketListener]:
-    try:
-        return await trio.open_tcp_listeners(port, host=host)
-    except OSError as error:
-        raise StorageError(
-            f"the data port {port} cannot be opened on {host}: {error.strerror}",
-            code="PORT_IN_USE",
-            next_step="choose another one with --data-port, or 0 for any",
-        ) from error
+async def _open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketListener]:
+    """Listens on all addresses with the same port."""
+    listeners: list[trio.SocketListener] = []
+    for host in hosts:
+        try:
+            listeners += await trio.open_tcp_listeners(port, host=host)
+        except OSError as error:
+            raise StorageError(
+                f"the data port {port} cannot be opened on {host}: {error.strerror}",
+                code="PORT_IN_USE",
+                next_step="choose another one with --data-port, or 0 for any",
+            ) from error
+        port = listeners[0].socket.getsockname()[1]
+    return listeners
 
 
 def _load(start: Start) -> Engine:

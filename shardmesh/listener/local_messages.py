@@ -45,7 +45,7 @@ class Start(_Message, frozen=True, tag="start"):
     manifest_digest: str
     layer_start: int
     layer_end: int
-    listen_host: str
+    listen_hosts: tuple[str, ...]
     data_port: int
     n_ctx: int
     n_parallel: int
@@ -92,6 +92,7 @@ class Grant(_Message, frozen=True):
     acceptor_key: bytes
     acceptor_iv: bytes
     endpoints: tuple[Endpoint, ...]
+    stream: Endpoint | None
 
     @classmethod
     def of(cls, grant: LinkGrant) -> Grant:
@@ -104,6 +105,7 @@ class Grant(_Message, frozen=True):
             acceptor_key=inward.key,
             acceptor_iv=inward.iv,
             endpoints=grant.endpoints,
+            stream=grant.stream,
         )
 
     def link_grant(self) -> LinkGrant:
@@ -111,7 +113,7 @@ class Grant(_Message, frozen=True):
             DirectionKey(self.dialer_key, self.dialer_iv),
             DirectionKey(self.acceptor_key, self.acceptor_iv),
         )
-        return LinkGrant(self.link_id, keys, self.peer_id, self.endpoints)
+        return LinkGrant(self.link_id, keys, self.peer_id, self.endpoints, self.stream)
 
 
 class ExpectLink(_Message, frozen=True, tag="expect"):
@@ -148,11 +150,20 @@ class AskMetrics(_Message, frozen=True, tag="ask_metrics"):
     number: int
 
 
+class LinkState(_Message, frozen=True):
+    """A link that this process dialed."""
+
+    peer_id: str
+    kind: Literal["direct", "stream"]
+    round_trip_us: int
+
+
 class Metrics(_Message, frozen=True, tag="metrics"):
     number: int
     n_sessions: int
     memory_bytes: int
     counters: dict[str, int]
+    links: tuple[LinkState, ...]
 
 
 class Stop(_Message, frozen=True, tag="stop"):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import trio
 
-from shardmesh.coordinator.client import agree_on_link
+from shardmesh.coordinator.link_streams import LinkStreams, carry_to_data_port
 from shardmesh.engine.base import EngineOptions
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
-from shardmesh.links.dial import local_endpoints
+from shardmesh.links.dial import local_endpoints, own_endpoint
 from shardmesh.listener.assignment import Assignment, WantedShard, assign
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.machine import Machine, read_machine
@@ -26,6 +26,7 @@ from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.reach import ReachOptions
 from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions
@@ -59,7 +60,8 @@ class NodeOptions:
     state_dir: Path
     cache_dir: Path
     bootstraps: tuple[str, ...]
-    listen_host: str
+    listen_hosts: tuple[str, ...]
+    reach: ReachOptions
     port: int
     data_port: int
     refresh_interval_s: float
@@ -88,15 +90,19 @@ class Node:
         self.machine: Machine = read_machine()
         self.supervisor = Supervisor(self.agree, self._on_shard)
         self._host: Host | None = None
+        self._link_streams: LinkStreams | None = None
         self._membership: Membership | None = None
 
-    def join(self, host: Host, membership: Membership, files: FileService) -> None:
+    def join(
+        self, host: Host, membership: Membership, files: FileService, link_streams: LinkStreams
+    ) -> None:
         """From now on the node is on the network, and its changes are announced."""
         self._host, self._membership, self.files = host, membership, files
+        self._link_streams = link_streams
 
     def leave(self) -> None:
         """The node is off the network again."""
-        self._host = self._membership = self.files = None
+        self._host = self._membership = self.files = self._link_streams = None
 
     # -- the shard -----------------------------------------------------------------------------
 
@@ -174,7 +180,7 @@ class Node:
             manifest_digest=assignment.manifest_digest,
             layer_start=assignment.layer_start,
             layer_end=assignment.layer_end,
-            listen_host=self.options.listen_host,
+            listen_hosts=self.options.listen_hosts,
             data_port=self.options.data_port,
             log_format=self.options.log_format,
             log_verbosity=self.options.log_verbosity,
@@ -234,12 +240,22 @@ class Node:
                 answer = encode_refusal(error)
             await send_message(stream, answer)
 
+    async def serve_link_stream(self, stream: ByteStream, peer_id: str) -> None:
+        """Carries a link that comes over a libp2p stream to the data process."""
+        ready = self.supervisor.status.ready
+        if ready is None:
+            raise UnreachableError("no shard is loaded on this node now", code="NOT_LOADED")
+        endpoint = own_endpoint(self.options.listen_hosts, ready.data_port)
+        await carry_to_data_port(stream, endpoint)
+
     async def _offer_link(self, request: bytes, peer_id: str) -> bytes:
         host = self._joined_host()
         ready = self.supervisor.status.ready
         if ready is None:
             raise UnreachableError("no shard is loaded on this node now", code="NOT_LOADED")
-        endpoints = local_endpoints(host.addresses(), ready.data_port)
+        is_direct = self.options.reach.direct_links
+        addresses = host.direct_addresses() if is_direct else []
+        endpoints = local_endpoints(addresses, ready.data_port)
         answer, grant = answer_request(
             request, own_peer_id=host.peer_id, other_peer_id=peer_id, endpoints=endpoints
         )
@@ -249,10 +265,15 @@ class Node:
     async def agree(self, peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
         """Agrees on a link with another node, or with this node's own data process."""
         host = self._joined_host()
-        if peer_id != host.peer_id:
-            return await agree_on_link(host, peer_id, addresses)
+        if peer_id != host.peer_id and self._link_streams is not None:
+            return await self._link_streams.agree(peer_id, addresses)
         requester = LinkRequester(host.peer_id, peer_id)
-        return requester.grant(await self._offer_link(requester.request(), peer_id))
+        grant = requester.grant(await self._offer_link(requester.request(), peer_id))
+        ready = self.supervisor.status.ready
+        if ready is not None and not grant.endpoints:  # no need to go out for one's own process
+            here = own_endpoint(self.options.listen_hosts, ready.data_port)
+            grant = dataclasses.replace(grant, endpoints=(here,))
+        return grant
 
     def _joined_host(self) -> Host:
         if self._host is None:

@@ -12,6 +12,7 @@ import trio
 
 from shardmesh.coordinator.client import open_client
 from shardmesh.coordinator.coordinator import Coordinator
+from shardmesh.coordinator.link_streams import open_link_streams
 from shardmesh.coordinator.model_files import ModelFiles, serve_model_info
 from shardmesh.errors import UnreachableError
 from shardmesh.listener.assignment import least_served
@@ -26,9 +27,11 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import open_host
 from shardmesh.swarm.identity import load_identity
 from shardmesh.swarm.membership import Membership
+from shardmesh.swarm.reach import Reach, serve_dial_back
+from shardmesh.swarm.relay import Relay
 from shardmesh.swarm.state_file import locked_folder
 from shardmesh.swarm.torrents.service import open_files
-from shardmesh.wire.link_agreement import LINK_PROTOCOL
+from shardmesh.wire.link_agreement import LINK_PROTOCOL, LINK_STREAM_PROTOCOL
 
 logger = logging.getLogger("shardmesh")
 
@@ -111,15 +114,19 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
     async with (
         open_host(
             node.identity,
-            listen_host=options.listen_host,
+            listen_host=options.listen_hosts,
             port=options.port,
             agent=agent,
             admission=options.admission,
         ) as host,
         open_dht(host, cluster=options.cluster) as dht,
         open_files(host, dht, directory, node.library, options.torrents) as files,
+        open_link_streams(host, is_direct_allowed=options.reach.direct_links) as link_streams,
     ):
-        for address in host.addresses():
+        host.announce_as(options.reach.announced)
+        if options.reach.relay_only:
+            host.hide()
+        for address in host.direct_addresses():
             logger.info("[LISTEN] Listening on: %s", address.split("/p2p/")[0])
         membership = Membership(
             host,
@@ -132,7 +139,7 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             state_dir=options.state_dir,
             logger=logger,
         )
-        node.join(host, membership, files)
+        node.join(host, membership, files, link_streams)
         membership.updates.on_removed(node.supervisor.cut_off)
         files.start(node.is_computing)
         models = ModelFiles(host, node.library, options.cache_dir)
@@ -146,6 +153,17 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
         )
         commands = NodeCommands(node, host, coordinator)
         host.serve(LINK_PROTOCOL, node.serve_link)
+        host.serve(LINK_STREAM_PROTOCOL, node.serve_link_stream, lasting=True)
+        serve_dial_back(host)
+        if options.reach.offers_relay:
+            Relay(host).serve()
+        reach = Reach(
+            host,
+            neighbours=membership.neighbours,
+            changed=membership.announce_changed,
+            logger=logger,
+        )
+        nursery.start_soon(reach.run)
         serve_model_info(host, node.library)
         serve_commands(host, commands.handlers(), options.rights)
         try:

@@ -52,7 +52,7 @@ class SeederOptions:
     bootstraps: tuple[str, ...]
     cluster: str
     admission: Admission
-    listen_host: str
+    listen_hosts: tuple[str, ...]
     port: int
     state_dir: Path
     shards_dir: Path
@@ -82,7 +82,7 @@ async def open_seeder(options: SeederOptions) -> AsyncIterator[Seeder]:
         async with (
             open_host(
                 identity,
-                listen_host=options.listen_host,
+                listen_host=options.listen_hosts,
                 port=options.port,
                 agent=f"seeder/{options.cluster}",
                 admission=options.admission,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import psutil
 import trio
@@ -19,20 +19,72 @@ from shardmesh.wire.peer_id import is_peer_id
 def parse_address(text: str) -> tuple[Multiaddr, str | None]:
     """A multiaddress without its `/p2p/...` end, and the peer id of that end if there is one.
 
+    It may lead through one relay, which is named with its peer id, and so is then the node.
     Raises InputError (theirs) if it is none that can be dialed.
     """
     next_step = "Write it like /ip4/192.168.1.20/tcp/51820, with /p2p/<peer id> behind if known."
-    transport, _, peer_id = text.strip().partition("/p2p/")
-    if len(text) > TEXT_BYTES_MAX or (peer_id and not is_peer_id(peer_id)):
+    text = text.strip()
+    relay, circuit, end = text.rpartition(_CIRCUIT)
+    transport, _, peer_id = (end if circuit else text).partition("/p2p/")
+    relay_host, _, relay_id = relay.partition("/p2p/")
+    ids = [relay_id] * bool(circuit) + [peer_id] * bool(peer_id)
+    if len(text) > TEXT_BYTES_MAX or not all(is_peer_id(i) for i in ids) or (circuit and transport):
         raise InputError(f"{text[:200]!r} has no valid peer id", next_step=next_step)
     try:
-        address = Multiaddr(transport)
+        address = Multiaddr(relay_host if circuit else transport)
         names = [protocol.name for protocol in address.protocols()]
     except (MultiaddrError, ValueError, LookupError) as error:
         raise InputError(f"{text[:200]!r} is no multiaddress", next_step=next_step) from error
     if len(names) != 2 or names[0] not in _HOSTS or names[1] != "tcp":
         raise InputError(f"{text[:200]!r} is no TCP address", next_step=next_step)
+    if circuit:
+        address = Multiaddr(f"{address}/p2p/{relay_id}{_CIRCUIT}")
     return address, peer_id or None
+
+
+_CIRCUIT = "/p2p-circuit"
+
+
+def is_circuit(address: Multiaddr | str) -> bool:
+    """Whether the address leads through a relay."""
+    return _CIRCUIT in str(address)
+
+
+def relay_of(address: Multiaddr) -> str:
+    """The address of the relay that a circuit address leads through, with its peer id."""
+    return str(address).partition(_CIRCUIT)[0]
+
+
+def circuit_addresses(relay_id: str, known: Iterable[str], told: Iterable[str]) -> tuple[str, ...]:
+    """Addresses through a relay, best first, without the node's own peer id; some at most.
+
+    Where this node reached the relay (`known`) it certainly is; what the relay tells of itself
+    counts too, its loopback only if it is on this machine.  What is no address is left out.
+    """
+    found: list[str] = []
+    for text in (*known, *told):
+        try:
+            address, peer_id = parse_address(text)
+        except InputError:
+            continue
+        if peer_id in (None, relay_id) and not is_circuit(address):
+            found.append(str(address))
+    is_near = any(is_loopback(text) for text in known)
+    kept = [text for text in dict.fromkeys(found) if is_near or not is_loopback(text)]
+    return tuple(f"{a}/p2p/{relay_id}{_CIRCUIT}" for a in kept[:CIRCUITS_PER_RELAY_MAX])
+
+
+CIRCUITS_PER_RELAY_MAX = 3
+"""Addresses through one relay; an announcement has room for 16 of all kinds."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether the address means the machine itself."""
+    parts = address.split("/")
+    try:
+        return ipaddress.ip_address(parts[2]).is_loopback
+    except (IndexError, ValueError):
+        return False
 
 
 _HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
@@ -77,18 +129,34 @@ def listen_address(host: str, port: int) -> Multiaddr:
     return Multiaddr(f"/ip{version}/{host}/tcp/{port}")
 
 
-async def check_port(host: str, port: int) -> None:
-    """Tries the port: libp2p shares it silently with another process of the same user."""
-    address = listen_address(host, port)
-    family = trio.socket.AF_INET6 if "ip6" in str(address) else trio.socket.AF_INET
-    with trio.socket.socket(family, trio.socket.SOCK_STREAM) as probe:
-        probe.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
-        try:
-            await probe.bind((host, port))
-            probe.listen(1)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise port_taken(host, port, reason) from error
+async def check_port(hosts: Sequence[str], port: int) -> int:
+    """Tries a port on all addresses: libp2p shares it silently with a process of the same user.
+
+    Gives the port, which for 0 is one that is free on all of them.  InputError (theirs).
+    """
+    for host in hosts:
+        family = trio.socket.AF_INET6 if ":" in host else trio.socket.AF_INET
+        listen_address(host, port)  # says what is wrong with it
+        with trio.socket.socket(family, trio.socket.SOCK_STREAM) as probe:
+            probe.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+            try:
+                await probe.bind((host, port))
+                probe.listen(1)
+                port = port or (probe.getsockname()[1] if len(hosts) > 1 else 0)
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise port_taken(host, port, reason) from error
+    return port
+
+
+def default_hosts() -> tuple[str, ...]:
+    """Where a node listens if nothing is said: all networks, IPv6 where the machine has it."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return ("0.0.0.0",)
+    return ("0.0.0.0", "::")
 
 
 def port_taken(host: str, port: int, reason: str) -> InputError:
@@ -102,4 +170,4 @@ def port_taken(host: str, port: int, reason: str) -> InputError:
 
 def with_peer_id(address: str, peer_id: str) -> str:
     """The address with the peer id behind it, as others need it to be sure whom they reach."""
-    return f"{address.partition('/p2p/')[0]}/p2p/{peer_id}"
+    return f"{parse_address(address)[0]}/p2p/{peer_id}"

@@ -18,14 +18,17 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import load_identity
 from shardmesh.swarm.membership import Membership
+from shardmesh.swarm.reach import ReachOptions, serve_dial_back
+from shardmesh.swarm.relay import Relay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BootstrapSettings:
     """How to run a bootstrap."""
 
-    listen_addr: str
+    listen_hosts: tuple[str, ...]
     port: int
+    reach: ReachOptions
     cluster: str
     admission: Admission
     secret_path: Path  # where the secret is kept, for those who must not see it here
@@ -55,7 +58,7 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
     async with (
         open_host(
             identity,
-            listen_host=settings.listen_addr,
+            listen_host=settings.listen_hosts,
             port=settings.port,
             agent=f"bootstrap/{settings.cluster}",
             admission=settings.admission,
@@ -72,7 +75,12 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
             state_dir=settings.state_dir,
             logger=logger,
         )
-        serve_commands(host, _BootstrapCommands(host, directory).handlers())
+        host.announce_as(settings.reach.announced)
+        serve_dial_back(host)
+        relay = Relay(host) if settings.reach.offers_relay else None
+        if relay is not None:
+            relay.serve()
+        serve_commands(host, _BootstrapCommands(host, directory, relay).handlers())
         _say_how_to_join(host, settings, logger)
         await membership.run()
 
@@ -107,8 +115,9 @@ def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Lo
 class _BootstrapCommands:
     """What a bootstrap answers over /json-message/1.0."""
 
-    def __init__(self, host: Host, directory: Directory) -> None:
+    def __init__(self, host: Host, directory: Directory, relay: Relay | None) -> None:
         self._host = host
+        self._relay = relay
         self._directory = directory
         self._started_s = trio.current_time()
         self._n_requests = 0
@@ -136,4 +145,6 @@ class _BootstrapCommands:
             "n_requests": self._n_requests,
             "n_connected_nodes": len(self._host.connected()),
             "n_listeners": len(self._directory.all()),
+            "n_relay_places": self._relay.n_reservations if self._relay else 0,
+            "n_relayed_connections": self._relay.n_circuits if self._relay else 0,
         }

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.connection_types import ConnectionType
 from libp2p.host.ping import ID as PING_PROTOCOL
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.health.ping_probe import ping_connection
@@ -159,9 +160,24 @@ def _in_use(conn: INetConn) -> bool:
     return any(stream.get_protocol() not in (None, PING_PROTOCOL) for stream in conn.get_streams())
 
 
-def _remote_address(conn: INetConn) -> str:
+def is_relayed(conn: INetConn) -> bool:
+    """Whether a relay carries the connection."""
+    return conn.get_connection_type() == ConnectionType.RELAYED
+
+
+def remote_host(conn: INetConn) -> str | None:
+    """The IP address that the other side is seen at; None for one that comes through a relay."""
+    if is_relayed(conn):
+        return None
     remote = cast(Yamux, conn.muxed_conn).get_remote_address()
-    if remote is None:
+    return remote[0] if remote is not None else None
+
+
+def _remote_address(conn: INetConn) -> str:
+    if is_relayed(conn):
+        return str(next(iter(conn.get_transport_addresses()), ""))
+    host = remote_host(conn)
+    remote = cast(Yamux, conn.muxed_conn).get_remote_address()
+    if host is None or remote is None:
         return ""
-    host, port = remote[0], remote[1]
-    return f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"
+    return f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{remote[1]}"

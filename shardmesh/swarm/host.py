@@ -13,30 +13,43 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
-from libp2p.abc import INetStream
+from libp2p.abc import INetStream, IRawConnection
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
 from libp2p.identity.identify import identify
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from multiaddr import Multiaddr
 
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
-from shardmesh.swarm.addresses import check_port, listen_address, parse_address, port_taken
+from shardmesh.swarm.addresses import (
+    check_port,
+    listen_address,
+    parse_address,
+    port_taken,
+    relay_of,
+    with_peer_id,
+)
 from shardmesh.swarm.admission import PUBLIC, Admission
-from shardmesh.swarm.connections import ConnectionEvent, ConnectionWatch
+from shardmesh.swarm.connections import ConnectionEvent, ConnectionWatch, remote_host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.noise import NotAdmitted
+from shardmesh.swarm.relay import call, relayed_connection
 from shardmesh.swarm.streams import ByteStream, Libp2pStream, receive_message, send_message
 from shardmesh.swarm.transport import MeshHost, MeshSwarm, new_libp2p_host
 from shardmesh.wire.limits import (
+    HANDSHAKE_TIMEOUT_S,
     IDLE_TIMEOUT_S,
     KNOWN_NODES_MAX,
+    LASTING_STREAMS_MAX,
     PING_INTERVAL_S,
     REQUESTS_MAX,
     REQUESTS_PER_NODE_MAX,
     STREAM_OPEN_TIMEOUT_S,
 )
+from shardmesh.wire.relay import RELAYED_PROTOCOL
 
 __all__ = ["ByteStream", "ConnectionEvent", "Handler", "Host", "open_host"]
 
@@ -65,12 +78,78 @@ class Host:
         self._swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
         self._watch = watch
         self._nursery = nursery
-        self._n_served: dict[str, int] = {}
+        self._requests = _Places(REQUESTS_MAX)
+        self._lasting = _Places(LASTING_STREAMS_MAX)
+        self._announced: tuple[str, ...] = ()
+        self._circuits: tuple[str, ...] = ()
+        self._relays: set[str] = set()
         watch.listen_to_events(self._forget_stranger)
+        self._swarm.call = self._call
+        libp2p.announced = self.addresses
+        self.serve(RELAYED_PROTOCOL, self._serve_relayed, lasting=True)
 
     def addresses(self) -> list[str]:
-        """Where others reach this node, with the peer id; loopback addresses last."""
-        return [str(address) for address in self.libp2p.get_addrs()]
+        """Where others reach this node, with its peer id: what is announced.
+
+        First what the person running it said, then its own, loopback last, then through relays.
+        """
+        direct = [] if self._swarm.is_hidden else self.direct_addresses()
+        return [*direct, *(with_peer_id(text, self.peer_id) for text in self._circuits)]
+
+    def direct_addresses(self) -> list[str]:
+        """Those of `addresses` that need no relay, even where they are not announced."""
+        own = [str(address) for address in self.libp2p.own_addrs()]
+        said = [with_peer_id(text, self.peer_id) for text in self._announced]
+        return list(dict.fromkeys([*said, *own]))
+
+    def own_ports(self) -> list[int]:
+        """The ports of `direct_addresses`, the one that is listened on first."""
+        listening = [str(address) for address in self.libp2p.get_transport_addrs()]
+        texts = [*listening, *self._announced]
+        return list(dict.fromkeys(int(text.split("/")[4]) for text in texts))
+
+    def announce_as(self, addresses: Sequence[str]) -> None:
+        """Announces these too, which only a person can know of: a router forwards them."""
+        self._announced = tuple(addresses)
+
+    def hide(self) -> None:
+        """From now on behaves as if behind NAT: nobody can connect but through a relay."""
+        self._swarm.is_hidden = True
+
+    def come_through(self, relays: set[str], addresses: Sequence[str]) -> bool:
+        """Takes calls from these relays only, and announces these addresses through them.
+
+        Says whether the addresses are others than before.
+        """
+        self._relays = relays
+        before, self._circuits = self._circuits, tuple(addresses)
+        return before != self._circuits
+
+    def observed_host(self, peer_id: str) -> str | None:
+        """The IP address that a node is seen at; None if it is only connected through a relay."""
+        conns = self._swarm.get_connections(ID.from_base58(peer_id))
+        return next((h for c in conns if not c.is_closed and (h := remote_host(c))), None)
+
+    def is_relayed(self, peer_id: str) -> bool:
+        """Whether all connections with a node go through a relay."""
+        return peer_id in self.connected() and self.observed_host(peer_id) is None
+
+    def known_addresses(self, peer_id: str) -> list[str]:
+        """Where a node was reached or said to be."""
+        try:
+            found = self.libp2p.get_peerstore().addrs(ID.from_base58(peer_id))
+        except PeerStoreError:
+            return []
+        return [str(address) for address in found]
+
+    async def probe(self, host: str, port: int, peer_id: str) -> bool:
+        """Whether a new connection there is answered by that node; it is not kept."""
+        try:
+            await self._swarm.probe(listen_address(host, port), ID.from_base58(peer_id))
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes provoke
+            _log.debug("%s does not answer at %s port %d: %s", peer_id, host, port, error)
+            return False
+        return True
 
     def connected(self) -> list[str]:
         """The peer ids of all nodes that a live connection exists with."""
@@ -227,24 +306,44 @@ class Host:
         finally:
             opening.done.set()
 
+    async def _call(self, address: Multiaddr, peer_id: ID) -> IRawConnection:
+        """Connects with the relay of a circuit address, unless it is, and calls the node there."""
+        try:
+            relay_id = await self.connect([relay_of(address)], HANDSHAKE_TIMEOUT_S)
+        except RefusedError as error:
+            raise NotAdmitted(error) from error
+        return await call(self, relay_id, str(peer_id))
+
+    async def _serve_relayed(self, stream: ByteStream, relay_id: str) -> None:
+        """Serves a connection that a relay brings, if this node has a place there."""
+        if relay_id not in self._relays:
+            raise RefusedError("a call through a relay that this node has no place on")
+        raw = relayed_connection(stream, relay_id, is_dialer=False)
+        await self._swarm.serve_raw(raw, raw.get_transport_addresses()[0])
+
     # -- serving -------------------------------------------------------------------------------
 
-    def serve(self, protocol: str, handler: Handler, *, busy: bytes | None = None) -> None:
+    def serve(
+        self, protocol: str, handler: Handler, *, busy: bytes | None = None, lasting: bool = False
+    ) -> None:
         """Serves a protocol: each stream gets a task of its own.
 
         A handler that raises loses its stream only.  It is cancelled when the other side resets
         the stream.  When too many are at work, `busy` is sent as a message, or the stream reset.
+        Streams that stay open (`lasting`) are counted by themselves, so that they take no room
+        from requests.
         """
+        places = self._lasting if lasting else self._requests
 
         async def serve_stream(libp2p_stream: INetStream) -> None:
             peer_id = str(libp2p_stream.muxed_conn.peer_id)
             stream = Libp2pStream(libp2p_stream, self._nursery)
             try:
-                if self._admit(peer_id):
+                if places.take(peer_id):
                     try:
                         await _run_handler(handler, stream, peer_id)
                     finally:
-                        self._dismiss(peer_id)
+                        places.give_back(peer_id)
                 elif busy is not None:
                     await send_message(stream, busy)
                 await stream.aclose()
@@ -257,18 +356,26 @@ class Host:
 
         self.libp2p.set_stream_handler(TProtocol(protocol), serve_stream)
 
-    def _admit(self, peer_id: str) -> bool:
-        n_here = self._n_served.get(peer_id, 0)
-        if n_here >= REQUESTS_PER_NODE_MAX or sum(self._n_served.values()) >= REQUESTS_MAX:
+
+class _Places:
+    """How many streams are served at once, in all and for each node."""
+
+    def __init__(self, n_max: int) -> None:
+        self._n_max = n_max
+        self._n_taken: dict[str, int] = {}
+
+    def take(self, peer_id: str) -> bool:
+        n_here = self._n_taken.get(peer_id, 0)
+        if n_here >= REQUESTS_PER_NODE_MAX or sum(self._n_taken.values()) >= self._n_max:
             _log.warning("too many requests at once; one of %s is refused", peer_id)
             return False
-        self._n_served[peer_id] = n_here + 1
+        self._n_taken[peer_id] = n_here + 1
         return True
 
-    def _dismiss(self, peer_id: str) -> None:
-        self._n_served[peer_id] -= 1
-        if not self._n_served[peer_id]:
-            del self._n_served[peer_id]
+    def give_back(self, peer_id: str) -> None:
+        self._n_taken[peer_id] -= 1
+        if not self._n_taken[peer_id]:
+            del self._n_taken[peer_id]
 
 
 class _Opening:
@@ -323,27 +430,30 @@ def _unreachable(whom: str, reason: str) -> UnreachableError:
 async def open_host(
     identity: Identity,
     *,
-    listen_host: str = "0.0.0.0",
+    listen_host: str | Sequence[str] = "0.0.0.0",
     port: int = 0,
     agent: str = "shardmesh",
     admission: Admission = PUBLIC,
     ping_interval_s: float = PING_INTERVAL_S,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
 ) -> AsyncIterator[Host]:
-    """A host that listens on TCP until the block is left; port 0 picks one.
+    """A host that listens on TCP until the block is left, on one IP address or several.
+
+    The port is the same on all of them; 0 picks one.
 
     Raises InputError (theirs) if the address or the port cannot be had.  `agent` is what others
     see in identify; it holds for the whole process.  `admission` says who may connect.
     """
-    await check_port(listen_host, port)
+    listen_hosts = [listen_host] if isinstance(listen_host, str) else list(listen_host)
+    port = await check_port(listen_hosts, port)
     identify.AGENT_VERSION = agent
     libp2p = new_libp2p_host(identity, admission)
     swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
     watch = ConnectionWatch(swarm, ping_interval_s, idle_timeout_s)
     failure: Exception | None = None
-    async with libp2p.run(listen_addrs=[listen_address(listen_host, port)]):
-        if not libp2p.get_transport_addrs():
-            failure = port_taken(listen_host, port, "it cannot be listened on")
+    async with libp2p.run(listen_addrs=[listen_address(host, port) for host in listen_hosts]):
+        if len(libp2p.get_transport_addrs()) < len(listen_hosts):
+            failure = port_taken(listen_hosts[0], port, "it cannot be listened on")
         else:
             swarm.widen_entrance()
             async with trio.open_nursery() as nursery:

@@ -127,6 +127,12 @@ class Membership:
             with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
                 await self._leave()
 
+    def neighbours(self) -> list[str]:
+        """The connected bootstraps, then the connected listeners in any order."""
+        listeners = self._neighbours.connected_listeners()
+        random.shuffle(listeners)
+        return list(dict.fromkeys([*self._neighbours.connected_bootstraps(), *listeners]))
+
     def announce_changed(self) -> None:
         """What `offer()` gives has changed: announce it now."""
         self._changed.set()

@@ -13,24 +13,28 @@ What is different from the library's own, each found by trying or by reading its
 - Cancelling a reader or a writer does not ruin the connection under it.
 - Nobody is dialed unasked (the library's auto-connector dials whatever it has ever heard of).
 - Who is no member is turned away in the handshake (swarm/noise.py), before it can ask anything.
+- The other side's IPv6 address is known (the library only understands pairs of IPv4).
+- A node is dialed through a relay where it says so, after its own addresses (swarm/relay.py).
 - A node that cannot be reached is forgotten (the library names it to everybody who asks the DHT,
   for hours, and a mesh that many have visited and left is then full of ghosts).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import trio
-from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection
+from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
@@ -47,7 +51,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from shardmesh.anteroom import Anteroom
-from shardmesh.swarm.addresses import reachable_addresses
+from shardmesh.swarm.addresses import is_circuit, reachable_addresses
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.noise import AdmittingNoise, NotAdmitted
@@ -67,6 +71,10 @@ logging.getLogger("libp2p").propagate = True
 """Its import takes its loggers out of the process's own set-up, to standard error; back again."""
 
 
+Call = Callable[[Multiaddr, ID], Awaitable[IRawConnection]]
+"""Brings up a connection through the relay of a circuit address, without its handshake."""
+
+
 class QuietAutoConnector(AutoConnector):
     """Dials nobody."""
 
@@ -82,6 +90,8 @@ class MeshSwarm(Swarm):
         self.auto_connector = QuietAutoConnector(self)
         self.anteroom = Anteroom(HANDSHAKES_MAX)
         self.on_forgotten: list[Callable[[ID], None]] = []
+        self.call: Call | None = None
+        self.is_hidden = False  # takes no connections but through a relay, as if behind NAT
 
     def forget(self, peer_id: ID) -> None:
         """Drops what is known of a node and tells whoever listens."""
@@ -129,6 +139,8 @@ class MeshSwarm(Swarm):
     async def dial_first(self, targets: Sequence[tuple[Multiaddr, ID | None]]) -> INetConn:
         """Connects with the target that answers first; each has a small head start on the next.
 
+        Those through a relay come last.
+
         Raises SwarmException with the reason of each if none answers, NotAdmitted if one answered
         and did not want this node.
         """
@@ -148,8 +160,9 @@ class MeshSwarm(Swarm):
                 found.append(conn)
                 nursery.cancel_scope.cancel()
 
+        direct_first = sorted(targets, key=lambda target: is_circuit(target[0]))
         async with trio.open_nursery() as nursery:
-            for address, peer_id in targets[:DIAL_ADDRESSES_MAX]:
+            for address, peer_id in direct_first[:DIAL_ADDRESSES_MAX]:
                 failed = trio.Event()
                 nursery.start_soon(attempt, address, peer_id, failed)
                 with trio.move_on_after(DIAL_STAGGER_S):
@@ -163,13 +176,7 @@ class MeshSwarm(Swarm):
     async def _dial_one(self, address: Multiaddr, peer_id: ID | None) -> INetConn:
         if peer_id == self.self_id:
             raise SwarmException("this is the node itself")
-        transport = self.transport_manager.transport_for_dialing(address)
-        if transport is None:
-            raise SwarmException("only TCP addresses can be dialed")
-        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-            raw = await transport.dial(address)
-        if not isinstance(raw, IRawConnection):
-            raise SwarmException("not a plain TCP connection")
+        raw = await self._raw_connection(address, peer_id)
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 muxed = await self._upgrade(raw, peer_id)
@@ -179,8 +186,44 @@ class MeshSwarm(Swarm):
                 await raw.close()
             raise
 
+    async def _raw_connection(self, address: Multiaddr, peer_id: ID | None) -> IRawConnection:
+        if is_circuit(address):
+            if self.call is None or peer_id is None:
+                raise SwarmException("a node behind a relay is dialed by its peer id")
+            with trio.fail_after(2 * HANDSHAKE_TIMEOUT_S):  # the relay may have to be dialed too
+                return await self.call(address, peer_id)
+        transport = self.transport_manager.transport_for_dialing(address)
+        if transport is None:
+            raise SwarmException("only TCP addresses can be dialed")
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            raw = await transport.dial(address)
+        if not isinstance(raw, RawConnection):
+            raise SwarmException("not a plain TCP connection")
+        _note_remote_address(raw.stream)
+        return raw
+
+    async def probe(self, address: Multiaddr, peer_id: ID) -> None:
+        """Makes sure that the node answers there with its key, and hangs up.
+
+        Raises whatever fails.
+        """
+        raw = await self._raw_connection(address, peer_id)
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                await self._secure(raw, peer_id)
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await raw.close()
+
     async def _upgrade(self, raw: IRawConnection, peer_id: ID | None) -> IMuxedConn:
         """Noise and Yamux on an outbound connection, with whoever is there if peer_id is None."""
+        secured = await self._secure(raw, peer_id)
+        remote = secured.get_remote_peer()
+        if remote == self.self_id:
+            raise SwarmException("this is the node itself")
+        return await self.upgrader.upgrade_connection(secured, remote)
+
+    async def _secure(self, raw: IRawConnection, peer_id: ID | None) -> ISecureConn:
         security = self.upgrader.security_multistream
         (only,) = security.transports.values()
         noise = cast(AdmittingNoise, only)
@@ -190,19 +233,21 @@ class MeshSwarm(Swarm):
             if "not supported" in _reason(error):
                 raise noise.nothing_in_common() from error
             raise
-        secured = await noise.get_pattern().handshake_outbound(raw, peer_id)
-        remote = secured.get_remote_peer()
-        if remote == self.self_id:
-            raise SwarmException("this is the node itself")
-        return await self.upgrader.upgrade_connection(secured, remote)
+        return await noise.get_pattern().handshake_outbound(raw, peer_id)
 
     # -- inbound -------------------------------------------------------------------------------
 
     async def _handle_inbound_connection(
         self, read_write_closer: ReadWriteCloser, maddr: Multiaddr
     ) -> None:
+        if self.is_hidden:
+            await read_write_closer.close()
+            return
+        _note_remote_address(read_write_closer)
+        await self.serve_raw(RawConnection(read_write_closer, False), maddr)
+
+    async def serve_raw(self, raw: RawConnection, maddr: Multiaddr) -> None:
         """Serves one accepted connection until it is closed; only handshakes take a place."""
-        raw = RawConnection(read_write_closer, False)
         muxed: IMuxedConn | None = None
         try:
             with self.anteroom.place((raw.get_remote_address() or ("",))[0]):
@@ -232,6 +277,22 @@ class MeshSwarm(Swarm):
         if self.background_nursery is not None:
             _write_whole_frames(yamux, self.background_nursery)
         return await super().add_conn(muxed_conn, direction)
+
+
+def _note_remote_address(stream: ReadWriteCloser) -> None:
+    """Fills in what the library asks the socket for, which gives four values with IPv6.
+
+    An IPv4 address that came in on an IPv6 socket is one all the same.
+    """
+    if not isinstance(stream, TrioTCPStream):
+        return
+    try:
+        host, port, *_ = stream.stream.socket.getpeername()
+    except OSError as error:
+        _log.debug("a connection was gone at once: %s", error)
+        return
+    address = ipaddress.ip_address(host.partition("%")[0])
+    stream._cached_remote_address = str(getattr(address, "ipv4_mapped", None) or address), port
 
 
 def _write_whole_frames(yamux: Yamux, nursery: trio.Nursery) -> None:
@@ -264,7 +325,19 @@ def _write_whole_frames(yamux: Yamux, nursery: trio.Nursery) -> None:
 
 
 class MeshHost(BasicHost):
-    """The library's host, which survives its stream handlers."""
+    """The library's host, which survives its stream handlers and says what is announced."""
+
+    announced: Callable[[], list[str]] | None = None
+
+    def own_addrs(self) -> list[Multiaddr]:
+        """Where this machine listens, as others would dial it."""
+        return list(super().get_addrs())
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """What others are told by identify and the DHT: the same as in the announcement."""
+        if self.announced is None:
+            return self.own_addrs()
+        return [Multiaddr(text) for text in self.announced()]
 
     async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
         try:

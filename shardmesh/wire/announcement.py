@@ -32,7 +32,9 @@ from shardmesh.wire.peer_id import (
 SCHEMA_VERSION: Final = 1
 _DOMAIN: Final = b"shardmesh announcement 1\0"
 _ADDRESS: Final = re.compile(
-    r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,200}/tcp/\d{1,5}(/p2p/(?P<peer_id>\w{52}))?", re.ASCII
+    r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,200}/tcp/\d{1,5}(/p2p/\w{52}/p2p-circuit)?"
+    r"(/p2p/(?P<peer_id>\w{52}))?",
+    re.ASCII,
 )
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]

@@ -138,6 +138,9 @@ EXPECTED_LINKS_PER_NODE_MAX: Final = 8
 UNNAMED_CONNECTIONS_MAX: Final = 512
 """Accepted connections that have not yet proven a key; beyond it the oldest is closed."""
 
+LINK_STREAM_DELAY_S: Final = 1.0
+"""Head start of a link's last direct endpoint before a libp2p stream is tried, which costs more."""
+
 # -- members -----------------------------------------------------------------------------------
 
 REMOVED_NODES_MAX: Final = 64
@@ -171,6 +174,9 @@ REQUESTS_MAX: Final = 256
 
 REQUESTS_PER_NODE_MAX: Final = 64
 """Requests that a host serves at once for one node, so that one cannot take all the room."""
+
+LASTING_STREAMS_MAX: Final = 256
+"""Links and relayed connections that a host serves at once as streams, beside its requests."""
 
 REQUEST_READ_TIMEOUT_S: Final = 10.0
 """From opening a stream to the end of its request."""
@@ -242,6 +248,47 @@ REMEMBERED_NODES_MAX: Final = 64
 
 REMEMBERED_FILE_BYTES_MAX: Final = 512 * KIB
 """The file of remembered nodes: 64 nodes with 16 addresses each."""
+
+# -- being reached -----------------------------------------------------------------------------
+
+DIAL_BACK_PORTS_MAX: Final = 4
+"""Ports that a node asks to be dialed at: its own, and those that a router forwards to it."""
+
+DIAL_BACKS_MAX: Final = 8
+"""Nodes that are dialed back at once."""
+
+DIAL_BACK_PAUSE_S: Final = 5.0
+"""Between two requests of one node to be dialed back, so that nobody is made to dial in a row."""
+
+REACH_INTERVAL_S: Final = 60.0
+"""A node asks this often whether it can be reached: a changed router is noticed in a minute."""
+
+REACH_OBSERVERS_MAX: Final = 4
+"""Nodes that are asked to dial back in one round."""
+
+RELAY_MESSAGE_BYTES_MAX: Final = 16 * KIB
+"""A request to a relay or its answer; the largest lists its addresses."""
+
+RELAY_ADDRESSES_MAX: Final = 8
+"""Addresses that a relay tells of itself."""
+
+RELAYS_PER_NODE_MAX: Final = 2
+"""Relays that an unreachable node takes a place on; one may fail."""
+
+RELAY_RESERVATION_S: Final = 300
+"""A place on a relay lapses after so long; it is renewed before half of that is over."""
+
+RELAY_RESERVATIONS_MAX: Final = 128
+"""Places on one relay."""
+
+RELAY_CIRCUITS_MAX: Final = 128
+"""Connections that one relay carries at once; each costs two streams."""
+
+RELAY_CIRCUITS_PER_NODE_MAX: Final = 16
+"""Of them with one node at either end, so that one cannot take all the places."""
+
+RELAY_BYTES_PER_S_MAX: Final = 16 * MIB
+"""What one carried connection may take of the relay's line; more than 128 Mbit/s waits."""
 
 # -- model files -------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 The side that wants the link sends a LinkRequest inside a libp2p stream, whose Noise handshake has
 proven both peer ids.  The other side answers with a LinkOffer: a fresh link id, its public key and
-the endpoints where its data process listens.  Then the first side dials one endpoint, sends the
-link id in the clear and from there on only sealed records.
+the endpoints where its data process listens.  Then the first side dials one endpoint, or opens a
+libp2p stream where none can be dialed, sends the link id and from there on only sealed records.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from shardmesh.wire.sealing import (
 )
 
 LINK_PROTOCOL = "/shardmesh/link/1.0"
+LINK_STREAM_PROTOCOL = "/shardmesh/link-stream/1.0"
 
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
@@ -58,9 +59,7 @@ class LinkOffer(_Message, frozen=True, tag="offer"):
     version: int
     link_id: Annotated[bytes, msgspec.Meta(min_length=LINK_ID_BYTES, max_length=LINK_ID_BYTES)]
     public_key: PublicKey
-    endpoints: Annotated[
-        tuple[Endpoint, ...], msgspec.Meta(min_length=1, max_length=ANNOUNCEMENT_ADDRESSES_MAX)
-    ]
+    endpoints: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
 
 
 class LinkRefusal(_Message, frozen=True, tag="refusal"):
@@ -78,6 +77,7 @@ class LinkGrant:
     keys: LinkKeys
     peer_id: str  # of the other side
     endpoints: tuple[Endpoint, ...] = ()  # where to dial; empty on the accepting side
+    stream: Endpoint | None = None  # on this machine: leads there over a libp2p stream
 
 
 class LinkRequester:

@@ -21,6 +21,7 @@ from shardmesh.wire import (
     link_agreement,
     messages,
     model_info,
+    relay,
     torrent_messages,
 )
 
@@ -35,6 +36,7 @@ MODULES = (
     link_agreement,
     messages,
     model_info,
+    relay,
     torrent_messages,
 )
 UNITS = {"KIB", "MIB"}
@@ -142,7 +144,11 @@ def test_every_command_is_described() -> None:
         commands.JSON_PROTOCOL,
         commands.METRICS_PROTOCOL,
         link_agreement.LINK_PROTOCOL,
+        link_agreement.LINK_STREAM_PROTOCOL,
         model_info.MODEL_INFO_PROTOCOL,
+        relay.DIAL_BACK_PROTOCOL,
+        relay.RELAY_PROTOCOL,
+        relay.RELAYED_PROTOCOL,
         torrent_messages.TORRENT_PROTOCOL,
     ],
 )

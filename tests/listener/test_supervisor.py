@@ -30,6 +30,7 @@ from shardmesh.listener.data_child import DataChild
 from shardmesh.listener.local_messages import (
     AskMetrics,
     Grant,
+    LinkState,
     LocalChannel,
     Metrics,
     NeedLink,
@@ -79,7 +80,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
         manifest_digest=manifest.digest(),
         layer_start=0,
         layer_end=1,
-        listen_host="127.0.0.1",
+        listen_hosts=("127.0.0.1",),
         data_port=0,
         n_ctx=64,
         n_parallel=2,
@@ -352,9 +353,10 @@ async def channel_pair() -> tuple[LocalChannel, LocalChannel, trio.abc.Stream]:
 async def test_local_messages_go_round() -> None:
     grant, _ = some_grant()
     near, far, raw = await channel_pair()
+    link = LinkState(peer_id="p", kind="stream", round_trip_us=1)
     messages = [
         AskMetrics(number=1),
-        Metrics(number=1, n_sessions=0, memory_bytes=5, counters={"n": 1}),
+        Metrics(number=1, n_sessions=0, memory_bytes=5, counters={"n": 1}, links=(link,)),
         NeedLink(number=2, peer_id="p", addresses=("a",)),
         Ready(data_port=1, architecture="llama", n_ctx=1, n_parallel=1, fingerprint="f"),
         Stop(),

@@ -30,6 +30,7 @@ from shardmesh.wire.limits import MANIFEST_BYTES_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
 from shardmesh.wire.messages import HiddenBatch, body_to_hidden, decode_message, encode_message
 from shardmesh.wire.model_info import ModelInfo, ModelInfoRequest
+from shardmesh.wire.relay import DialBackAnswer, DialBackRequest, RelayAnswer, RelayRequest
 
 CLUSTER_OWNER = owner_of(
     Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
@@ -98,6 +99,16 @@ def parse_cluster_update(data: bytes) -> None:
     open_update(data, cluster="home", owner=CLUSTER_OWNER)
 
 
+def parse_relay(data: bytes) -> None:
+    """Requests and answers of relays and of dialing back."""
+    if b"ports" in data:
+        decode_cbor(data, DialBackRequest)
+    elif b"reached" in data:
+        decode_cbor(data, DialBackAnswer)
+    else:
+        decode_cbor(data, RelayRequest | RelayAnswer)  # type: ignore[arg-type]
+
+
 TARGETS: dict[str, Target] = {
     "stream": parse_stream,
     "announcement": parse_announcement,
@@ -110,6 +121,7 @@ TARGETS: dict[str, Target] = {
     "gguf": parse_gguf,
     "model_info": parse_model_info,
     "cluster_update": parse_cluster_update,
+    "relay": parse_relay,
 }
 
 

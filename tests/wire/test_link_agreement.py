@@ -81,7 +81,6 @@ def test_another_version_is_refused_on_both_sides() -> None:
         {"public_key": bytes(32)},
         {"public_key": bytes(31)},
         {"link_id": bytes(15)},
-        {"endpoints": []},
         {"endpoints": [{"host": "127.0.0.1", "port": 1}] * (ANNOUNCEMENT_ADDRESSES_MAX + 1)},
         {"endpoints": [{"host": "127.0.0.1", "port": 0}]},
         {"endpoints": [{"host": "127.0.0.1", "port": 65536}]},

@@ -1,0 +1,55 @@
+"""Nodes that cannot be dialed, as real processes: all that others may do, through a relay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.asking import ask
+from support.processes import Mesh, Workspace, start_bootstrap
+from support.reference import N_CTX, N_TOKENS, PROMPT, Reference
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+N_SHARDS = 3
+
+
+@pytest.fixture
+def mesh(space: Workspace, model: Path) -> Mesh:
+    """Two stages that only a relay reaches, and one whose links go over libp2p streams."""
+    shards_dir = space.folder / "three"
+    done = space.run("split", str(model), "--shards", str(N_SHARDS), "--out", str(shards_dir))
+    assert done.code == 0, done.err
+    mesh = Mesh(space, "test", shards_dir, start_bootstrap(space, "test"))
+    context = ("--ctx-size", str(N_CTX))
+    mesh.listeners = [
+        mesh.listen(0, "--relay-only", *context),
+        mesh.listen(1, "--relay-only", *context),
+        mesh.listen(2, "--no-direct", *context),
+    ]
+    mesh.wait_ready()
+    for hidden in mesh.listeners[:2]:
+        hidden.running.wait_line(r"\[REACH\] ✓ Reached through the relay")
+    return mesh
+
+
+def test_a_prompt_through_a_relay_gives_the_exact_text(
+    mesh: Mesh, references: dict[str, Reference]
+) -> None:
+    greedy = ("--temperature", "0", "--max-tokens", str(N_TOKENS))
+    done = mesh.space.run("run", PROMPT, *greedy, *mesh.where)
+    assert done.code == 0, done.err
+    assert done.out.rstrip("\n") == references[PROMPT].text
+
+    status = mesh.space.run("status", "--json", *mesh.where)
+    (shown,) = json.loads(status.out)
+    assert shown["complete"]
+    assert [r["path"] for r in shown["replicas"]] == ["relayed", "relayed", "direct"]
+    assert all("p2p-circuit" in a for r in shown["replicas"][:2] for a in r["addresses"])
+    # The links between the stages are still there; one in two is carried by the relay.
+    first, second, last = ask(mesh, "GET_METRICS")
+    assert [link["kind"] for link in first["links"]] == ["relayed"]
+    assert [link["kind"] for link in second["links"]] == ["stream"]
+    assert last["links"] == []
+    assert all(link["round_trip_ms"] > 0 for m in (first, second) for link in m["links"])
