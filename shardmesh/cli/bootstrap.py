@@ -18,6 +18,7 @@ from shardmesh.cli.options import (
     state_dir_option,
 )
 from shardmesh.cli.reach import bootstrap_reach
+from shardmesh.confinement import allow_files
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
@@ -71,6 +72,7 @@ def command(
     Its identity is kept, so the line that it prints for listeners stays valid.
     """
     start_logging(log_format, verbose, quiet)
+    allow_files()
     import logging
 
     import trio

@@ -27,6 +27,7 @@ from shardmesh.cli.options import (
     state_dir_option,
 )
 from shardmesh.cli.reach import listener_reach
+from shardmesh.confinement import allow_files
 
 if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
@@ -200,6 +201,7 @@ def command(
     What the manifest knows need not be given; a contradiction with it is an error.
     """
     start_logging(log_format, verbose, quiet)
+    allow_files()
     import trio
 
     from shardmesh.engine.base import EngineOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import subprocess
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardmesh.confinement import without_settings
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import EngineError, InputError
 from shardmesh.wire.limits import (
@@ -114,6 +116,7 @@ class ChatTemplate:
             try:
                 self._worker = subprocess.Popen(
                     command,
+                    env=without_settings(os.environ),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection
 
 import trio
 
+from shardmesh.confinement import without_settings
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError, known_error
 from shardmesh.links.dial import Agree
 from shardmesh.listener.local_messages import (
@@ -59,7 +61,11 @@ class DataChild:
         """
         command = [sys.executable, "-m", "shardmesh.listener.data_process"]
         process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command,
+            env=without_settings(os.environ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            close_fds=True,
         )
         if process.stdin is None or process.stdout is None:
             raise EngineError("the data process has no pipes")

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import trio
 
+from shardmesh.confinement import allow_files, confine
 from shardmesh.engine.at_once import find_numbers_at_once
 from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
@@ -223,6 +224,8 @@ def main() -> int:
     os.dup2(2, 1)
     # Ctrl-C goes to the whole terminal; the control process decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    allow_files()
+    confine(psutil.virtual_memory().total)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return trio.run(_main, incoming, outgoing)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from shardmesh.errors import GgufError, InputError, StorageError
 from shardmesh.shards.checked import sha256_of
@@ -22,6 +24,8 @@ from shardmesh.shards.manifest import (
 )
 from shardmesh.shards.names import TOKENIZER_NAME, shard_name
 from shardmesh.wire.limits import SHARD_FILES_MAX
+
+_LAYER_TENSOR: Final = re.compile(r"blk\.([0-9]+)\.")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -138,7 +142,8 @@ class ShardStore:
 def layers_of(shard: GgufFile) -> tuple[LayerRange, int]:
     """A shard's layers and how many the whole model has; a model that was never cut has all.
 
-    Raises GgufError (theirs) when the numbers contradict each other.
+    Raises GgufError (theirs) when the numbers contradict each other, or a tensor belongs to a layer
+    that the file does not say it has.
     """
     n_own = shard.n_layer
     start = shard.get_int("shardmesh.layer_start", 0)
@@ -146,6 +151,10 @@ def layers_of(shard: GgufFile) -> tuple[LayerRange, int]:
     n_layer = shard.get_int("shardmesh.n_layer", n_own)
     if not 0 <= start < end <= n_layer or end - start != n_own:
         raise _wrong(shard.path, f"says layers {start} to {end} of {n_layer}, but has {n_own}")
+    for tensor in shard.tensors:
+        match = _LAYER_TENSOR.match(tensor.name)
+        if match is not None and int(match[1]) >= n_own:
+            raise _wrong(shard.path, f"has {n_own} layers, but tensor {tensor.name}")
     return LayerRange(start, end), n_layer
 
 

@@ -141,6 +141,9 @@ UNNAMED_CONNECTIONS_MAX: Final = 512
 LINK_STREAM_DELAY_S: Final = 1.0
 """Head start of a link's last direct endpoint before a libp2p stream is tried, which costs more."""
 
+OPEN_FILES_MIN: Final = 4096
+"""Open files that a node asks the system for: all its connections at once, and room."""
+
 # -- members -----------------------------------------------------------------------------------
 
 REMOVED_NODES_MAX: Final = 64

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -47,7 +48,7 @@ from shardmesh.listener.supervisor import (
 )
 from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.split import split_model
-from shardmesh.wire.limits import EXPECTED_LINKS_MAX
+from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
 
 LOAD_TIMEOUT_S = 30.0
@@ -189,6 +190,29 @@ async def test_a_shard_is_loaded_reached_and_unloaded(start: Start) -> None:
         with pytest.raises(UnreachableError):
             await supervisor.expect(expected)
         assert [status.state for status in supervisor.seen] == ["loading", "loaded", "absent"]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="reads limits and files of another process")
+async def test_the_process_has_what_it_needs_and_no_more(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_SECRET", "not for the data process")
+    with socket.create_server(("127.0.0.1", 0)) as ours:
+        ours.set_inheritable(True)
+        async with supervised() as supervisor:
+            supervisor.serve(start)
+            ready = await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+            process = psutil.Process(pid_of(supervisor))
+            ports = {c.laddr.port for c in process.net_connections() if c.laddr}
+            assert ports == {ready.data_port}
+            assert not [name for name in process.environ() if name.startswith("LLAMA_")]
+            assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+            memory_bytes = psutil.virtual_memory().total
+            assert process.rlimit(psutil.RLIMIT_DATA) == (memory_bytes, memory_bytes)
+            assert process.rlimit(psutil.RLIMIT_NOFILE)[0] >= OPEN_FILES_MIN
+            status = await trio.Path(f"/proc/{process.pid}/status").read_text()
+            assert "NoNewPrivs:\t1" in status
 
 
 @pytest.mark.processes
