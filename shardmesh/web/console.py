@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import trio
 
+from shardmesh.coordinator.session import Repair
 from shardmesh.errors import StorageError
 from shardmesh.web.event_store import EventStore
 from shardmesh.web.events import EventHub
 from shardmesh.web.feed import Feed
-from shardmesh.web.sessions import SessionBoard
+from shardmesh.web.sessions import LiveSession, SessionBoard, repair_json
 from shardmesh.web.state import Json, state_document
 from shardmesh.web.watch import MeshWatch
 
@@ -38,6 +39,7 @@ class Console:
         self.about: Json = {key: value for key, value in about.items() if value is not None}
         watch.tell(self.feed.touch)
         sessions.tell(self._sessions_changed)
+        sessions.tell_repairs(self._stage_replaced)
 
     async def run(self) -> None:
         """Watches, tells and keeps until cancelled."""
@@ -55,6 +57,10 @@ class Console:
         if is_new_work:  # nodes become busy or idle
             self._watch.touch()
         self.feed.touch()
+
+    def _stage_replaced(self, session: LiveSession, repair: Repair) -> None:
+        data = {"model_name": session.chain.stages[0].model_name, **repair_json(repair)}
+        self._hub.publish("session.recovered", data=data)
 
     async def _keep_events(self) -> None:
         """Stores the hub's lasting events and tells the pages, in this order."""

@@ -16,12 +16,16 @@ from typing import Any, Final, Protocol
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.coordinator import Completion
 from shardmesh.coordinator.generate import Finished, Piece
+from shardmesh.coordinator.session import Repair
 from shardmesh.coordinator.timings import Step, hops_of_step
 from shardmesh.errors import ShardmeshError
 from shardmesh.wire.messages import StageTiming
 
 SESSIONS_FINISHED_MAX: Final = 20
 """Sessions shown after their end; enough to compare, few enough to be sent whole."""
+
+REPAIRS_SHOWN_MAX: Final = 8
+"""Of one session; a session that loses more stages has other troubles."""
 
 RATE_WINDOW_S: Final = 1.0
 """Tokens per second are those of the last whole windows: steady to the eye."""
@@ -46,6 +50,9 @@ class _StageSums:
     wire_us: float = 0.0
 
 
+OnRepair = Callable[["LiveSession", Repair], None]
+
+
 class LiveSession:
     """One session from its chain to its end; made by `SessionBoard.start`."""
 
@@ -63,7 +70,8 @@ class LiveSession:
         self.session_id = session_id
         self.state = "running"
         self.chain = chain
-        self.n_recoveries = 0
+        self.n_repairs = 0
+        self.repairs: list[Repair] = []
         self._n_prompt_tokens = n_prompt_tokens
         self._clock = clock
         self._on_change = on_change
@@ -99,10 +107,11 @@ class LiveSession:
         self._recent.append(now_s)
         self._on_change(is_new_work=False)
 
-    def moved(self, chain: Chain) -> None:
+    def repaired(self, chain: Chain, repair: Repair) -> None:
         """Another chain carries the session from now on: a stage was replaced."""
         self.chain = chain
-        self.n_recoveries += 1
+        self.repairs = [*self.repairs, repair][-REPAIRS_SHOWN_MAX:]
+        self.n_repairs += 1
         self._on_change(is_new_work=True)
 
     def finish(self, reason: str) -> None:
@@ -128,7 +137,8 @@ class LiveSession:
             "started_at_s": round(self._wall_started_s, 3),
             "n_prompt_tokens": self._n_prompt_tokens,
             "n_tokens": self._n_tokens,
-            "n_recoveries": self.n_recoveries,
+            "n_repairs": self.n_repairs,
+            "repairs": [repair_json(repair) for repair in self.repairs],
             "first_hop_ms": _ms(self._first_hop_us / n_steps),
             "stages": [
                 {
@@ -189,6 +199,11 @@ class SessionBoard:
         self._wall_clock = wall_clock
         self._sessions: dict[str, LiveSession] = {}
         self._on_change: list[OnChange] = []
+        self._on_repair: list[OnRepair] = []
+
+    def tell_repairs(self, on_repair: OnRepair) -> None:
+        """Calls this for every stage that is replaced in a running session."""
+        self._on_repair.append(on_repair)
 
     def tell(self, on_change: OnChange) -> None:
         """Calls this after every change; `is_new_work`: one began, moved or ended."""
@@ -234,12 +249,19 @@ class SessionBoard:
                     session.finish(item.reason)
                 elif item.token is not None:
                     session.token(item.stages, item.first_hop_us)
+                self._take_repairs(session, completion)
                 yield item
         except ShardmeshError as error:
             session.fail(error.code, str(error))
             raise
         finally:
             session.finish("cancelled")
+
+    def _take_repairs(self, session: LiveSession, completion: Completion) -> None:
+        for repair in completion.repairs[session.n_repairs :]:
+            session.repaired(completion.chain, repair)
+            for tell in self._on_repair:
+                tell(session, repair)
 
     def get(self, session_id: str) -> LiveSession | None:
         return self._sessions.get(session_id)
@@ -262,6 +284,18 @@ class SessionBoard:
             del self._sessions[key]
         for tell in self._on_change:
             tell(is_new_work=is_new_work)
+
+
+def repair_json(repair: Repair) -> Json:
+    """A replaced stage as events and pages tell of it."""
+    return {
+        "layer_start": repair.layer_start,
+        "layer_end": repair.layer_end,
+        "code": repair.code,
+        "lost_peer_id": repair.lost_peer_id,
+        "new_peer_id": repair.new_peer_id,
+        "pause_ms": round(repair.pause_s * 1e3, 1),
+    }
 
 
 def _ms(us: float) -> float:

@@ -9,6 +9,7 @@ from support.roster import LAYERS, announced
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.coordinator import Completion, replica_of
 from shardmesh.coordinator.generate import Finished, Piece
+from shardmesh.coordinator.session import Repair
 from shardmesh.coordinator.timings import TimingRecorder
 from shardmesh.errors import UnreachableError
 from shardmesh.web.sessions import SESSIONS_FINISHED_MAX, SessionBoard
@@ -16,6 +17,15 @@ from shardmesh.wire.messages import Sampled, StageTiming
 
 CHAIN = Chain(tuple(replica_of(announced(n)) for n in range(4)))
 OTHER = Chain(tuple(replica_of(announced(n)) for n in (0, 5, 2, 3)))
+REPAIR = Repair(
+    epoch=1,
+    layer_start=1,
+    layer_end=4,
+    code="LINK_LOST",
+    lost_peer_id=CHAIN.stages[1].peer_id,
+    new_peer_id=OTHER.stages[1].peer_id,
+    pause_s=0.25,
+)
 STAGES = tuple(
     StageTiming(layer_start=s, layer_end=e, queue_us=100, compute_us=1000, next_hop_us=200)
     for s, e in LAYERS
@@ -67,9 +77,9 @@ def test_a_new_chain_starts_new_sums(board: SessionBoard, clock: Clock) -> None:
     for _ in range(3):
         session.token(STAGES, 200)
         clock.now_s += 0.02
-    session.moved(OTHER)
+    session.repaired(OTHER, REPAIR)
     shown = board.document()["a"]
-    assert shown["n_recoveries"] == 1
+    assert (shown["n_repairs"], shown["repairs"][0]["pause_ms"]) == (1, 250.0)
     assert shown["chain"][1] == OTHER.stages[1].peer_id
     assert board.n_running_on(CHAIN.stages[1].peer_id) == 0
 
@@ -110,6 +120,19 @@ async def test_a_failure_is_shown_with_its_code(board: SessionBoard) -> None:
             pass
     shown = board.document()["a"]
     assert (shown["state"], shown["error"]) == ("failed", "the stage was lost [STAGE_LOST]")
+
+
+async def test_a_replaced_stage_is_told(board: SessionBoard) -> None:
+    told: list[tuple[str, Repair]] = []
+    board.tell_repairs(lambda session, repair: told.append((session.session_id, repair)))
+    source = completion(PIECE, PIECE, PIECE)
+    n_items = 0
+    async for _ in board.follow("a", source):
+        n_items += 1
+        if n_items == 1:
+            source.session.chain, source.session.repairs = OTHER, [REPAIR]  # type: ignore[misc]
+    assert told == [("a", REPAIR)]
+    assert board.document()["a"]["chain"] == [stage.peer_id for stage in OTHER.stages]
 
 
 async def test_leaving_early_is_a_cancellation(board: SessionBoard) -> None:

@@ -1,7 +1,7 @@
 // One message of the conversation: what a person wrote, or what the mesh answers.
 
 import { copy, h, icon, text } from "./dom.js";
-import { count, ms, nodeName, rate } from "./format.js";
+import { ms, nodeName, range, rate } from "./format.js";
 import { render } from "./markdown.js";
 
 const LONG_LETTERS = 20000; // beyond, the text is drawn a few times a second, not each frame
@@ -66,7 +66,12 @@ export class Answer {
     meta.n_tokens = Math.max(meta.n_tokens ?? 0, session.n_tokens);
     meta.server_first_ms = session.first_token_ms;
     meta.route = session.chain.map((peer) => nodeName(peer, state.nodes[peer]));
-    meta.n_recoveries = session.n_recoveries;
+    meta.repairs = session.repairs.map((repair) => ({
+      layers: range(repair.layer_start, repair.layer_end),
+      lost: nodeName(repair.lost_peer_id, state.nodes[repair.lost_peer_id]),
+      next: nodeName(repair.new_peer_id, state.nodes[repair.new_peer_id]),
+      pause_ms: repair.pause_ms,
+    }));
     this.drawMeta();
   }
 
@@ -95,8 +100,8 @@ export class Answer {
     this.note.classList.toggle("bad", Boolean(meta.error));
     text(this.note, said);
     this.note.hidden = !said;
-    this.moved.hidden = !meta.n_recoveries;
-    if (meta.n_recoveries) text(this.moved, `${count(meta.n_recoveries, "stage was", "stages were")} lost and replaced while this was written. The text goes on as if nothing had happened.`);
+    this.moved.hidden = !meta.repairs?.length;
+    text(this.moved, (meta.repairs ?? []).map((repair) => `${repair.lost} was lost with layers ${repair.layers}; ${repair.next} took over after ${ms(repair.pause_ms)}.`).join(" "));
   }
 }
 

@@ -281,6 +281,7 @@ export class Chat {
     }
     message.meta.reason = result.reason;
     message.meta.n_tokens = result.usage?.completion_tokens;
+    message.meta.tokens_per_s = result.mesh?.tokens_per_s ?? undefined;
     const decodeMs = performance.now() - startedMs - (message.meta.first_token_ms ?? 0);
     if (message.meta.n_tokens > 1) message.meta.tokens_per_s ??= ((message.meta.n_tokens - 1) * 1000) / decodeMs;
   }

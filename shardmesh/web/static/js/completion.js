@@ -40,12 +40,12 @@ function bodyOf(conversation, messages) {
 
 /**
  * Streams an answer.  `onStart(id)` when its id is known, `onText(piece)` for each piece; gives
- * `{reason, usage}`.  Throws an ApiError, also for an error in the middle of the stream.
+ * `{reason, usage, mesh}`, the last being what the gateway adds about nodes and times.  Throws an ApiError, also for an error in the middle of the stream.
  */
 export async function complete(conversation, messages, { signal, onStart, onText }) {
   const [path, body] = bodyOf(conversation, messages);
   const answer = await request(path, { method: "POST", body, signal });
-  const result = { reason: "", usage: null };
+  const result = { reason: "", usage: null, mesh: null };
   let isStarted = false;
   for await (const chunk of serverSent(answer.body)) {
     if (chunk.error) throw new ApiError(500, chunk);
@@ -54,6 +54,7 @@ export async function complete(conversation, messages, { signal, onStart, onText
       onStart(chunk.id);
     }
     if (chunk.usage) result.usage = chunk.usage;
+    if (chunk.shardmesh?.length) [result.mesh] = chunk.shardmesh;
     const [choice] = chunk.choices ?? [];
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     if (piece) onText(piece);

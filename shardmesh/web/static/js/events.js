@@ -2,12 +2,12 @@
 
 import { requestJson } from "./api.js";
 import { byId, h, icon } from "./dom.js";
-import { bytes, dayOf, range, timeOfDay } from "./format.js";
+import { bytes, dayOf, ms, range, timeOfDay } from "./format.js";
 
 const PAGE = 100;
 const SHOWN_MAX = 600;
-const BAD = new Set(["node.lost", "node.silent", "shard.failed", "model.incomplete", "model.gone", "request.failed", "session.failed"]);
-const RECOVERED = new Set(["node.returned", "node.answers", "session.recovered", "session.moved"]);
+const BAD = new Set(["node.lost", "node.silent", "shard.failed", "model.incomplete", "model.gone", "request.failed"]);
+const RECOVERED = new Set(["node.returned", "node.answers", "session.recovered"]);
 
 const KINDS = [
   ["all", "All"], ["nodes", "Joins and leaves"], ["loads", "Loads"], ["downloads", "Downloads"], ["failures", "Failures"], ["recoveries", "Recoveries"],
@@ -15,7 +15,7 @@ const KINDS = [
 
 export function kindOf(event) {
   if (BAD.has(event.kind) || event.kind.endsWith(".failed")) return "failures";
-  if (RECOVERED.has(event.kind) || event.kind.includes("recover")) return "recoveries";
+  if (RECOVERED.has(event.kind)) return "recoveries";
   const [noun] = event.kind.split(".");
   return { node: "nodes", shard: "loads", download: "downloads" }[noun] ?? "other";
 }
@@ -48,6 +48,10 @@ export function sentence(event) {
     "model.gone": "is gone: nobody serves any of it",
     "gateway.started": "",
   }[event.kind];
+  if (event.kind === "session.recovered") {
+    const [lost, next] = [data.lost_peer_id, data.new_peer_id].map((peer) => peer.slice(-8));
+    return [next, `took over layers ${range(data.layer_start, data.layer_end)} from ${lost} in a running answer, after ${ms(data.pause_ms)}`];
+  }
   if (event.kind === "request.failed") return [data.model_name ?? data.model ?? "", "a request failed"];
   if (event.kind === "gateway.started") return ["", "This gateway started"];
   if (said !== undefined) return [who, said];

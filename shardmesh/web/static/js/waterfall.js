@@ -88,7 +88,7 @@ export class WaterfallView {
       [rate(session.tokens_per_s), "tokens/s"],
       [ms(session.first_token_ms), `to the first token, after ${count(session.n_prompt_tokens, "prompt token")}`],
     ];
-    if (session.n_recoveries) facts.push([String(session.n_recoveries), session.n_recoveries === 1 ? "stage replaced" : "stages replaced"]);
+    if (session.n_repairs) facts.push([String(session.n_repairs), session.n_repairs === 1 ? "stage replaced" : "stages replaced"]);
     if (session.error) facts.push([session.error, ""]);
     while (this.facts.children.length > facts.length) this.facts.lastElementChild.remove();
     facts.forEach(([value, unit], i) => {
