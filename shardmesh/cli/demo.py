@@ -41,6 +41,14 @@ EXIT_DIFFERENT = 1
 )
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="[default: a new one each time]")
+@click.option("--web", is_flag=True, help="Run a gateway too, and stay up until Ctrl-C.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="TCP port of the gateway, with --web; 0 picks one.",
+)
 @click.option("--keep", is_flag=True, help="Stay up until Ctrl-C and show how to talk to the mesh.")
 def command(
     prompt: str,
@@ -49,6 +57,8 @@ def command(
     n_tokens_max: int,
     temperature: float,
     seed: int | None,
+    web: bool,
+    port: int,
     keep: bool,
 ) -> int:
     """Cut a model, start a bootstrap and a listener for each shard, and let them write.
@@ -73,7 +83,8 @@ def command(
         ),
     )
     with tempfile.TemporaryDirectory(prefix="shardmesh-demo-") as folder:
-        demo = Demo(Console(), model or DEMO_MODEL, Path(folder), n_shards, request)
+        web_port = port if web else None
+        demo = Demo(Console(), model or DEMO_MODEL, Path(folder), n_shards, request, web_port)
         return 0 if trio.run(demo.run, keep) else EXIT_DIFFERENT
 
 
@@ -86,6 +97,7 @@ class Demo:
     folder: Path
     n_shards: int
     request: CompletionRequest
+    web_port: int | None = None  # None: without a gateway
 
     async def run(self, keep: bool) -> bool:
         """Shows everything; says whether the mesh wrote what one llama.cpp process writes.
@@ -154,10 +166,41 @@ class Demo:
         ) as client:
             tokens = await self._write(client)
             is_equal = await trio.to_thread.run_sync(self._prove, tokens)
-        if keep:
+        if self.web_port is not None:
+            self._show_how_to_talk(mesh)
+            await self._serve_web(mesh, self.web_port)
+        elif keep:
             self._show_how_to_talk(mesh)
             await trio.sleep_forever()
         return is_equal
+
+    async def _serve_web(self, mesh: DemoMesh, port: int) -> None:
+        """A gateway in this process, until it is cancelled."""
+        from shardmesh.swarm.admission import Admission
+        from shardmesh.web.gateway import GatewayOptions
+        from shardmesh.web.guard import GuardSettings
+        from shardmesh.web.run import WebOptions, serve_web
+        from shardmesh.web.tokens import ApiTokens
+
+        def show(url: str) -> None:
+            self.console.print(f"\nThe gateway: [link={url}]{url}[/link]", highlight=False)
+            self.console.print(f"  an OpenAI client: base_url={url}v1", highlight=False)
+
+        options = WebOptions(
+            host="127.0.0.1",
+            port=port,
+            ws_port=None,
+            guard=GuardSettings(tokens=ApiTokens()),
+            gateway=GatewayOptions(
+                bootstraps=[mesh.bootstrap_address],
+                cluster=CLUSTER,
+                admission=Admission(mesh.secret),
+                shards_dir=self.folder / "shards",
+                cache_dir=cache_dir(),
+                state_dir=self.folder / "state",
+            ),
+        )
+        await serve_web(options, show)
 
     async def _write(self, client: Client) -> list[int]:
         """Streams the text; its tokens."""

@@ -22,6 +22,8 @@ from shardmesh.cli.options import (
     config_option,
     listen_addr_option,
     log_options,
+    naming,
+    naming_options,
     shards_dir_option,
     start_logging,
     state_dir_option,
@@ -150,6 +152,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     envvar="LLAMA_MODEL",
     help="Model link of a published model; its files are fetched.",
 )
+@click.option(
+    "--http",
+    "http_port",
+    type=click.IntRange(0, 65535),
+    envvar="LLAMA_HTTP_PORT",
+    help="Port on 127.0.0.1 for the operator's HTTP API; 0 picks one.  [default: none]",
+)
+@naming_options
 @shards_dir_option
 @models_dir_option
 @rate_options
@@ -178,6 +188,10 @@ def command(
     cache_type_v: str,
     flash_attention: bool | None,
     link: ModelLink | None,
+    http_port: int | None,
+    node_name: str,
+    node_location: str,
+    node_tags: tuple[str, ...],
     shards_dir: Path,
     models_dir: Path,
     torrent_port: int,
@@ -210,7 +224,14 @@ def command(
     from shardmesh.listener.run import run_node
     from shardmesh.swarm.torrents.service import TorrentOptions
 
+    serve_http = None
+    if http_port is not None:
+        from shardmesh.web.node_server import node_server
+
+        serve_http = node_server(http_port)
     options = NodeOptions(
+        naming=naming(node_name, node_location, node_tags),
+        serve_http=serve_http,
         wanted=WantedShard(
             shard_id=shard_id,
             total_shards=total_shards,

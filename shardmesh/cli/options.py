@@ -5,14 +5,18 @@ A flag is stronger than its LLAMA_* variable, which is stronger than the file.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 import platformdirs
+
+if TYPE_CHECKING:
+    from shardmesh.swarm.node_identity import Naming
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,6 +28,8 @@ SHARED_KEYS: Final = frozenset(
 )
 """Keys that may stand at the top of the file; all others stand in the table of their command."""
 
+NODE_ID_LETTERS_MAX: Final = 64
+
 CONFIG_BYTES_MAX: Final = 1024 * 1024
 
 
@@ -34,6 +40,15 @@ class AddressType(click.types.StringParamType):
 
     def split_envvar_value(self, rv: str) -> list[str]:
         return [address for address in re.split(r"[,\s]+", rv) if address]
+
+
+class WordsType(click.types.StringParamType):
+    """A word; several in one variable are divided by commas."""
+
+    name = "word"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [word for part in rv.split(",") if (word := part.strip())]
 
 
 def log_options(command: Command) -> Command:
@@ -138,7 +153,9 @@ def read_config(
     tables: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if isinstance(value, dict) and key in COMMANDS:
+        if key == "node" and isinstance(value, dict):
+            defaults |= _node_defaults(value, file_name)
+        elif isinstance(value, dict) and key in COMMANDS:
             tables[key] = value
         elif name in SHARED_KEYS:
             defaults[name] = value
@@ -154,6 +171,55 @@ def read_config(
         for name, value in defaults.items()
         if name in own_keys
     }
+
+
+def naming_options(command: Command) -> Command:
+    """--name, --location, --tag as `node_name`, `node_location`, `node_tags`; see `naming`."""
+    for option in (
+        click.option(
+            "--tag",
+            "node_tags",
+            type=WordsType(),
+            multiple=True,
+            envvar="NODE_TAGS",
+            help="Word about this node, for people and tools; may be given several times.",
+        ),
+        click.option(
+            "--location", "node_location", default="", envvar="NODE_LOCATION", help="Where it is."
+        ),
+        click.option(
+            "--name",
+            "node_name",
+            default="",
+            envvar="NODE_NAME",
+            help="What this node is called.  [default: the machine's name and a few letters]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def naming(node_name: str, node_location: str, node_tags: tuple[str, ...]) -> Naming:
+    """The options of `naming_options`, and NODE_ID of a node that an older program ran."""
+    from shardmesh.swarm.node_identity import Naming
+
+    return Naming(
+        name=node_name,
+        location=node_location,
+        tags=tuple(node_tags),
+        old_id=os.environ.get("NODE_ID", "").strip()[:NODE_ID_LETTERS_MAX],
+    )
+
+
+def _node_defaults(table: dict[str, Any], file_name: str) -> dict[str, Any]:
+    """What [node.identity] says, by the names of `naming_options`."""
+    identity = table.get("identity", {})
+    if set(table) - {"identity"} or not isinstance(identity, dict):
+        raise click.BadParameter(f"{file_name}: [node] has the table [node.identity] only")
+    for key in identity:
+        if key not in ("name", "location", "tags"):
+            raise click.BadParameter(f"{file_name}: unknown key {key!r} in [node.identity]")
+    return {f"node_{key}": value for key, value in identity.items()}
 
 
 def listen_addr_option(command: Command) -> Command:

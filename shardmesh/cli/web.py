@@ -14,6 +14,8 @@ from shardmesh.cli.options import (
     cluster_option,
     config_option,
     log_options,
+    naming,
+    naming_options,
     shards_dir_option,
     start_logging,
     state_dir_option,
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     envvar="LLAMA_ALLOWED_HOST",
     help="Name by which the gateway is reached, besides addresses; may be given several times.",
 )
+@naming_options
 @shards_dir_option
 @bootstrap_option
 @cluster_option
@@ -99,6 +102,9 @@ def command(
     rate_per_minute: int,
     cors_origins: tuple[str, ...],
     allowed_hosts: tuple[str, ...],
+    node_name: str,
+    node_location: str,
+    node_tags: tuple[str, ...],
     shards_dir: Path,
     bootstrap: tuple[str, ...],
     cluster: str,
@@ -135,6 +141,7 @@ def command(
             shards_dir=shards_dir,
             cache_dir=cache_dir(),
             state_dir=state_dir,
+            naming=naming(node_name, node_location, node_tags),
         ),
     )
     trio.run(run_web, options)

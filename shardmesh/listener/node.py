@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -23,9 +25,11 @@ from shardmesh.shards.manifest import MANIFEST_NAME
 from shardmesh.shards.model_link import ModelLink
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.admission import Admission
+from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.node_identity import Naming
 from shardmesh.swarm.reach import ReachOptions
 from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
@@ -38,6 +42,7 @@ from shardmesh.wire.link_agreement import (
     answer_request,
     encode_refusal,
 )
+from shardmesh.wire.node_identity import NodeIdentity
 
 logger = logging.getLogger("shardmesh")
 
@@ -46,6 +51,12 @@ FETCH_PAUSE_S = 15.0
 
 FIRST_LOAD_TIMEOUT_S = 600.0
 """For loading a shard of tens of GB from a slow disk before joining."""
+
+
+class ServeHttp(Protocol):
+    """What a listener serves over HTTP; this package knows nothing of it."""
+
+    async def __call__(self, node: Node, host: Host, directory: Directory) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,9 @@ class NodeOptions:
     """Where a link's model goes that is not here yet; else into a folder of its own."""
     link: ModelLink | None
     """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
+    naming: Naming = dataclasses.field(default_factory=Naming)
+    serve_http: ServeHttp | None = None
+    """Runs beside everything else once the node is on the network, until it leaves."""
 
 
 class Node:
@@ -86,6 +100,8 @@ class Node:
         self.library = Library(options.shards_dir, options.models_dir)
         self.files: FileService | None = None
         self.identity = identity
+        self.called = NodeIdentity()
+        self.started_at_s = int(time.time())
         self.assignment: Assignment | None = None
         self.machine: Machine = read_machine()
         self.supervisor = Supervisor(self.agree, self._on_shard)
@@ -226,6 +242,7 @@ class Node:
                 n_parallel=ready.n_parallel if ready else 0,
                 has_tokenizer=self.store.tokenizer_path().exists(),
             ),
+            identity=self.called,
         )
 
     # -- links ---------------------------------------------------------------------------------

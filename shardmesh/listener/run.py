@@ -27,6 +27,7 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import open_host
 from shardmesh.swarm.identity import load_identity
 from shardmesh.swarm.membership import Membership
+from shardmesh.swarm.node_identity import load_node_identity
 from shardmesh.swarm.reach import Reach, serve_dial_back
 from shardmesh.swarm.relay import Relay
 from shardmesh.swarm.state_file import locked_folder
@@ -79,6 +80,8 @@ async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
         logger.info("Peer ID: %s", identity.peer_id)
         logger.info("[TORRENT] Found %d GGUF file(s)", n_files)
         node = Node(dataclasses.replace(options, state_dir=state_dir), identity, store)
+        node.called = load_node_identity(state_dir, identity.peer_id, options.naming)
+        logger.info("Name: %s (%s)", node.called.name, node.called.uuid)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.supervisor.run)
             await node.load_first_shard(shard_id)
@@ -166,11 +169,29 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
         nursery.start_soon(reach.run)
         serve_model_info(host, node.library)
         serve_commands(host, commands.handlers(), options.rights)
+        if options.serve_http is not None:
+            nursery.start_soon(options.serve_http, node, host, directory)
+        nursery.start_soon(_warn_of_namesakes, node, directory)
         try:
             yield membership
         finally:
             models.close()
             node.leave()
+
+
+async def _warn_of_namesakes(node: Node, directory: Directory) -> None:
+    """Says once of each node that it has this one's name; which is for people alone."""
+    version, told = -1, {node.identity.peer_id}
+    while True:
+        version = await directory.wait_changed(version)
+        for other in directory.all():
+            if other.identity.name == node.called.name and other.peer_id not in told:
+                told.add(other.peer_id)
+                logger.warning(
+                    "[IDENTITY] %s is called %s too; give one of you another --name",
+                    other.peer_id,
+                    node.called.name,
+                )
 
 
 async def choose_shard(options: NodeOptions, store: ShardStore) -> int:

@@ -27,6 +27,7 @@ from shardmesh.wire.limits import (
     ANNOUNCEMENT_LIFETIME_MAX_S,
     DIRECTORY_PULL_INTERVAL_S,
 )
+from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 
 _LEAVE_TIMEOUT_S = 1.0
 _TELLS_AT_ONCE = 16
@@ -47,6 +48,7 @@ class Offer:
     manifest_digest: str
     engine_fingerprint: str
     capabilities: Capabilities
+    identity: NodeIdentity = NO_IDENTITY
 
 
 class TaskStatus(Protocol):
@@ -270,6 +272,7 @@ class Membership:
             engine_fingerprint=offer.engine_fingerprint,
             addresses=tuple(self._host.addresses()[:ANNOUNCEMENT_ADDRESSES_MAX]),
             capabilities=offer.capabilities,
+            identity=offer.identity,
             sequence=self._sequence,
             issued_at_s=int(now_s),
             expires_at_s=int(now_s) + lifetime_s,

@@ -14,6 +14,7 @@ from shardmesh.web import (
     figures,
     health,
     models,
+    node_routes,
     texts,
 )
 from shardmesh.web.answers import ERROR_ANSWERS
@@ -32,7 +33,18 @@ def create_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
     )
     app.state.gateway = gateway
-    for routes in (chat, completions, models, embeddings, texts, health, figures, console_routes):
+    app.state.node = gateway.node
+    for routes in (
+        chat,
+        completions,
+        models,
+        embeddings,
+        texts,
+        health,
+        figures,
+        node_routes,
+        console_routes,
+    ):
         app.include_router(routes.router, responses=ERROR_ANSWERS)
     app.include_router(docs_page.router)
     app.include_router(console_routes.page)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -13,16 +14,27 @@ import trio
 import shardmesh
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.coordinator import Coordinator
+from shardmesh.errors import InputError, ungrouped
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.identity import Identity, load_identity, new_identity
+from shardmesh.swarm.node_identity import Naming, load_node_identity
+from shardmesh.swarm.state_file import locked_folder
 from shardmesh.web.console import Console
 from shardmesh.web.event_store import EventStore, open_event_store
 from shardmesh.web.events import EventHub
 from shardmesh.web.metrics import Metrics
+from shardmesh.web.node_facts import NodeFacts
 from shardmesh.web.node_reports import NodeReports
 from shardmesh.web.queue import ModelQueue
 from shardmesh.web.sessions import SessionBoard
 from shardmesh.web.watch import MeshWatch
+from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
+
+logger = logging.getLogger("shardmesh")
+
+IDENTITY_FOLDER = "gateway"
+"""In the state directory: the key and the name."""
 
 EVENTS_FILE = "events.sqlite3"
 """In the state directory; several gateways may share it."""
@@ -38,12 +50,19 @@ class GatewayOptions:
     shards_dir: Path
     cache_dir: Path
     state_dir: Path
+    naming: Naming = dataclasses.field(default_factory=Naming)
 
 
 class Gateway:
     """A client of the mesh and what is known of it; `app.state.gateway` in the routes."""
 
-    def __init__(self, options: GatewayOptions, client: Client, store: EventStore) -> None:
+    def __init__(
+        self,
+        options: GatewayOptions,
+        client: Client,
+        store: EventStore,
+        identity: NodeIdentity = NO_IDENTITY,
+    ) -> None:
         self.options = options
         self.client = client
         self.started_at_s = int(time.time())
@@ -61,6 +80,20 @@ class Gateway:
             reports=self.node_reports.reports,
             is_busy=lambda peer_id: self.sessions.n_running_on(peer_id) > 0,
         )
+        self.node = NodeFacts(
+            kind="gateway",
+            identity=identity,
+            cluster=options.cluster,
+            host=client.host,
+            announcements=client.directory.all,
+            events=self.events,
+            disk=options.state_dir,
+            own_status=self._status,
+            round_trips_ms=lambda: {
+                peer_id: report.round_trip_ms
+                for peer_id, report in self.node_reports.reports.items()
+            },
+        )
         self.console = Console(self.watch, self.sessions, self.events, store, about=self._about())
         self.metrics = Metrics(client.host.peer_id)
         self.queues: dict[str, ModelQueue] = {}
@@ -77,12 +110,22 @@ class Gateway:
         """The queue of a model that is or was served; there are as many as models were."""
         return self.queues.setdefault(model_name, ModelQueue())
 
+    def _status(self) -> dict[str, object]:
+        queues = self.queues.values()
+        return {
+            "n_sessions": self.coordinator.n_sessions,
+            "n_requests_waiting": sum(queue.n_waiting for queue in queues),
+            "n_tokens": self.sessions.n_tokens,
+        }
+
     def _about(self) -> dict[str, object]:
         """What the console shows of the gateway itself."""
         options = self.options
         where = " ".join(f"--bootstrap {address}" for address in options.bootstraps)
         return {
             "node_id": self.client.host.peer_id,
+            "name": self.node.identity.name,
+            "uuid": self.node.identity.uuid,
             "cluster": options.cluster,
             "version": shardmesh.__version__,
             "join": f"shardmesh listen --cluster {options.cluster} {where}",
@@ -92,15 +135,42 @@ class Gateway:
 @asynccontextmanager
 async def open_gateway(options: GatewayOptions) -> AsyncIterator[Gateway]:
     """A gateway that has reached the mesh; raises UnreachableError (the moment's) if it cannot."""
+    with _own_identity(options) as key, ungrouped():
+        async with _opened(options, key) as gateway:
+            yield gateway
+
+
+@contextmanager
+def _own_identity(options: GatewayOptions) -> Iterator[Identity]:
+    """The key that is kept, for one gateway at a time; another one beside it has a new one."""
+    folder = options.state_dir / IDENTITY_FOLDER
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except InputError as error:
+            if error.code != "STATE_IN_USE":
+                raise
+            logger.warning("another gateway has the kept identity; this one gets a new one")
+            yield new_identity()
+            return
+        yield load_identity(folder / "node.key")
+
+
+@asynccontextmanager
+async def _opened(options: GatewayOptions, key: Identity) -> AsyncIterator[Gateway]:
     async with open_client(
         bootstraps=options.bootstraps,
         cluster=options.cluster,
         admission=options.admission,
         shards_dir=options.shards_dir,
         cache_dir=options.cache_dir,
+        identity=key,
     ) as client:
+        identity = load_node_identity(
+            options.state_dir / IDENTITY_FOLDER, key.peer_id, options.naming
+        )
         store = await open_event_store(options.state_dir / EVENTS_FILE)
-        gateway = Gateway(options, client, store)
+        gateway = Gateway(options, client, store, identity)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gateway.node_reports.run)

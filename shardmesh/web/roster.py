@@ -103,9 +103,8 @@ def look(
     now_s: float,
     left: Collection[str] = (),
     busy: Collection[str] = (),
-    names: Mapping[str, tuple[str, str]] | None = None,
 ) -> dict[str, Node]:
-    """The roster now; `left` said goodbye, `busy` are known to work, `names` has (name, place)."""
+    """The roster now; `left` said goodbye, `busy` are known to work."""
     after: dict[str, Node] = {}
     for announcement in announcements:
         peer_id = announcement.peer_id
@@ -113,14 +112,13 @@ def look(
         state = state_of(announcement, report, is_busy=peer_id in busy)
         known = before.get(peer_id)
         same = known is not None and known.state == state
-        name, location = (names or {}).get(peer_id, ("", ""))
         after[peer_id] = Node(
             announcement=announcement,
             report=report,
             state=state,
             since_s=known.since_s if known is not None and same else now_s,
-            name=name,
-            location=location,
+            name=announcement.identity.name,
+            location=announcement.identity.location,
         )
     lost = [n for p, n in before.items() if p not in after and p not in left]
     for node in _still_shown(lost, now_s):

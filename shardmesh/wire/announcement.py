@@ -22,6 +22,7 @@ from shardmesh.wire.limits import (
     DIRECTORY_ENTRIES_MAX,
     DIRECTORY_PUSH_MAX,
 )
+from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 from shardmesh.wire.peer_id import (
     PUBLIC_KEY_BYTES,
     SIGNATURE_BYTES,
@@ -78,6 +79,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     engine_fingerprint: Name
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
     capabilities: Capabilities
+    identity: NodeIdentity = NO_IDENTITY
     sequence: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]  # higher is newer
     issued_at_s: Seconds
     expires_at_s: Seconds  # equal to issued_at_s: the listener takes its announcement back

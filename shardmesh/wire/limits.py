@@ -246,6 +246,9 @@ BOOTSTRAP_PAUSE_MIN_S: Final = 1.0
 BOOTSTRAP_PAUSE_MAX_S: Final = 30.0
 """The longest such pause: a bootstrap that comes back is found within half a minute."""
 
+NODE_TAGS_MAX: Final = 16
+"""Tags of a node; with its name and location they take at most 1 KiB of an announcement."""
+
 REMEMBERED_NODES_MAX: Final = 64
 """Nodes whose addresses are kept on disk for a start without a bootstrap."""
 

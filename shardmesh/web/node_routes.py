@@ -1,0 +1,111 @@
+"""The operator's API: `/v1/node/...`, `/v1/peers`, `/v1/mesh`, `/v1/events`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import trio
+from fastapi import APIRouter, Depends, Query, Response
+from fastapi.requests import HTTPConnection
+
+from shardmesh.web.node_facts import NodeFacts, capabilities_of, resources, shard_of
+from shardmesh.web.sse import EventStream, SendEvent
+
+router = APIRouter(tags=["operation"])
+
+EVENTS_PING_S = 15.0
+"""A stream of events says something this often, so that proxies leave it open."""
+
+Json = dict[str, Any]
+
+
+def _facts_of_app(connection: HTTPConnection) -> NodeFacts:
+    facts: NodeFacts = connection.app.state.node
+    return facts
+
+
+Node = Annotated[NodeFacts, Depends(_facts_of_app)]
+
+
+@router.get("/v1/node/info")
+async def info(node: Node) -> Json:
+    """Who this node is: its ids, its name, where it is, how it is reached."""
+    return node.info()
+
+
+@router.get("/v1/node/capabilities")
+async def capabilities(node: Node) -> Json:
+    """What this node serves and can do."""
+    own = node.own_announcement()
+    return {
+        "id": node.host.peer_id,
+        "kind": node.kind,
+        "shard": shard_of(own) if own else None,
+        "capabilities": capabilities_of(own) if own else None,
+    }
+
+
+@router.get("/v1/node/resources")
+async def node_resources(node: Node) -> Json:
+    """Processor, memory and disk of this machine, now."""
+    return {"id": node.host.peer_id, **resources(node.disk)}
+
+
+@router.get("/v1/node/status")
+async def status(node: Node) -> Json:
+    """How this node is doing."""
+    own = node.info()
+    return {
+        "id": own["id"],
+        "name": own["name"],
+        "kind": node.kind,
+        "uptime_s": own["uptime_s"],
+        "n_connections": len(node.host.connected()),
+        "n_nodes": len(node.announcements()),
+        **node.own_status(),
+    }
+
+
+@router.get("/v1/peers")
+async def peers(node: Node) -> list[Json]:
+    """Every node that is known, with its shard, addresses, round trip and when it was heard of."""
+    return node.peers()
+
+
+@router.get("/v1/mesh")
+async def mesh(node: Node) -> Json:
+    """The models of the mesh: stages, replicas, what is missing, and the chain of the moment."""
+    return node.mesh()
+
+
+@router.get(
+    "/v1/events",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Events as they happen, without end.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    },
+)
+async def events(
+    node: Node,
+    all_kinds: Annotated[
+        bool, Query(alias="all", description="Those of the moment too, such as requests.")
+    ] = False,
+) -> Response:
+    """What happens in the mesh, as server-sent events."""
+
+    async def produce(send: SendEvent) -> None:
+        with node.events.subscribe() as news:
+            await send({"kind": "hello", "node": node.info()})
+            while True:
+                with trio.move_on_after(EVENTS_PING_S) as scope:
+                    event = await anext(news)
+                if scope.cancelled_caught:
+                    await send({"kind": "ping", "n_lost": news.n_lost})
+                elif event.is_lasting or all_kinds:
+                    await send(msgspec.to_builtins(event))
+
+    return EventStream(produce)
