@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardmesh.shards.architectures import RULES, ArchitectureRules
+from shardmesh.shards.architectures import NEXTN_LEFT_OUT, RULES, ArchitectureRules
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 
@@ -22,14 +22,20 @@ downloads and builds llama.cpp's own test program. Two exceptions of this proof:
 `llama4` and `smallthinker` are fixed in llama.cpp at thousands of tokens, so the comparison does
 not reach past them.
 
-An architecture that is not in the list is refused. So is a model with layers for multi-token
-prediction (`nextn_predict_layers`). Models for images or sound are cut in their language part
-only. Whether a sequence can be rolled back to an earlier token depends on the architecture:
-recurrent layers, where the table names them, and `mamba`, `mamba2` and `falcon-h1`, cannot forget
-their last tokens; a stage answers `CANNOT_TRIM`.
+An architecture that is in neither list gets the general rules, and `shardmesh split` tries first
+whether they are enough: the model whole and cut if there is memory for it, else a shorter one of
+its first layers. It is refused if a single bit differs or llama.cpp ends the process. Models for
+images or sound are cut in their language part only.
 
-| Architecture | Legal cuts | Notes |
-|---|---|---|
+The columns. **Wire**: how hidden states travel; `f32` everywhere, as anything shorter changes bits.
+**Roll-back**: whether a sequence can be taken back to an earlier token, which prefix reuse, drafts
+and parts of recovery need. The manifest says the same (`can_roll_back`), so that a coordinator does
+without them; a stage that is asked all the same answers `CANNOT_TRIM`. **MTP**: layers for
+multi-token prediction (`nextn_predict_layers`) are left out of the shards, as llama.cpp leaves them
+out when it writes text; other models with such layers are refused.
+
+| Architecture | Legal cuts | Wire | Roll-back | MTP | Notes |
+|---|---|---|---|---|---|
 """
 
 REFUSED = """
@@ -41,9 +47,15 @@ REFUSED = """
 
 
 def document() -> str:
-    good = [f"| `{name}` | {cuts(rules)} | {notes(rules)} |\n" for name, rules in listed(False)]
+    good = [f"| `{name}` | {' | '.join(columns(name, rules))} |\n" for name, rules in listed(False)]
     refused = [f"| `{name}` | {rules.refusal} |\n" for name, rules in listed(True)]
     return HEAD + "".join(good) + REFUSED + "".join(refused)
+
+
+def columns(name: str, rules: ArchitectureRules) -> tuple[str, ...]:
+    roll_back = "yes" if rules.rolls_back else "no"
+    nextn = "left out" if name in NEXTN_LEFT_OUT else ""
+    return cuts(rules), "`f32`", roll_back, nextn, notes(rules)
 
 
 def listed(is_refused: bool) -> Iterator[tuple[str, ArchitectureRules]]:
@@ -64,7 +76,9 @@ def cuts(rules: ArchitectureRules) -> str:
     if rules.full_everywhere:
         parts.append("each shard has a layer without a window, if the model has any")
     if rules.special_layer_counts:
-        parts.append(f"no shard has {numbers(rules.special_layer_counts)} layers")
+        parts.append(
+            f"no shard has {numbers(rules.special_layer_counts)} layers, unless the model has"
+        )
     return "; ".join(parts) or "anywhere"
 
 
@@ -81,13 +95,19 @@ def notes(rules: ArchitectureRules) -> str:
         parts.append("the recurrent layers are written out")
     if rules.needs_head:
         parts.append("`output.weight` in each shard, zeros except in the last")
-    if rules.special_layer_counts:
-        parts.append(f"models of {numbers(rules.special_layer_counts)} layers are refused")
+    refused, why = rules.refused_layer_counts
+    if refused:
+        parts.append(f"models of {numbers(refused)} layers are refused: {why}")
     for key, value_max in rules.keys_at_most:
         if value_max:
             parts.append(f"refused with `{key}` above {value_max}")
     parts += [f"refused with `{key}` 0" for key in sorted(rules.keys_not_zero)]
-    parts += [f"refused without `{key}`" for key in sorted(rules.keys_required)]
+    if rules.graph_constants is not None:
+        parts.append("a number that llama.cpp derives from the layers is set in its graph")
+    parts += [
+        f"shards of a model of {count} layers are files of `{other}`"
+        for count, other in rules.computes_as
+    ]
     return "; ".join(parts)
 
 

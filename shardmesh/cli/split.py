@@ -71,6 +71,7 @@ def command(
     """Cut MODEL.gguf into shard files, with tokenizer.gguf and manifest.json beside them."""
     from rich.console import Console
 
+    from shardmesh.shards.architectures import rules_for
     from shardmesh.shards.costs import costs_of
     from shardmesh.shards.gguf_check import read_gguf
     from shardmesh.shards.legal_cuts import check_legal
@@ -96,6 +97,8 @@ def command(
     if dry_run:
         Console().print(plan_table(costs, ranges, n_cached))
         return
+    if rules_for(source).is_unknown:
+        _prove(console, source, ranges)
     manifest = _split(console, source, ranges, out_dir, name or default_name(source))
     console.print(plan_table(costs, ranges, n_cached))
     console.print(f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}")
@@ -143,6 +146,19 @@ def plan_table(costs: ModelCosts, ranges: Sequence[LayerRange], n_cached: int) -
     return table
 
 
+def _prove(console: Console, source: GgufFile, ranges: Sequence[LayerRange]) -> None:
+    """Tries whether a model of an unknown architecture stays exact; raises GgufError if not."""
+    from shardmesh.engine.prove import prove_exact
+
+    console.print(
+        f"architecture {source.architecture!r} is not in the list of those that stay exact when"
+        " cut: trying it out first"
+    )
+    with console.status("reading the model") as status:
+        prove_exact(source, ranges, progress=status.update)
+    console.print("[green]identical[/green]: whole and cut give the same bits")
+
+
 def _split(
     console: Console, source: GgufFile, ranges: Sequence[LayerRange], out_dir: Path, name: str
 ) -> Manifest:
@@ -170,5 +186,10 @@ def _split(
     with bar:
         task = bar.add_task("splitting", total=n_bytes)
         return split_model(
-            source.path, ranges, out_dir, name=name, progress=lambda n: bar.advance(task, n)
+            source.path,
+            ranges,
+            out_dir,
+            name=name,
+            progress=lambda n: bar.advance(task, n),
+            is_proven=True,
         )

@@ -89,12 +89,13 @@ class LlamaEngine:
         self._vocabulary = SideVocabulary(options.vocabulary_path, model.n_vocab)
         n_rows_max = self._info.n_batch_tokens_max
         self._tap = None
-        if facts.input_node or not facts.is_last:
+        if facts.input_node or facts.factors or not facts.is_last:
             self._tap = HiddenTap(
                 model.n_embd,
                 n_rows_max,
                 output_node="" if facts.is_last else f"{facts.output_node}-{model.n_layer - 1}",
                 input_node=facts.input_node,
+                factors=facts.factors,
             )
         self._batch = LlamaBatch(
             n_rows_max,

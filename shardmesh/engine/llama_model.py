@@ -11,6 +11,7 @@ import llama_cpp
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import EngineOptions
+from shardmesh.engine.graph_constants import Factors, factors_of
 from shardmesh.engine.llama_log import route_log
 from shardmesh.engine.options import KvShape, choose_flash_attention
 from shardmesh.errors import EngineError
@@ -35,6 +36,7 @@ class ShardFacts:
     input_node: str  # where hidden states go in llama.cpp's graph; empty: its own input
     fed_as_tokens: bool  # the input itself gets tokens, whatever they are
     output_node: str  # where hidden states come out, without the number of the layer
+    factors: Factors | None  # numbers to set in the graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ def read_facts(gguf: GgufFile) -> ShardFacts:
         input_node="" if is_first else input_node,
         fed_as_tokens=rules.fed_as_tokens and not is_first,
         output_node=rules.output_node,
+        factors=factors_of(gguf),
     )
 
 

@@ -6,7 +6,7 @@ llama.cpp stops the graph there, so that the final norm and the output head are 
 
 Some architectures scale or norm their input, or add positions to it, even if it is hidden states
 of an earlier stage.  Then the callback also wants the node behind all that, and puts the hidden
-states there.
+states there.  For a few others it sets numbers of the graph, see `graph_constants`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llama_cpp import _ggml
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import Hidden
+from shardmesh.engine.graph_constants import Factors, FactorSetter
 from shardmesh.errors import EngineError
 
 _ggml_get_name = _ggml.libggml.ggml_get_name
@@ -41,12 +42,19 @@ class HiddenTap:
     """Collects the rows of `output_node` of one computation after another.
 
     Without `output_node` it lets the graph run to its end.  `input_node` names the node that gets
-    the hidden states of `start`; empty: none.
+    the hidden states of `start`; empty: none.  `factors` are set in each graph.
     """
 
     def __init__(
-        self, n_embd: int, n_rows_max: int, *, output_node: str = "", input_node: str = ""
+        self,
+        n_embd: int,
+        n_rows_max: int,
+        *,
+        output_node: str = "",
+        input_node: str = "",
+        factors: Factors | None = None,
     ) -> None:
+        self._factors = None if factors is None else FactorSetter(factors)
         self._output_name = output_node.encode() if output_node else None
         self._input_name = input_node.encode() if input_node else None
         self._rows = np.empty((n_rows_max, n_embd), dtype=np.float32)
@@ -62,6 +70,8 @@ class HiddenTap:
         self._n_rows = 0
         self._error = None
         self._is_input_put = False
+        if self._factors is not None:
+            self._factors.start()
         self._input = np.concatenate(hidden, dtype=np.float32) if hidden else None
 
     def check(self) -> None:
@@ -70,6 +80,8 @@ class HiddenTap:
             raise EngineError("the hidden states could not be read") from self._error
         if self._input_name is not None and not self._is_input_put:
             raise EngineError("llama.cpp's graph has no place for the hidden states")
+        if self._factors is not None:
+            self._factors.check()
 
     def take(self, n_rows: int) -> Hidden:
         """The rows of this computation, (n_rows, n_embd), valid until the next `start`.
@@ -86,6 +98,8 @@ class HiddenTap:
         try:
             name = _ggml_get_name(tensor)
             if ask:
+                if self._factors is not None:
+                    self._factors.on_node(tensor, name, _ggml_get_name)
                 return name in (self._output_name, self._input_name)
             if name == self._input_name:
                 self._put(tensor)

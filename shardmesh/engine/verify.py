@@ -81,7 +81,7 @@ def verify_model(
         progress("computing the whole model")
         whole, tokens = _run_whole(start, gguf.path, folder, n_single, n_prefill, prompt)
         progress(f"cutting into {len(ranges)} shards")
-        split_model(model, ranges, folder / "shards", name="verify")
+        split_model(model, ranges, folder / "shards", name="verify", is_proven=True)
         n_prompt = len(tokens) - n_single
         cut = _run_shards(start, folder, len(ranges), n_prompt, progress)
         if cut.shape != whole.shape:

@@ -10,12 +10,22 @@ equal, bit for bit, to the whole model at every legal cut: `make archs` does tha
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
 from shardmesh.errors import GgufError
 from shardmesh.shards.gguf_file import GgufFile
+from shardmesh.wire.limits import MODEL_LAYERS_MAX
+
+
+class GraphConstants(enum.Enum):
+    """Which numbers `engine.graph_constants` computes."""
+
+    QUERY_SCALE = enum.auto()  # by the width of all heads or of one
+    RESIDUAL_SCALE = enum.auto()  # by the root of the number of layers
+    DECAY = enum.auto()  # of a recurrent layer, by its place among all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +49,17 @@ class ArchitectureRules:
     refusal: str = ""
     """Why it cannot be cut; a sentence's end."""
 
-    keys_at_most: tuple[tuple[str, int], ...] = (("nextn_predict_layers", 0),)
+    is_unknown: bool = False
+    """Not in the table: such a model is cut only after it was proven to stay exact."""
+
+    rolls_back: bool = True
+    """A sequence can be taken back to an earlier token."""
+
+    keys_at_most: tuple[tuple[str, int], ...] = ()
     """Keys (without the architecture) whose feature the cut does not handle beyond this value."""
 
     keys_not_zero: frozenset[str] = frozenset()
     """Keys that switch a feature on or off at 0, and off cannot be cut."""
-
-    keys_required: frozenset[str] = frozenset()
-    """Without these llama.cpp computes something from the number of layers."""
 
     keys_set_to_zero: frozenset[str] = frozenset()
     """Scales of the input, which 0 switches off on later stages."""
@@ -84,6 +97,9 @@ class ArchitectureRules:
     writes_recurrent: bool = False
     """Which are recurrent follows from an interval: written out as a list."""
 
+    interval_default: int = 4
+    """That interval in files without one."""
+
     one_part_a_layer: bool = False
     """A layer with a feed-forward part has neither attention nor recurrence."""
 
@@ -95,16 +111,31 @@ class ArchitectureRules:
     """A key that holds a further such step."""
 
     special_layer_counts: frozenset[int] = frozenset()
-    """llama.cpp computes differently when a file has exactly so many layers."""
+    """llama.cpp computes differently when a file has exactly so many layers: a shard of a model
+    that has another number must not."""
+
+    refused_layer_counts: tuple[frozenset[int], str] = (frozenset(), "")
+    """Models of so many layers cannot be cut, and why: what llama.cpp does with these it does with
+    no other number."""
+
+    computes_as: tuple[tuple[int, str], ...] = ()
+    """Number of layers of the whole model, and another architecture that computes the same as
+    llama.cpp does for just this number: its shards are files of that."""
+
+    ignored: frozenset[str] = frozenset()
+    """Tensors of a layer that llama.cpp does not use, but would in such files."""
+
+    graph_constants: GraphConstants | None = None
+    """Numbers in llama.cpp's graph that follow from the number of layers: the engine sets them."""
 
 
 PLAIN: Final = ArchitectureRules()
 HEAD: Final = ArchitectureRules(needs_head=True)
 SCALED: Final = ArchitectureRules(keys_set_to_zero=frozenset({"embedding_scale"}))
-RECURRENT: Final = ArchitectureRules(recurrent=True)
-INTERVAL: Final = ArchitectureRules(recurrent=True, writes_recurrent=True)
-NEMOTRON_H: Final = ArchitectureRules(
-    recurrent=True, one_part_a_layer=True, output_node="nemotron_h_block_out"
+RECURRENT: Final = ArchitectureRules(recurrent=True, rolls_back=False)
+INTERVAL: Final = dataclasses.replace(RECURRENT, writes_recurrent=True)
+NEMOTRON_H: Final = dataclasses.replace(
+    RECURRENT, one_part_a_layer=True, output_node="nemotron_h_block_out"
 )
 LISTED_WINDOWS: Final = ArchitectureRules(window_everywhere=True)
 
@@ -121,7 +152,14 @@ def windows(
 
 
 _DIFFUSION: Final = "it writes a text as a whole by diffusion, not token by token"
+_ENCODER: Final = "it reads a text from both ends at once and does not write any"
+_ENCODERS: Final = (
+    *("bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
+    *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"),
+)
 _STREAMS: Final = "several streams go from layer to layer, and only one can be handed on"
+
+_MANY: Final = frozenset(range(64, MODEL_LAYERS_MAX + 1))
 
 _ONLY_HEAD: Final = (
     *("bailingmoe", "bailingmoe2", "codeshell", "dbrx", "dots1", "gptneox", "internlm2", "jais"),
@@ -131,8 +169,8 @@ _ONLY_HEAD: Final = (
 _PLAIN: Final = (
     *("llama", "qwen2", "qwen3", "phi3"),  # Mistral and Mixtral are llama; phi3's window is ignored
     *("arcee", "arctic", "chatglm", "deci", "deepseek", "deepseek32", "ernie4_5", "exaone"),
-    *("falcon", "falcon-h1", "glm-dsa", "glm4moe", "grovemoe", "hunyuan-dense", "hunyuan-moe"),
-    *("hunyuan_vl", "hy_v3", "jais2", "maincoder", "mamba", "mamba2", "mistral3", "mistral4"),
+    *("falcon", "glm-dsa", "glm4moe", "grovemoe", "hunyuan-dense", "hunyuan-moe"),
+    *("hunyuan_vl", "hy_v3", "jais2", "maincoder", "mistral3", "mistral4"),
     *("olmo", "openelm", "paddleocr", "pangu-embedded", "pockettts", "qwen2vl", "qwen3moe"),
     *("qwen3tts", "qwen3vl", "qwen3vlmoe", "refact", "seed_oss", "starcoder2"),
 )
@@ -144,7 +182,10 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         "grok": SCALED,
         "granite": SCALED,
         "granitemoe": SCALED,
-        "minicpm": dataclasses.replace(SCALED, keys_required=frozenset({"residual_scale"})),
+        "minicpm": SCALED,  # its scale of the residuals is written out, see `written_out`
+        "minicpm3": ArchitectureRules(
+            input_node="inp_scaled", graph_constants=GraphConstants.RESIDUAL_SCALE
+        ),
         "bloom": ArchitectureRules(input_node="inp_norm-0"),
         "gpt2": ArchitectureRules(input_node="inpL", note="learned positions"),
         "starcoder": ArchitectureRules(input_node="inpL", note="learned positions"),
@@ -153,21 +194,37 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         "glm4": ArchitectureRules(input_node="embd", fed_as_tokens=True),
         # -- sliding windows --------------------------------------------------------------------
         "gemma2": dataclasses.replace(
-            windows(2), input_node="inp_scaled", special_layer_counts=frozenset({46})
+            windows(2),
+            input_node="inp_scaled",
+            special_layer_counts=frozenset({46}),
+            graph_constants=GraphConstants.QUERY_SCALE,
         ),
-        "gemma3": dataclasses.replace(windows(6), special_layer_counts=frozenset({62})),
+        "gemma3": dataclasses.replace(
+            windows(6),
+            special_layer_counts=frozenset({62}),
+            graph_constants=GraphConstants.QUERY_SCALE,
+        ),
         "gpt-oss": windows(2, needs_head=True),
         "cohere2": windows(4),
         "cohere2moe": windows(4, full_first=True),
         "olmo2": windows(4, needs_head=True),
-        "exaone4": dataclasses.replace(PLAIN, special_layer_counts=frozenset({64})),
+        "exaone4": ArchitectureRules(
+            special_layer_counts=frozenset({64}),
+            refused_layer_counts=(
+                frozenset({64}),
+                "llama.cpp switches its sliding windows on only in a file with all of them",
+            ),
+        ),
         "exaone-moe": windows(4, needs_head=True),
         "mellum": windows(4, needs_head=True),
         "plamo3": windows(8),
         "laguna": windows(4, full_first=True),
         # With as many layers as its step, llama.cpp would rotate in all of them.
         "smallthinker": dataclasses.replace(
-            windows(4, full_first=True), step=4, special_layer_counts=frozenset({4})
+            windows(4, full_first=True),
+            step=4,
+            special_layer_counts=frozenset({4}),
+            refused_layer_counts=(frozenset({4}), "a shard can only begin at every fourth layer"),
         ),
         "llama4": dataclasses.replace(
             windows(4),
@@ -200,10 +257,29 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         # -- something repeats, or depends on the number of layers ------------------------------
         "smollm3": ArchitectureRules(step=4),
         "ernie4_5-moe": ArchitectureRules(step_key="interleave_moe_layer_step"),
-        "command-r": ArchitectureRules(special_layer_counts=frozenset(range(64, 1024))),
-        "baichuan": ArchitectureRules(needs_head=True, special_layer_counts=frozenset({32, 40})),
-        "deepseek2": ArchitectureRules(special_layer_counts=frozenset({26, 27, 47, 48})),
-        "nanbeige": ArchitectureRules(keys_at_most=(("nextn_predict_layers", 0), ("num_loops", 1))),
+        "command-r": ArchitectureRules(
+            special_layer_counts=_MANY,
+            refused_layer_counts=(
+                _MANY,
+                "llama.cpp norms queries and keys only in a file with 64 layers or more",
+            ),
+        ),
+        # Turned positions with 32 layers, distances with 40, neither with others.
+        "baichuan": ArchitectureRules(
+            needs_head=True,
+            special_layer_counts=frozenset({32, 40}),
+            computes_as=((32, "llama"), (40, "refact")),
+            ignored=frozenset({"ffn_gate.scale", "ffn_up.scale", "ffn_down.scale"}),
+        ),
+        # Lite models have whole queries; that and the gate of the experts are written out.
+        "deepseek2": ArchitectureRules(special_layer_counts=frozenset({26, 27})),
+        "nanbeige": ArchitectureRules(keys_at_most=(("num_loops", 1),)),
+        "minimax-01": dataclasses.replace(
+            INTERVAL, graph_constants=GraphConstants.DECAY, interval_default=8
+        ),
+        "mamba": ArchitectureRules(rolls_back=False),
+        "mamba2": ArchitectureRules(rolls_back=False),
+        "falcon-h1": ArchitectureRules(rolls_back=False),
         **dict.fromkeys(_ONLY_HEAD, HEAD),
         **dict.fromkeys(_PLAIN, PLAIN),
         # -- cannot be cut ----------------------------------------------------------------------
@@ -214,32 +290,52 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
             ["deepseek4", "glm5-next", "hy_v4", "kimi-k3", "qwen4exp"],
             ArchitectureRules(refusal=_STREAMS),
         ),
+        **dict.fromkeys(_ENCODERS, ArchitectureRules(refusal=_ENCODER)),
+        **dict.fromkeys(
+            ["eagle3", "dflash", "gemma4-assistant"],
+            ArchitectureRules(refusal="it only drafts for another model, whose layers it reads"),
+        ),
+        **dict.fromkeys(
+            ["clip", "wavtokenizer-dec"], ArchitectureRules(refusal="it does not write text")
+        ),
+        **dict.fromkeys(
+            ["t5", "t5encoder"],
+            ArchitectureRules(refusal="each layer of its decoder reads the result of an encoder"),
+        ),
+        "gemma3n": ArchitectureRules(
+            refusal="each layer looks the tokens up again, and later stages have none"
+        ),
+        "graniteswitch": ArchitectureRules(
+            refusal="a layer behind the others chooses for all of them"
+        ),
         "talkie": ArchitectureRules(refusal="each layer adds the model's own input again"),
         "hrm_text": ArchitectureRules(refusal="its layers are passed through several times"),
-        "minimax-01": ArchitectureRules(
-            refusal="llama.cpp computes a layer's decay from its place among all layers"
-        ),
-        "minicpm3": ArchitectureRules(
-            refusal="llama.cpp computes a scale of each layer from their number"
-        ),
     }
 )
+
+NEXTN_LEFT_OUT: Final = frozenset(
+    {
+        *("bailingmoe2", "cohere2moe", "deepseek2", "deepseek32", "exaone4"),
+        *("glm-dsa", "glm4", "glm4moe", "hy_v3", "mimo2", "qwen35", "qwen35moe", "qwen3next"),
+    }
+)
+"""Layers for multi-token prediction stand behind the others and are left out, as llama.cpp leaves
+them out when it writes text; tried for these."""
 
 ARRAYS_NOT_PER_LAYER: Final = frozenset({"rope.dimension_sections", "classifier.output_labels"})
 """Arrays under the architecture's prefix whose length only by chance equals the layer count."""
 
 
 def rules_for(model: GgufFile) -> ArchitectureRules:
-    """The rules of a model's architecture; raises GgufError (theirs) if it cannot be cut."""
+    """The rules of a model's architecture; raises GgufError (theirs) if it cannot be cut.
+
+    One that is not in the table gets the general rules, with `is_unknown`.
+    """
     architecture = model.architecture
     rules = RULES.get(architecture)
     if rules is None:
-        known = ", ".join(name for name, each in RULES.items() if not each.refusal)
-        raise _refused(
-            f"architecture {architecture[:64]!r} is not among those that are known to stay exact"
-            " when cut",
-            f"use a model of one of these: {known}",
-        )
+        has_head = any(tensor.name == "output.weight" for tensor in model.tensors)
+        rules = ArchitectureRules(is_unknown=True, needs_head=has_head, rolls_back=False)
     if rules.refusal:
         raise _refused(
             f"architecture {architecture!r} cannot be cut: {rules.refusal}",
@@ -247,7 +343,7 @@ def rules_for(model: GgufFile) -> ArchitectureRules:
         )
     for feature in _features_in_the_way(model, rules):
         raise _refused(
-            f"the model {feature}, which cannot be cut yet",
+            f"the model cannot be cut: it {feature}",
             "use a file of this model without that, or another model",
         )
     return rules
@@ -255,23 +351,23 @@ def rules_for(model: GgufFile) -> ArchitectureRules:
 
 def _features_in_the_way(model: GgufFile, rules: ArchitectureRules) -> Iterator[str]:
     """What a file has, or lacks, that the rules do not cover."""
-    prefix = f"{model.architecture}."
+    architecture = model.architecture
+    prefix = f"{architecture}."
+    if model.n_nextn and not rules.is_unknown and architecture not in NEXTN_LEFT_OUT:
+        yield f"has layers for multi-token prediction ({prefix}nextn_predict_layers)"
     for key, value_max in rules.keys_at_most:
         if model.get_int(prefix + key, 0) > value_max:
             yield f"uses {prefix}{key}"
     for key in sorted(rules.keys_not_zero):
         if model.get_int(prefix + key, 1) == 0:
             yield f"has {prefix}{key} switched off"
-    for key in sorted(rules.keys_required):
-        if prefix + key not in model.metadata:
-            yield f"does not say {prefix}{key}"
     heads = model.metadata.get(f"{prefix}attention.head_count")
     if heads is not None and heads.is_array and not any(heads.items()[:1]):
         # llama.cpp takes the width of all heads from there, and shards begin with other layers.
         yield "has no attention heads in its first layer"
-    whole = model.get_int("shardmesh.n_shards", 1) == 1
-    if whole and model.n_layer in rules.special_layer_counts:
-        yield f"has {model.n_layer} layers, for which llama.cpp has special treatment"
+    counts, why = rules.refused_layer_counts
+    if model.n_layer in counts and model.get_int("shardmesh.n_shards", 1) == 1:
+        yield f"has {model.n_layer} layers: {why}"
 
 
 def _refused(sentence: str, next_step: str) -> GgufError:

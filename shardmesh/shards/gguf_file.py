@@ -51,11 +51,22 @@ class GgufFile:
 
     @property
     def n_layer(self) -> int:
-        """Number of layers; raises GgufError (theirs) outside 1..MODEL_LAYERS_MAX."""
-        n_layer = self.get_int(f"{self.architecture}.block_count")
+        """Number of layers without those of `n_nextn`.
+
+        Raises GgufError (theirs) outside 1..MODEL_LAYERS_MAX.
+        """
+        n_layer = self.get_int(f"{self.architecture}.block_count") - self.n_nextn
         if not 1 <= n_layer <= limits.MODEL_LAYERS_MAX:
             refuse(self.path, f"has {n_layer} layers", "GGUF_VALUE")
         return n_layer
+
+    @property
+    def n_nextn(self) -> int:
+        """Layers for multi-token prediction, behind the others."""
+        n_nextn = self.get_int(f"{self.architecture}.nextn_predict_layers", 0)
+        if not 0 <= n_nextn <= limits.MODEL_LAYERS_MAX:
+            refuse(self.path, f"has {n_nextn} layers for multi-token prediction", "GGUF_VALUE")
+        return n_nextn
 
     def get_int(self, key: str, default: int | None = None) -> int:
         """An integer of the metadata; raises GgufError (theirs) when missing or another type."""

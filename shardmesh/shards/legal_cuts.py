@@ -46,6 +46,13 @@ class LegalCuts:
             and all(any(kind[start:end]) for kind in self.needed)
         )
 
+    def of_first(self, n_layer: int) -> LegalCuts:
+        """Those of the first layers, taken as a model of their own."""
+        needed = tuple(kind[:n_layer] for kind in self.needed)
+        return dataclasses.replace(
+            self, n_layer=n_layer, needed=needed, starts=self.starts[:n_layer]
+        )
+
     def nearest(self, ranges: Sequence[LayerRange]) -> tuple[LayerRange, ...] | None:
         """The legal ranges of the same number whose ends are nearest to these; None without any."""
         best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
@@ -85,7 +92,9 @@ def legal_cuts(model: GgufFile) -> LegalCuts:
         step=step,
         needed=tuple(needed),
         starts=own_indexers(model),
-        special_counts=rules.special_layer_counts,
+        special_counts=frozenset()
+        if model.n_layer in rules.special_layer_counts
+        else rules.special_layer_counts,
     )
 
 

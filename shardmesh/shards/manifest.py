@@ -12,7 +12,12 @@ from shardmesh.errors import InputError, ProtocolError, ShardmeshError, StorageE
 from shardmesh.shards.atomic import atomic_file
 from shardmesh.shards.layers import LayerRange, check_cover
 from shardmesh.wire.codec import decode_json, encode_cbor, encode_json
-from shardmesh.wire.limits import MANIFEST_BYTES_MAX, MODEL_LAYERS_MAX, MODEL_NAME_BYTES_MAX
+from shardmesh.wire.limits import (
+    ADAPTERS_MAX,
+    MANIFEST_BYTES_MAX,
+    MODEL_LAYERS_MAX,
+    MODEL_NAME_BYTES_MAX,
+)
 
 MANIFEST_NAME: Final = "manifest.json"
 SCHEMA_VERSION: Final = 1
@@ -47,6 +52,22 @@ class TokenizerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     sha256: Sha256
 
 
+class AdapterFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an adapter changes in one shard; its name follows from the two numbers."""
+
+    n_bytes: Bytes
+    sha256: Sha256
+
+
+class AdapterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A LoRA adapter, cut along with the model; None where it changes nothing in a shard."""
+
+    name: Word
+    files: Annotated[
+        tuple[AdapterFile | None, ...], msgspec.Meta(min_length=1, max_length=MODEL_LAYERS_MAX)
+    ]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A split model; checked with `check_manifest` wherever one comes in."""
 
@@ -56,12 +77,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     n_layer: Layer
     n_embd: Number
     n_ctx_train: Number
+    can_roll_back: bool  # else a sequence can only go on, or start again from its beginning
     quantization: Word
     slicer_version: Word
     shards: Annotated[
         tuple[ShardEntry, ...], msgspec.Meta(min_length=1, max_length=MODEL_LAYERS_MAX)
     ]
     tokenizer: TokenizerEntry
+    adapters: Annotated[tuple[AdapterEntry, ...], msgspec.Meta(max_length=ADAPTERS_MAX)]
 
     def digest(self) -> str:
         """SHA-256 in hex over the deterministic CBOR: equal digests, equal shards."""
@@ -80,6 +103,14 @@ def check_manifest(manifest: Manifest) -> Manifest:
     if [shard.shard_id for shard in manifest.shards] != list(range(len(manifest.shards))):
         raise InputError("the manifest's shards are not numbered from 0", code="BAD_MANIFEST")
     check_cover([shard.layers for shard in manifest.shards], manifest.n_layer)
+    names = [adapter.name for adapter in manifest.adapters]
+    if len(set(names)) != len(names):
+        raise InputError("two adapters of the manifest have one name", code="BAD_MANIFEST")
+    if any(len(adapter.files) != len(manifest.shards) for adapter in manifest.adapters):
+        raise InputError(
+            "an adapter of the manifest is not cut into as many parts as the model",
+            code="BAD_MANIFEST",
+        )
     return manifest
 
 

@@ -11,7 +11,6 @@ WINDOW_PATTERN_KEY: Final = "attention.sliding_window_pattern"
 RECURRENT_KEY: Final = "attention.recurrent_layers"
 _INDEXER_KEY: Final = "attention.indexer.types"
 _INTERVAL_KEY: Final = "full_attention_interval"
-_INTERVAL_DEFAULT: Final = 4
 
 
 def windowed_layers(model: GgufFile) -> tuple[bool, ...]:
@@ -46,7 +45,7 @@ def recurrent_layers(model: GgufFile) -> tuple[bool, ...]:
     if heads is not None and heads.is_array:
         alone = layers_with_nothing_else(model)
         return tuple(not n_heads and alone[i] for i, n_heads in enumerate(_heads(model)))
-    interval = max(1, model.get_int(f"{prefix}.{_INTERVAL_KEY}", _INTERVAL_DEFAULT))
+    interval = max(1, model.get_int(f"{prefix}.{_INTERVAL_KEY}", rules_for(model).interval_default))
     return tuple((layer + 1) % interval != 0 for layer in range(model.n_layer))
 
 

@@ -12,6 +12,7 @@ from shardmesh.shards.architectures import ARRAYS_NOT_PER_LAYER, rules_for
 from shardmesh.shards.gguf_check import ALIGNMENT_KEY
 from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.gguf_values import MetadataValue, bools, float32, uint32, uint32s
+from shardmesh.shards.layer_counts import written_out
 from shardmesh.shards.layers import LayerRange
 from shardmesh.shards.patterns import (
     RECURRENT_KEY,
@@ -20,6 +21,7 @@ from shardmesh.shards.patterns import (
     windowed_layers,
 )
 
+NEXTN_KEY: Final = "nextn_predict_layers"
 HEADS_KEY: Final = "attention.head_count"
 LEADING_KEYS: Final = ("leading_dense_block_count", "n_deepstack_layers")
 """So many of the first layers are special."""
@@ -34,12 +36,14 @@ def cut_metadata(model: GgufFile, layers: LayerRange) -> dict[str, MetadataValue
             continue
         is_per_layer = (
             value.is_array
-            and value.n_items == model.n_layer
+            and value.n_items in (model.n_layer, model.n_layer + model.n_nextn)
             and key.startswith(prefix)
             and key.removeprefix(prefix) not in ARRAYS_NOT_PER_LAYER
         )
         metadata[key] = value.cut(layers.layer_start, layers.layer_end) if is_per_layer else value
     metadata[f"{prefix}block_count"] = uint32(layers.n_layer)
+    metadata.pop(f"{prefix}{NEXTN_KEY}", None)
+    metadata |= written_out(model)
     for name in LEADING_KEYS:
         if prefix + name in metadata:
             n_leading = model.get_int(prefix + name) - layers.layer_start

@@ -97,6 +97,10 @@ def sort_tensors(model: GgufFile) -> SortedTensors:
         block = _BLOCK.fullmatch(tensor.name)
         if block is None:
             others[tensor.name] = tensor
+        elif model.n_layer <= int(block[1]) < model.n_layer + model.n_nextn:
+            continue  # llama.cpp does without, too
+        elif block[2] in rules.ignored:
+            continue
         elif int(block[1]) < len(layers):
             layers[int(block[1])].append((block[2], tensor))
         else:
@@ -143,7 +147,35 @@ def shard_contents(
         "shardmesh.n_layer": uint32(n_layer),
         "shardmesh.model_name": string(model_name),
     }
+    own = shard_architecture(model)
+    if own != model.architecture and layers.n_layer < n_layer:
+        metadata = _renamed(metadata, model.architecture, own)
     return FileContents(metadata, tuple(_shard_tensors(tensors, layers, is_first, is_last)))
+
+
+def first_layers(model: GgufFile, n_layer: int) -> FileContents:
+    """A whole, shorter model of the first layers; raises GgufError (theirs)."""
+    tensors, layers = sort_tensors(model), LayerRange(0, n_layer)
+    parts = _shard_tensors(tensors, layers, is_first=True, is_last=True)
+    return FileContents(cut_metadata(model, layers), tuple(parts))
+
+
+def shard_architecture(model: GgufFile) -> str:
+    """The architecture that a model's shards are files of, mostly its own."""
+    others = dict(rules_for(model).computes_as)
+    return others.get(model.n_layer, model.architecture)
+
+
+def _renamed(
+    metadata: Mapping[str, MetadataValue], architecture: str, other: str
+) -> dict[str, MetadataValue]:
+    """The same metadata under another architecture's name."""
+    prefix = f"{architecture}."
+    renamed = {
+        f"{other}.{key.removeprefix(prefix)}" if key.startswith(prefix) else key: value
+        for key, value in metadata.items()
+    }
+    return renamed | {"general.architecture": string(other)}
 
 
 def tokenizer_contents(model: GgufFile) -> FileContents:

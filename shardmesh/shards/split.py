@@ -12,7 +12,7 @@ from typing import Final
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from shardmesh import __version__
-from shardmesh.errors import InputError, StorageError
+from shardmesh.errors import GgufError, InputError, StorageError
 from shardmesh.shards.architectures import rules_for
 from shardmesh.shards.atomic import flush_to_disk
 from shardmesh.shards.gguf_check import read_gguf
@@ -48,14 +48,18 @@ def split_model(
     *,
     name: str,
     progress: Progress | None = None,
+    is_proven: bool = False,
 ) -> Manifest:
     """Writes one shard per range and all that goes with them; gives the manifest.
 
+    `is_proven`: the caller knows that a model of an unknown architecture stays exact, or finds out.
     `progress` is called with the bytes written since the last call.  All files appear under their
     final names together at the end; a cancellation or failure leaves nothing.  Raises GgufError or
     InputError (theirs): the model, the ranges, no room; StorageError (ours).
     """
     source = read_gguf(model)
+    if not is_proven:
+        refuse_unknown(source)
     files = plan_files(source, ranges, name)
     _refuse_overwriting(source, out_dir, files)
     with _storage_errors(out_dir):
@@ -78,7 +82,6 @@ def plan_files(
     source: GgufFile, ranges: Sequence[LayerRange], name: str
 ) -> dict[str, FileContents]:
     """File name -> contents of all GGUF files of a split; raises InputError (theirs)."""
-    rules_for(source)
     check_cover(ranges, source.n_layer)
     check_legal(legal_cuts(source), ranges)
     check_model_name(name)
@@ -91,6 +94,17 @@ def plan_files(
         for shard_id, layers in enumerate(ranges)
     }
     return {**files, TOKENIZER_NAME: tokenizer_contents(source)}
+
+
+def refuse_unknown(source: GgufFile) -> None:
+    """Raises GgufError (theirs) for an architecture that is not in the table of rules."""
+    if rules_for(source).is_unknown:
+        raise GgufError(
+            f"architecture {source.architecture[:64]!r} is not among those that are known to stay"
+            " exact when cut",
+            code="GGUF_ARCHITECTURE",
+            next_step="cut it with `shardmesh split`, which tries first whether it stays exact",
+        )
 
 
 def plan_n_bytes(source: GgufFile, ranges: Sequence[LayerRange], name: str) -> int:
@@ -154,10 +168,12 @@ def _manifest(
         n_layer=source.n_layer,
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=_number(source, "context_length"),
+        can_roll_back=rules_for(source).rolls_back,
         quantization=quantization_of(source),
         slicer_version=__version__,
         shards=tuple(shards),
         tokenizer=TokenizerEntry(n_bytes=n_bytes, sha256=sha256),
+        adapters=(),
     )
 
 

@@ -29,6 +29,9 @@ EMBEDDING_TEXTS_MAX: Final = 2048
 EMBEDDING_BYTES_MAX: Final = 128 * KIB
 """An embedding, in the header of a frame: 32,768 numbers, twice the widest known model."""
 
+ADAPTERS_MAX: Final = 16
+"""LoRA adapters of one model; each has a file for each shard, and all are loaded."""
+
 MICRO_BATCH_TOKENS_MAX: Final = 1024
 """Rows of one micro-batch; larger ones would only delay the next stage."""
 

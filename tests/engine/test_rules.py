@@ -43,6 +43,9 @@ def logits_of(chain: Sequence[Engine]) -> list[bytes]:
         ("internlm2", (3, 4, 1)),
         ("smollm3", (4, 4)),
         ("glm4", (5, 2, 1)),
+        ("gemma3", (20, 41, 1)),
+        ("minicpm3", (3, 1, 4)),
+        ("baichuan", (7, 24, 1)),
     ],
 )
 def test_cut_equals_whole(architecture: str, cut: tuple[int, ...], tmp_path: Path) -> None:

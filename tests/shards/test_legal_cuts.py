@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardmesh.errors import GgufError, InputError
 from shardmesh.shards.architectures import RULES, rules_for
@@ -13,7 +16,7 @@ from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.gguf_values import MetadataValue, bools, float32, string, uint32, uint32s
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.legal_cuts import check_legal, legal_boundaries, legal_cuts
-from shardmesh.shards.plan import plan_memory, plan_shards
+from shardmesh.shards.plan import plan_layers, plan_memory, plan_shards
 from shardmesh.shards.slice_metadata import cut_metadata
 
 
@@ -61,7 +64,8 @@ def values_after_cut(model: GgufFile, start: int, end: int) -> dict[str, tuple[o
         (header("glm-dsa", 5, attention__indexer__types=uint32s([1, 0, 1, 0, 0])), (2,)),
         # With 4 layers llama.cpp would take it for one without unrotated layers.
         (header("smallthinker", 16), (8,)),
-        (header("deepseek2", 60), tuple(set(range(1, 60)) - {26, 27, 47, 48, 34, 33, 13, 12})),
+        (header("deepseek2", 60), tuple(set(range(1, 60)) - {26, 27, 33, 34})),
+        (header("deepseek2", 27), tuple(range(1, 27))),  # a lite model, and so are its shards
     ],
 )
 def test_legal_boundaries(model: GgufFile, expected: tuple[int, ...]) -> None:
@@ -150,19 +154,107 @@ def test_a_shard_that_begins_with_a_recurrent_layer_has_heads() -> None:
     ("model", "sentence"),
     [
         (header("talkie", 4), "adds the model's own input again"),
-        (header("glm4moe", 4, nextn_predict_layers=uint32(1)), "uses glm4moe.nextn_predict_layers"),
+        (header("ernie4_5-moe", 4, nextn_predict_layers=uint32(1)), "multi-token prediction"),
+        (header("glm4moe", 4, nextn_predict_layers=uint32(5)), "has -1 layers"),
         (header("nanbeige", 4, num_loops=uint32(2)), "uses nanbeige.num_loops"),
-        (header("minicpm", 4), "does not say minicpm.residual_scale"),
         (header("llama4", 8, attention__sliding_window=uint32(0)), "switched off"),
-        (header("gemma3", 62), "62 layers"),
+        (header("exaone4", 64), "64 layers: llama.cpp switches its sliding windows on"),
+        (header("command-r", 64), "norms queries and keys only"),
+        (header("bert", 12), "from both ends"),
+        (header("t5", 12), "encoder"),
         (header("lfm2", 2, attention__head_count=uint32s([0, 8])), "heads in its first layer"),
-        (header("unheard-of", 4), "not among those"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_its_reason(model: GgufFile, sentence: str) -> None:
     with pytest.raises(GgufError, match=sentence) as caught:
         rules_for(model)
-    assert caught.value.code == "GGUF_ARCHITECTURE"
+    assert caught.value.code in ("GGUF_ARCHITECTURE", "GGUF_VALUE")
+
+
+def test_an_unknown_architecture_gets_the_general_rules_and_no_roll_back() -> None:
+    rules = rules_for(header("unheard-of", 4))
+    assert (rules.is_unknown, rules.needs_head, rules.rolls_back) == (True, False, False)
+
+
+def test_layers_for_multi_token_prediction_are_left_out() -> None:
+    heads = uint32s([8, 8, 8, 4])
+    model = header("glm4moe", 4, nextn_predict_layers=uint32(1), attention__head_count_kv=heads)
+    assert model.n_layer == 3
+    cut = values_after_cut(model, 1, 3)
+    assert cut["block_count"] == (2,)
+    assert cut["attention.head_count_kv"] == (8, 8)
+    assert "nextn_predict_layers" not in cut
+
+
+def test_what_follows_from_the_number_of_layers_is_written_out() -> None:
+    cut = values_after_cut(header("minicpm", 40), 10, 20)
+    assert cut["residual_scale"] == (pytest.approx(1.4 / 40**0.5, rel=1e-6),)
+    own = header("minicpm", 40, residual_scale=float32(0.5))
+    assert values_after_cut(own, 10, 20)["residual_scale"] == (0.5,)
+    lite = header("deepseek2", 27, attention__q_lora_rank=uint32(7))
+    assert values_after_cut(lite, 5, 9)["attention.q_lora_rank"] == (0,)
+    full = header("deepseek2", 61, attention__q_lora_rank=uint32(7))
+    assert values_after_cut(full, 5, 9)["attention.q_lora_rank"] == (7,)
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_vocab", "given", "expected"),
+    [(47, 154880, 0, 2), (47, 1000, 0, 1), (60, 154880, 0, 1), (47, 154880, 1, 1)],
+)
+def test_the_gate_of_the_experts_is_that_of_the_whole(
+    n_layer: int, n_vocab: int, given: int, expected: int
+) -> None:
+    model = header(
+        "deepseek2", n_layer, vocab_size=uint32(n_vocab), expert_gating_func=uint32(given)
+    )
+    assert values_after_cut(model, 0, 9)["expert_gating_func"] == (expected,)
+
+
+@given(
+    architecture=st.sampled_from(["llama", "smollm3", "gpt-oss", "qwen35", "deepseek2", "gemma3"]),
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+)
+def test_a_proposed_list_is_always_legal(architecture: str, counts: list[int]) -> None:
+    model = header(architecture, sum(counts))
+    cuts, wanted = legal_cuts(model), ranges_of_counts(counts)
+    try:
+        check_legal(cuts, wanted)
+    except InputError as error:
+        listed = re.fullmatch(r"use --layers ([0-9,]+)", error.next_step)
+        if listed is not None:
+            proposed = plan_layers(sum(counts), [int(n) for n in listed[1].split(",")])
+            check_legal(cuts, proposed)
+            assert len(proposed) == len(counts)
+
+
+@given(
+    architecture=st.sampled_from(["smollm3", "gpt-oss", "qwen35", "deepseek2", "llama4"]),
+    n_layer=st.integers(1, 40),
+    n_shards=st.integers(1, 8),
+)
+def test_a_balance_is_always_legal_and_no_legal_list_is_better(
+    architecture: str, n_layer: int, n_shards: int
+) -> None:
+    model = header(architecture, n_layer)
+    even = costs(n_layer, model)
+    try:
+        ranges = plan_shards(even, n_shards)
+    except InputError:
+        cuts = legal_cuts(model)
+        assert n_shards > n_layer or cuts.nearest(_any_ranges(n_layer, n_shards)) is None
+        return
+    check_legal(legal_cuts(model), ranges)
+    other = legal_cuts(model).nearest(_any_ranges(n_layer, n_shards))
+    assert other is not None
+    largest = max(even.file_bytes(layers) for layers in ranges)
+    assert largest <= max(even.file_bytes(layers) for layers in other)
+
+
+def _any_ranges(n_layer: int, n_shards: int) -> tuple[LayerRange, ...]:
+    """About even."""
+    return ranges_of_counts(
+        [n_layer // n_shards] * (n_shards - 1) + [n_layer - n_layer // n_shards * (n_shards - 1)]
+    )
 
 
 def test_a_rule_with_a_refusal_has_no_other_rule() -> None:

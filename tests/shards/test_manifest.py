@@ -33,6 +33,8 @@ def manifest() -> Manifest:
         n_layer=6,
         n_embd=64,
         n_ctx_train=512,
+        can_roll_back=True,
+        adapters=(),
         quantization="Q4_K_M",
         slicer_version="0.1.0",
         shards=tuple(shards),
@@ -51,7 +53,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_digest_stays_what_it_is() -> None:
     """Nodes of different versions compare it."""
     assert manifest().digest() == (
-        "1a8dbb6881fb647389f2d415ff4e9bca830c56b6014149d2571401bc2783205e"
+        "8f76c2911a9f54844c16216354f1835c8b94299c91b8dfdac7aaced2cb5d72fe"
     )
 
 

@@ -34,6 +34,8 @@ class RuleModel:
     values: dict[str, bytes] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # ends of tensor names
     norms: tuple[str, ...] = ()  # further ones in each block
+    n_layer: int = N_LAYER
+    matrices: tuple[tuple[str, int, int], ...] = ()  # further ones: name, columns, rows
 
 
 RULE_MODELS = {
@@ -61,6 +63,36 @@ RULE_MODELS = {
     "internlm2": RuleModel(),
     # Every fourth layer does not rotate, counted from the first of a file.
     "smollm3": RuleModel(),
+    # A model of just this length scales by another width, and no key says so.
+    "gemma3": RuleModel(
+        base="qwen3",
+        tied=True,
+        n_layer=62,
+        values={"attention.sliding_window": u32_value(8)},
+        norms=("post_attention_norm", "post_ffw_norm"),
+    ),
+    # The scale of the residuals follows from the number of layers.
+    "minicpm3": RuleModel(
+        values={
+            "attention.q_lora_rank": u32_value(16),
+            "attention.kv_lora_rank": u32_value(24),
+            "attention.head_count_kv": u32_value(4),
+            "attention.key_length": u32_value(24),
+            "attention.value_length": u32_value(24),
+            "rope.dimension_count": u32_value(8),
+        },
+        left_out=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+        matrices=(
+            ("attn_q_a", 96, 16),
+            ("attn_q_b", 16, 96),
+            ("attn_kv_a_mqa", 96, 32),
+            ("attn_kv_b", 24, 160),
+            ("attn_q_a_norm", 16, 1),
+            ("attn_kv_a_norm", 24, 1),
+        ),
+    ),
+    # With 32 layers llama.cpp turns positions, with others it does not.
+    "baichuan": RuleModel(n_layer=32),
     # Hidden states would end the process: it takes them for an image.
     "glm4": RuleModel(base="phi3", norms=("post_attention_norm", "post_ffw_norm")),
 }
@@ -70,7 +102,7 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
     """Writes the model of RULE_MODELS and returns `path`."""
     rule = RULE_MODELS[architecture]
     write_model(
-        path, rule.base, n_layer=N_LAYER, n_embd=n_embd, tied=rule.tied, vocabulary=BUILT_IN
+        path, rule.base, n_layer=rule.n_layer, n_embd=n_embd, tied=rule.tied, vocabulary=BUILT_IN
     )
     metadata, tensors = read_model(path)
     metadata = {
@@ -83,7 +115,15 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
     metadata |= {f"{architecture}.{key}": value for key, value in rule.values.items()}
     tensors = [tensor for tensor in tensors if not tensor.name.endswith(rule.left_out or ("?",))]
     generator = np.random.default_rng(0)
-    for layer in range(N_LAYER):
+    for layer in range(rule.n_layer):
+        for name, n_columns, n_rows in rule.matrices:
+            shape = (n_columns,) if n_rows == 1 else (n_columns, n_rows)
+            data = generator.normal(0.0, n_columns**-0.5, n_columns * n_rows)
+            tensors.append(
+                TensorData(
+                    f"blk.{layer}.{name}.weight", shape, 0, data.astype(np.float32).tobytes()
+                )
+            )
         for name in rule.norms:
             data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
             tensors.append(TensorData(f"blk.{layer}.{name}.weight", (n_embd,), 0, data))
