@@ -249,6 +249,7 @@ class SessionBoard:
                     session.finish(item.reason)
                 elif item.token is not None:
                     session.token(item.stages, item.first_hop_us)
+                    self.n_tokens += 1
                 self._take_repairs(session, completion)
                 yield item
         except ShardmeshError as error:

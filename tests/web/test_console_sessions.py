@@ -111,6 +111,7 @@ async def test_following_a_completion(board: SessionBoard) -> None:
     items = [i async for i in board.follow("a", completion(PIECE, PIECE, finished))]
     assert items == [PIECE, PIECE, finished]
     assert (board.document()["a"]["state"], board.document()["a"]["n_tokens"]) == ("length", 2)
+    assert board.n_tokens == 2
 
 
 async def test_a_failure_is_shown_with_its_code(board: SessionBoard) -> None:
