@@ -18,7 +18,7 @@ from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from shardmesh.wire.limits import PING_TIMEOUT_S
+from shardmesh.wire.limits import LIVENESS_INTERVAL_S, LIVENESS_NODES_MAX, PING_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class ConnectionEvent:
     direction: Literal["inbound", "outbound"]
     kind: Literal["established", "closed"]
     cause: str = ""
+    was_silent: bool = False  # closed because the node did not answer, though nothing broke
 
 
 Listener = Callable[[ConnectionEvent], None]
@@ -46,6 +47,8 @@ class _Watched:
     last_used_s: float
     last_pinged_s: float
     cause: str = "closed by the other side or lost"
+    was_silent: bool = False
+    is_checked: bool = False  # now, by a task of its own
 
 
 class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
@@ -56,7 +59,7 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
 
     def __init__(self, swarm: Swarm, ping_interval_s: float, idle_timeout_s: float) -> None:
         self._swarm = swarm
-        self._ping_interval_s = ping_interval_s
+        self._ping_s = ping_interval_s
         self._idle_timeout_s = idle_timeout_s
         self._watched: dict[INetConn, _Watched] = {}
         self._listeners: list[Listener] = []
@@ -79,24 +82,34 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
 
     async def run(self) -> None:
         """Pings and closes for ever."""
-        pause_s = min(self._ping_interval_s, self._idle_timeout_s) / _CHECKS_PER_INTERVAL
-        while True:
-            await trio.sleep(pause_s)
-            async with trio.open_nursery() as nursery:
+        shortest_s = min(self._ping_s, self._idle_timeout_s, LIVENESS_INTERVAL_S)
+        pause_s = shortest_s / _CHECKS_PER_INTERVAL
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(pause_s)
                 for conn, watched in list(self._watched.items()):
-                    nursery.start_soon(self._check, conn, watched)
+                    if not watched.is_checked:
+                        nursery.start_soon(self._check, conn, watched)
 
     async def _check(self, conn: INetConn, watched: _Watched) -> None:
+        watched.is_checked = True
+        try:
+            await self._ping_or_close(conn, watched)
+        finally:
+            watched.is_checked = False
+
+    async def _ping_or_close(self, conn: INetConn, watched: _Watched) -> None:
         now_s = trio.current_time()
         if _in_use(conn):
             watched.last_used_s = now_s
         wanted = self.wanted(watched.event.peer_id)
         if not wanted and now_s - watched.last_used_s >= self._idle_timeout_s:
             await self._close(conn, f"idle for {self._idle_timeout_s:g} s")
-        elif now_s - watched.last_pinged_s >= self._ping_interval_s:
+        elif now_s - watched.last_pinged_s >= (self._liveness_s() if wanted else self._ping_s):
             watched.last_pinged_s = now_s
             answer = await ping_connection(conn, ping_timeout=PING_TIMEOUT_S)
             if not answer.success:
+                watched.was_silent = True
                 await self._close(conn, f"no answer to a ping within {PING_TIMEOUT_S:g} s")
 
     async def _close(self, conn: INetConn, cause: str) -> None:
@@ -104,12 +117,17 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
         if watched is None:
             return
         watched.cause = cause
-        with trio.move_on_after(_CLOSE_TIMEOUT_S) as scope:
+        with trio.move_on_after(0 if watched.was_silent else _CLOSE_TIMEOUT_S) as scope:
             await conn.close()
         if scope.cancelled_caught:  # the other side takes nothing any more: cut the line
             with trio.move_on_after(_CLOSE_TIMEOUT_S):
                 await cast(Yamux, conn.muxed_conn).secured_conn.close()
             await self.disconnected(self._swarm, conn)
+
+    def _liveness_s(self) -> float:
+        """How often a wanted connection is pinged: a ping costs both sides some milliseconds."""
+        n_times = max(1.0, len(self._watched) / LIVENESS_NODES_MAX)
+        return min(LIVENESS_INTERVAL_S * n_times, self._ping_s)
 
     def _tell(self, event: ConnectionEvent) -> None:
         for listener in self._listeners:
@@ -136,7 +154,7 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
         watched = self._watched.pop(conn, None)
         if watched is not None:
-            self._tell(dataclasses.replace(watched.event, kind="closed", cause=watched.cause))
+            self._tell(_closed(watched))
         await trio.lowlevel.checkpoint()
 
     async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
@@ -153,6 +171,12 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
 
     async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
         await trio.lowlevel.checkpoint()
+
+
+def _closed(watched: _Watched) -> ConnectionEvent:
+    return dataclasses.replace(
+        watched.event, kind="closed", cause=watched.cause, was_silent=watched.was_silent
+    )
 
 
 def _in_use(conn: INetConn) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import trio
 
@@ -119,6 +119,15 @@ class Directory:
             if entry.reachable or entry.announcement.is_withdrawal
         ]
 
+    def live_but(self, known: Collection[bytes]) -> list[str]:
+        """Peer ids of live entries whose signed bytes are not among the known ones."""
+        signed = set(known)
+        return [
+            peer_id
+            for peer_id, entry in self._entries.items()
+            if self._is_live(entry) and entry.signed not in signed
+        ]
+
     def withdraw(self, peer_id: str) -> None:
         """Forgets a listener at once, on this node only."""
         if self._entries.pop(peer_id, None) is not None:
@@ -186,9 +195,11 @@ async def exchange(
     push: Sequence[bytes] = (),
     pull: bool = True,
     timeout_s: float = COMMAND_TIMEOUT_S,
-) -> None:
+) -> list[str]:
     """Hands announcements to a neighbour and takes in what it knows.
 
+    Gives, after a pull, the peer ids of live entries that the neighbour does not know like that: it
+    may have found that they are gone.
     Raises UnreachableError (the moment's), RefusedError (theirs) if it keeps no directory or is
     of another cluster (OTHER_CLUSTER), ProtocolError (theirs) for an answer that is none.
     """
@@ -208,6 +219,7 @@ async def exchange(
             next_step=f"give --cluster {response.cluster}, or the bootstrap of your own cluster",
         )
     take_in(directory, response.announcements, peer_id)
+    return directory.live_but(response.announcements) if pull else []
 
 
 def take_in(directory: Directory, signed: Sequence[bytes], teller: str) -> None:

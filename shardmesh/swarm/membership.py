@@ -179,6 +179,8 @@ class Membership:
         try:
             for signed in await self._dht.find_announcements(shard_id):
                 self._directory.update(signed)
+            served = [a.peer_id for a in self._directory.all() if a.shard_id == shard_id]
+            await self._neighbours.check(served)  # what the DHT says may be minutes old
         except ShardmeshError as error:
             self._log.warning("[DHT] ✗ Shard %d could not be looked up: %s", shard_id, error)
 
@@ -301,7 +303,8 @@ class Membership:
         """Hands our announcement to a neighbour and, with `pull`, takes in what it knows."""
         push = () if self._signed is None else (self._signed,)
         if push or pull:
-            await exchange(self._host, self._directory, peer_id, push=push, pull=pull)
+            doubtful = await exchange(self._host, self._directory, peer_id, push=push, pull=pull)
+            self._neighbours.doubt(doubtful)
 
     async def _leave(self) -> None:
         """Takes the announcement back and remembers whom we knew."""

@@ -26,6 +26,7 @@ Connected = Callable[[str], Awaitable[None]]
 
 _DIALS_AT_ONCE = 8
 _RECHECK_PAUSES_S = (0.0, 0.5, 1.5)
+_RECHECK_S = 4.0  # a listener that was killed is hidden by then, whatever its addresses do
 _POLITE_PAUSE_S = 1.0  # of two nodes that learn of each other at once, one lets the other dial
 
 
@@ -61,6 +62,7 @@ class Neighbours:
         self._refused: set[str] = set()  # bootstraps that did not admit this node
         self._closed = trio.Event()
         self._lost: list[str] = []
+        self._rechecked: set[str] = set()
         host.keep_connections(self._is_wanted)
         host.on_connection(self._note)
 
@@ -185,8 +187,25 @@ class Neighbours:
         )
         if event.peer_id not in self._host.connected() and self._directory.get(event.peer_id):
             self._lost.append(event.peer_id)
+        if event.was_silent:  # it may take minutes to refuse a connection; hidden until it answers
+            self._directory.mark_unreachable(event.peer_id)
         self._closed.set()
         self._closed = trio.Event()
+
+    def doubt(self, peer_ids: Iterable[str]) -> None:
+        """Has listeners dialed that may be gone, unless there is a connection with them."""
+        connected = {self._host.peer_id, *self._host.connected()}
+        self._lost += [peer_id for peer_id in peer_ids if peer_id not in connected]
+        if self._lost:
+            self._closed.set()
+            self._closed = trio.Event()
+
+    async def check(self, peer_ids: Iterable[str]) -> None:
+        """Dials listeners without a connection now, and hides those that are gone."""
+        connected = {self._host.peer_id, *self._host.connected()}
+        async with trio.open_nursery() as nursery:
+            for peer_id in set(peer_ids) - connected:
+                nursery.start_soon(self._recheck, peer_id)
 
     async def recheck_lost(self) -> None:
         """Dials listeners whose connection was lost, and hides those that are gone, for ever."""
@@ -199,15 +218,28 @@ class Neighbours:
                     await self._closed.wait()
 
     async def _recheck(self, peer_id: str) -> None:
+        if peer_id in self._rechecked:
+            return
+        self._rechecked.add(peer_id)
+        try:
+            with trio.move_on_after(_RECHECK_S):
+                if await self._is_back(peer_id):
+                    return
+        finally:
+            self._rechecked.discard(peer_id)
+        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
+        self._directory.mark_unreachable(peer_id)
+
+    async def _is_back(self, peer_id: str) -> bool:
+        """Whether a listener needs not be hidden: it could be dialed, or is forgotten already."""
         for pause_s in _RECHECK_PAUSES_S:
             await trio.sleep(pause_s)
             announcement = self._directory.get(peer_id)
             if announcement is None or peer_id in self._host.connected():
-                return
+                return True
             try:
                 await self._host.connect(announcement.addresses, COMMAND_TIMEOUT_S)
             except ShardmeshError:
                 continue
-            return
-        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
-        self._directory.mark_unreachable(peer_id)
+            return True
+        return False

@@ -208,6 +208,12 @@ PING_INTERVAL_S: Final = 25.0
 PING_TIMEOUT_S: Final = 5.0
 """A ping without an answer for so long closes the connection."""
 
+LIVENESS_INTERVAL_S: Final = 3.0
+"""The nodes of the directory are pinged this often, so that a stopped one is hidden in 10 s."""
+
+LIVENESS_NODES_MAX: Final = 16
+"""Connected nodes that are pinged so often; with more, each gets its turn more seldom."""
+
 IDLE_TIMEOUT_S: Final = 60.0
 """A connection that nobody wants and nobody used for so long is closed."""
 
@@ -237,7 +243,7 @@ DIRECTORY_REQUEST_BYTES_MAX: Final = (DIRECTORY_PUSH_MAX + 1) * ANNOUNCEMENT_BYT
 DIRECTORY_RESPONSE_BYTES_MAX: Final = (DIRECTORY_ENTRIES_MAX + 1) * ANNOUNCEMENT_BYTES_MAX
 """All that a directory can hold."""
 
-DIRECTORY_PULL_INTERVAL_S: Final = 15.0
+DIRECTORY_PULL_INTERVAL_S: Final = 5.0
 """A neighbour's directory is asked for this often, so that what was missed comes in."""
 
 DIRECT_CONNECTIONS_MAX: Final = 32
