@@ -64,7 +64,7 @@ async def open_client(
             membership = Membership(host, dht, directory, bootstraps=bootstraps, signer=identity)
             models = ModelFiles(host, ShardStore(shards_dir, create=False), cache_dir)
             async with trio.open_nursery() as nursery:
-                await _reach(host, directory, bootstraps)
+                await _reach(host, directory, membership, bootstraps)
                 nursery.start_soon(membership.run)
                 with trio.move_on_after(JOIN_TIMEOUT_S):
                     await membership.joined.wait()
@@ -84,13 +84,17 @@ async def open_client(
                     nursery.cancel_scope.cancel()
 
 
-async def _reach(host: Host, directory: Directory, bootstraps: Sequence[str]) -> None:
+async def _reach(
+    host: Host, directory: Directory, membership: Membership, bootstraps: Sequence[str]
+) -> None:
     """Connects with the bootstrap that answers first and takes in what it knows.
+
+    If none does, a node of earlier runs will do.
 
     Done before joining, which would try again for ever where a person wants to know.
     """
     try:
-        peer_id = await host.connect(bootstraps, JOIN_TIMEOUT_S)
+        peer_id = await membership.reach(JOIN_TIMEOUT_S)
     except UnreachableError as error:
         raise UnreachableError(
             f"no bootstrap node answered: {', '.join(bootstraps)}",

@@ -1,6 +1,7 @@
 """The secret of each cluster that a user of this machine is a member of, kept on disk.
 
-`clusters/<name>.secret` in the state folder, and `<name>.update` once the owner has changed it.
+`clusters/<name>.secret` in the state folder, `<name>.update` once the owner has changed it, and
+`<name>.nodes.json` with nodes that were reachable.
 Beside them lies `<name>.owner.pem` where the cluster was made: the key that may change the secret.
 """
 
@@ -39,6 +40,11 @@ class ClusterFiles:
     @property
     def owner_path(self) -> Path:
         return self._path("owner.pem")
+
+    @property
+    def nodes_path(self) -> Path:
+        """Where nodes are remembered, for a start without a bootstrap."""
+        return self._path("nodes.json")
 
     def secret(self) -> ClusterSecret | None:
         """The kept secret, None if there is none; raises as `read_secret`."""

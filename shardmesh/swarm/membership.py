@@ -79,7 +79,7 @@ class Membership:
     ) -> None:
         """Raises InputError (theirs) for a bootstrap that is no address or too long an interval.
 
-        Without `state_dir` nodes are not remembered between runs.
+        Nodes are remembered between runs in the files of the cluster, else in `state_dir`.
         """
         if not 0 < refresh_interval_s < ANNOUNCEMENT_LIFETIME_MAX_S:
             raise InputError(
@@ -97,7 +97,9 @@ class Membership:
         self._offer = offer
         self._refresh_interval_s = refresh_interval_s
         self._log = logger or logging.getLogger(__name__)
-        self._remembered = RememberedNodes(state_dir and state_dir / "nodes.json")
+        files = host.admission.files
+        path = files.nodes_path if files else state_dir and state_dir / "nodes.json"
+        self._remembered = RememberedNodes(path)
         self._neighbours = Neighbours(
             host,
             directory,
@@ -226,7 +228,17 @@ class Membership:
             await self.pull()
             await self._save_remembered()
 
+    async def reach(self, timeout_s: float) -> str:
+        """Connects with a bootstrap, or with a remembered node if none answers; its peer id.
+
+        Raises UnreachableError (the moment's) or RefusedError (theirs), as the bootstraps say.
+        """
+        return await self._neighbours.reach(timeout_s)
+
     async def _save_remembered(self) -> None:
+        for announcement in self._directory.all():
+            if announcement.peer_id != self._host.peer_id and announcement.addresses:
+                self._remembered.note(announcement.peer_id, announcement.addresses)
         try:
             await trio.to_thread.run_sync(self._remembered.save)
         except ShardmeshError as error:

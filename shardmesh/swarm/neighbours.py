@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
-from shardmesh.errors import RefusedError, ShardmeshError
+from shardmesh.errors import RefusedError, ShardmeshError, UnreachableError
 from shardmesh.swarm.addresses import parse_address, with_peer_id
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import ConnectionEvent, Host
-from shardmesh.swarm.remembered import RememberedNodes
+from shardmesh.swarm.remembered import RememberedNode, RememberedNodes
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import (
     BOOTSTRAP_PAUSE_MAX_S,
@@ -26,6 +26,7 @@ Connected = Callable[[str], Awaitable[None]]
 
 _DIALS_AT_ONCE = 8
 _RECHECK_PAUSES_S = (0.0, 0.5, 1.5)
+_REMEMBERED_TIMEOUT_S = 3.0
 _RECHECK_S = 4.0  # a listener that was killed is hidden by then, whatever its addresses do
 _POLITE_PAUSE_S = 1.0  # of two nodes that learn of each other at once, one lets the other dial
 
@@ -62,6 +63,7 @@ class Neighbours:
         self._refused: set[str] = set()  # bootstraps that did not admit this node
         self._closed = trio.Event()
         self._lost: list[str] = []
+        self._has_joined = False
         self._rechecked: set[str] = set()
         host.keep_connections(self._is_wanted)
         host.on_connection(self._note)
@@ -105,30 +107,62 @@ class Neighbours:
                     pause_s,
                     error,
                 )
-                if not self._host.connected():
-                    await self._join_through_remembered(connected)
+                await self._join_through_others(connected)
                 await trio.sleep(pause_s)
                 continue
             pauses = iter(pauses_s())
             self._bootstrap_ids.add(peer_id)
             self._remembered.note(peer_id, (with_peer_id(address, peer_id),))
+            self._has_joined = True
             await connected(peer_id)
             while peer_id in self._host.connected():
                 await self._closed.wait()
             self._log.warning("[CONNECT] ✗ Connection to the bootstrap node lost")
 
-    async def _join_through_remembered(self, connected: Connected) -> None:
-        """Tries nodes of earlier runs; the first that answers will do."""
-        for node in self._remembered.nodes():
-            if node.peer_id == self._host.peer_id or not node.addresses:
-                continue
-            try:
-                peer_id = await self._host.connect(node.addresses, COMMAND_TIMEOUT_S)
-            except ShardmeshError:
-                continue
-            self._log.info("[CONNECT] ✓ Joined through a remembered node: %s", peer_id)
-            await connected(peer_id)
+    async def reach(self, timeout_s: float) -> str:
+        """See Membership.reach."""
+        has_others = any(node.addresses for node in self._remembered.nodes())
+        try:
+            return await self._host.connect(
+                self._bootstraps, timeout_s / 2 if has_others else timeout_s
+            )
+        except UnreachableError:
+            peer_id = await self._reach_remembered() if has_others else None
+            if peer_id is None:
+                raise
+            return peer_id
+
+    async def _join_through_others(self, connected: Connected) -> None:
+        """Without a bootstrap: joins through a node that is connected or remembered."""
+        peer_ids = self._host.connected()
+        if peer_ids and self._has_joined:
             return
+        peer_id = peer_ids[0] if peer_ids else await self._reach_remembered()
+        if peer_id is not None:
+            self._has_joined = True
+            await connected(peer_id)
+
+    async def _reach_remembered(self) -> str | None:
+        """Dials nodes of earlier runs, several at once; the first that answers will do."""
+        found: list[str] = []
+        limiter = trio.CapacityLimiter(_DIALS_AT_ONCE)
+
+        async def dial(node: RememberedNode) -> None:
+            async with limiter:
+                try:
+                    found.append(await self._host.connect(node.addresses, _REMEMBERED_TIMEOUT_S))
+                except ShardmeshError:
+                    return
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for node in self._remembered.nodes():
+                if node.peer_id != self._host.peer_id and node.addresses:
+                    nursery.start_soon(dial, node)
+        if not found:
+            return None
+        self._log.info("[CONNECT] ✓ Joined through a remembered node: %s", found[0])
+        return found[0]
 
     # -- listeners -----------------------------------------------------------------------------
 

@@ -42,19 +42,21 @@ class RememberedNodes:
         Without a path nothing is kept.
         """
         self._path = path
-        self._nodes: dict[str, RememberedNode] = {}
+        self._nodes = {node.peer_id: node for node in self._read()}
         self._saved: tuple[RememberedNode, ...] = ()
-        if path is None:
-            return
+
+    def _read(self) -> tuple[RememberedNode, ...]:
+        if self._path is None:
+            return ()
         try:
-            with path.open("rb") as file:
+            with self._path.open("rb") as file:
                 data = file.read(REMEMBERED_FILE_BYTES_MAX + 1)
-            for node in decode_json(data, _File).nodes:
-                self._nodes[node.peer_id] = node
+            return decode_json(data, _File).nodes
         except FileNotFoundError:
-            pass
+            return ()
         except (OSError, ProtocolError) as error:
-            _log.warning("%s is left aside: %s", path, error)
+            _log.warning("%s is left aside: %s", self._path, error)
+            return ()
 
     def nodes(self) -> list[RememberedNode]:
         return list(self._nodes.values())
@@ -62,13 +64,21 @@ class RememberedNodes:
     def note(self, peer_id: str, addresses: tuple[str, ...]) -> None:
         """Puts a node that was just reached first; the one not seen for longest may go."""
         node = RememberedNode(peer_id=peer_id, addresses=addresses[:DIAL_ADDRESSES_MAX])
+        if self._nodes.get(peer_id) == node and len(self._nodes) < REMEMBERED_NODES_MAX:
+            return  # nothing has to be written, and nobody has to go
         others = [other for other in self._nodes.values() if other.peer_id != peer_id]
         kept = [node, *others][:REMEMBERED_NODES_MAX]
         self._nodes = {other.peer_id: other for other in kept}
 
     def save(self) -> None:
-        """Writes the file, if anything changed; blocks on the disk.  StorageError (ours)."""
+        """Writes the file, if anything changed; blocks on the disk.  StorageError (ours).
+
+        What other processes of this user have remembered meanwhile stays, as far as there is room.
+        """
         nodes = tuple(self._nodes.values())
-        if self._path is not None and nodes != self._saved:
-            write_state(self._path, encode_json(_File(nodes=nodes)))
-            self._saved = nodes
+        if self._path is None or nodes == self._saved:
+            return
+        others = [node for node in self._read() if node.peer_id not in self._nodes]
+        kept = (*nodes, *others)[:REMEMBERED_NODES_MAX]
+        write_state(self._path, encode_json(_File(nodes=kept)))
+        self._saved = nodes

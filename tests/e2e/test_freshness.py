@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 KILLED_TARGET_S, STOPPED_TARGET_S = 5.0, 10.0
 SLACK_S = 5.0  # for a machine with other things to do
 BACK_TIMEOUT_S = 30.0
+JOIN_LIMIT_S = 30.0  # with its start; the target is 10 s from being up
 MODEL = ("--total-shards", "2", "--total-layers", "2", "--model-name", "none")
 
 
@@ -98,3 +100,17 @@ def test_stopped_and_woken_then_killed(mesh: Mesh) -> None:
         print(f"killed: right after {took_s:.1f} s")
 
     as_client(mesh, observe)
+
+
+def test_without_the_bootstrap_new_nodes_and_clients_still_join(mesh: Mesh) -> None:
+    """Where a node of this mesh has run before; the last test, since it ends the bootstrap."""
+    state = ("--state-dir", str(mesh.space.folder / "state-0"))
+    first = mesh.listeners[0]
+    mesh.bootstrap.running.process.kill()
+    late = mesh.listen(1, *MODEL, *state)
+    late.running.wait_line("Joined through a remembered node", JOIN_LIMIT_S)
+    late.wait_announced()
+    done = mesh.space.run("status", "--json", *mesh.where, *state)
+    assert {first.peer_id, late.peer_id} <= {
+        replica["peer_id"] for model in json.loads(done.out) for replica in model["replicas"]
+    }, done.err
