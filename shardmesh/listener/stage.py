@@ -168,7 +168,7 @@ class Stage:
             lambda: self._engine.open_sequence(session.sequence, sampling, message.history),
         )
         opened = SessionOpened(session=message.session, epoch=message.epoch)
-        self._nursery.start_soon(self._connect, session, lambda: opened)
+        self._start_connecting(session, lambda: opened)
 
     def _repair(self, link: Link, message: RepairSession) -> None:
         """Lets go of the old neighbours; what waits for the engine is computed all the same."""
@@ -186,14 +186,24 @@ class Stage:
             return
         self.counters.n_sessions_repaired += 1
         session.move_to(message.epoch, message.previous_stage, message.next_stage)
-        self._nursery.start_soon(self._connect, session, lambda: _repaired(session))
+        self._start_connecting(session, lambda: _repaired(session))
 
-    async def _connect(self, session: StageSession, answer: Callable[[], Message]) -> None:
+    def _start_connecting(self, session: StageSession, answer: Callable[[], Message]) -> None:
+        # Epoch and scope are those of now: the next repair may be read before the task begins.
+        self._nursery.start_soon(self._connect, session, session.epoch, session.connecting, answer)
+
+    async def _connect(
+        self,
+        session: StageSession,
+        epoch: int,
+        scope: trio.CancelScope,
+        answer: Callable[[], Message],
+    ) -> None:
         """Brings up the link to the next stage, then tells the coordinator."""
-        epoch, link = session.epoch, session.coordinator
+        link = session.coordinator
         try:
-            if session.next_stage is not None:
-                with session.connecting:  # a session that ends meanwhile leaves nothing waiting
+            with scope:  # a session that ends meanwhile leaves nothing waiting
+                if session.next_stage is not None:
                     link = await self._get_link(session.next_stage)
         except ShardmeshError as error:
             self._report_hop(session, "next", error, epoch)
@@ -394,11 +404,13 @@ class Stage:
 
     def _compute(self, works: list[Work]) -> None:
         """Computes micro-batches, some of them at once, and sends on what is ready."""
-        works = sorted(works, key=lambda work: work.session.sequence)
+        # Who left must be gone before they are divided: how many are at once decides the bits.
+        current = [work for work in works if self._is_current(work.session)]
+        works = sorted(current, key=lambda work: work.session.sequence)
         parts = computations([work.batch for work in works], self._numbers_at_once())
         for part in parts:
             computed, works = works[: len(part)], works[len(part) :]
-            self._compute_part([work for work in computed if self._is_current(work.session)])
+            self._compute_part(computed)
 
     def _numbers_at_once(self) -> list[int]:
         """How many sequences to advance at once: not more than this stage's share of them.

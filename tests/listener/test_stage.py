@@ -16,7 +16,7 @@ from shardmesh.coordinator.session import Session, SessionSettings
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
-from shardmesh.wire.messages import HiddenBatch, TokenBatch
+from shardmesh.wire.messages import HiddenBatch, NextStage, RepairSession, TokenBatch
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
 
@@ -164,6 +164,23 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
             mesh.links[0].send(late)
             assert await mesh_tokens(session, [5], 3) == whole_tokens([5], 3)
         assert mesh.stages[0].counters.n_late_frames == 1
+
+
+async def test_two_repairs_that_are_read_at_once_leave_the_stage_well() -> None:
+    async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            following = NextStage(peer_id="stage-1", addresses=())
+            for epoch in (1, 2):
+                repair = RepairSession(
+                    session=session.session_id,
+                    epoch=epoch,
+                    previous_stage=None,
+                    next_stage=following,
+                )
+                mesh.links[0].send(repair)
+            await until(lambda: mesh.stages[0].counters.n_sessions_repaired == 2)
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
 
 
 async def test_hidden_states_from_a_stranger_close_the_link() -> None:

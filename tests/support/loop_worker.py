@@ -43,6 +43,6 @@ class LoopWorker:
                 jobs, self._jobs = self._jobs, []
                 for job in jobs:
                     job()
-                for work in self._scheduler.next_batch():
-                    await trio.sleep(self._seconds_of(work.batch.n_tokens))
-                    self._compute([work])
+                works = self._scheduler.next_batch()
+                await trio.sleep(sum(self._seconds_of(work.batch.n_tokens) for work in works))
+                self._compute(works)

@@ -68,6 +68,23 @@ class GatedStream(trio.abc.Stream):
         await self._stream.aclose()
 
 
+def link_ends(
+    dialer: LinkUser,
+    acceptor: LinkUser,
+    *,
+    names: tuple[str, str],
+    streams: tuple[trio.abc.Stream, trio.abc.Stream],
+) -> tuple[Link, Link]:
+    """Two ends of one link that have not greeted; `names` are (dialer's, acceptor's) peer ids."""
+    here, there = KeyExchange(), KeyExchange()
+    link_id = new_link_id()
+    keys = here.agree(there.public_key, link_id=link_id, dialer=names[0], acceptor=names[1])
+    return (
+        Link(streams[0], keys, is_dialer=True, peer_id=names[1], user=dialer),
+        Link(streams[1], keys, is_dialer=False, peer_id=names[0], user=acceptor),
+    )
+
+
 async def linked_pair(
     nursery: trio.Nursery,
     dialer: LinkUser,
@@ -77,14 +94,8 @@ async def linked_pair(
     streams: tuple[trio.abc.Stream, trio.abc.Stream] | None = None,
 ) -> tuple[Link, Link]:
     """Two ends of one running link over memory; `names` are (dialer's, acceptor's) peer ids."""
-    here, there = KeyExchange(), KeyExchange()
-    link_id = new_link_id()
-    keys = here.agree(there.public_key, link_id=link_id, dialer=names[0], acceptor=names[1])
-    one, other = streams or trio.testing.memory_stream_pair()
-    ends = (
-        Link(one, keys, is_dialer=True, peer_id=names[1], user=dialer),
-        Link(other, keys, is_dialer=False, peer_id=names[0], user=acceptor),
-    )
+    streams = streams or trio.testing.memory_stream_pair()
+    ends = link_ends(dialer, acceptor, names=names, streams=streams)
     async with trio.open_nursery() as greeting:
         for end in ends:
             greeting.start_soon(end.greet)
