@@ -21,6 +21,8 @@ from typing import Any
 
 from build_arch_fixture import build_architecture, build_models, models_folder
 
+from shardmesh.engine.base import Engine, EngineOptions, MicroBatch
+from shardmesh.engine.llama import CANNOT_TRIM, load_engine
 from shardmesh.engine.verify import describe_death, verify_model
 from shardmesh.engine.verify_worker import VerifyTask, compute_task
 from shardmesh.errors import EngineError, ShardmeshError
@@ -54,12 +56,15 @@ def check_model(path: Path) -> dict[str, Any]:
         model = read_gguf(path)
         row["architecture"], row["n_layer"] = model.architecture, model.n_layer
         rules = architectures.RULES.get(model.architecture)
-        if rules is not None and model.n_layer in rules.special_layer_counts:
+        if rules is not None and model.n_layer in rules.refused_layer_counts[0]:
             return {**row, "state": NO_LEGAL_CUT, "reason": "so many layers are another model"}
         row["legal"] = list(legal_boundaries(model))
         cuts = list(cuts_to_try(legal_cuts(model), row["legal"]))
     except ShardmeshError as error:
         return {**row, "state": "refused", "reason": str(error)}
+    row["roll_back"] = check_roll_back(path)
+    if row["roll_back"] != ("exact" if rules is None or rules.rolls_back else CANNOT_TRIM):
+        return {**row, "state": "DIFFERENT", "reason": f"roll-back: {row['roll_back']}"}
     if not cuts:
         return {**row, "state": NO_LEGAL_CUT, "reason": "the model is too short for one"}
     for ranges in cuts:
@@ -100,6 +105,42 @@ def check_cut(path: Path, ranges: Sequence[LayerRange]) -> str:
     return "identical" if report.identical else f"differs by {report.max_abs_diff:.3g}"
 
 
+def check_roll_back(path: Path) -> str:
+    """ "exact" if tokens give the same bits after a sequence was taken back; else what happened."""
+    reading, writing = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=roll_back, args=(path, writing))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return reading.recv_bytes().decode() if reading.poll() else "its process died"
+
+
+def roll_back(path: Path, writing: Any) -> None:
+    """The logits of some single tokens, twice."""
+    silence()
+    engine = load_engine(path, EngineOptions(n_ctx=N_PREFILL + N_SINGLE, n_parallel=1))
+    engine.open_sequence(0)
+    tokens = [(7 * i + 3) % engine.info.n_vocab for i in range(N_PREFILL + N_SINGLE)]
+    engine.compute([MicroBatch(sequence=0, position=0, tokens=tuple(tokens[:N_PREFILL]))])
+    passes = []
+    try:
+        for _ in range(2):
+            engine.trim_sequence(0, N_PREFILL)
+            passes.append([logits(engine, i, tokens[i]) for i in range(N_PREFILL, len(tokens))])
+    except EngineError as error:
+        writing.send_bytes(error.code.encode())
+        return
+    writing.send_bytes(b"exact" if passes[0] == passes[1] else b"other bits")
+
+
+def logits(engine: Engine, position: int, token: int) -> bytes:
+    micro = MicroBatch(sequence=0, position=position, tokens=(token,), want_logits=True)
+    (output,) = engine.compute([micro])
+    return b"" if output.logits is None else output.logits.tobytes()
+
+
 def run_forked(task: VerifyTask, what: str, timeout_s: float) -> None:
     """A worker as a copy of this process, which has all modules loaded: quick, and may die."""
     reading, writing = multiprocessing.Pipe(duplex=False)
@@ -117,13 +158,17 @@ def run_forked(task: VerifyTask, what: str, timeout_s: float) -> None:
 
 
 def work(task: VerifyTask, writing: Any) -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    if "SHOW_LOG" not in os.environ:
-        os.dup2(null, 2)
+    silence()
     try:
         compute_task(task)
     except ShardmeshError as error:
         writing.send_bytes(str(error).encode())
+
+
+def silence() -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if "SHOW_LOG" not in os.environ:
+        os.dup2(null, 2)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("prompt")
 @click.option("--model", help="Name of the model, if the mesh serves several.")
+@click.option("--lora", "adapter", default="", help="Name of a LoRA adapter of the model.")
 @click.option(
     "--max-tokens", "n_tokens_max", type=click.IntRange(1), default=256, show_default=True
 )
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 def command(
     prompt: str,
     model: str | None,
+    adapter: str,
     n_tokens_max: int,
     temperature: float,
     top_k: int,
@@ -98,6 +100,7 @@ def command(
         prompt=None if chat else text,
         messages=tuple(messages) if chat else (),
         model=model,
+        adapter=adapter,
         n_tokens_max=n_tokens_max,
         stop=stop,
         ignore_end=ignore_end,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,13 @@ _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     show_default=True,
     help="Folder to write to.",
 )
+@click.option(
+    "--lora",
+    "lora_paths",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="LoRA adapter in GGUF to cut along, named as its file; may be given several times.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 def command(
     model: Path,
@@ -66,6 +73,7 @@ def command(
     n_parallel: int,
     name: str | None,
     out_dir: Path,
+    lora_paths: tuple[Path, ...],
     dry_run: bool,
 ) -> None:
     """Cut MODEL.gguf into shard files, with tokenizer.gguf and manifest.json beside them."""
@@ -82,6 +90,7 @@ def command(
         raise InputError(
             "--shards, --layers and --memory exclude each other", next_step="give one of them"
         )
+    adapters = adapters_by_name(lora_paths)
     console = Console(stderr=True)
     source = read_gguf(model)
     costs = costs_of(source)
@@ -99,7 +108,8 @@ def command(
         return
     if rules_for(source).is_unknown:
         _prove(console, source, ranges)
-    manifest = _split(console, source, ranges, out_dir, name or default_name(source))
+    name = name or default_name(source)
+    manifest = _split(console, source, ranges, out_dir, name, adapters)
     console.print(plan_table(costs, ranges, n_cached))
     console.print(f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}")
 
@@ -112,6 +122,14 @@ def parse_counts(text: str) -> tuple[int, ...]:
             f"{text[:100]!r} is not a list of layer counts", next_step="write it as in 8,8,10,6"
         )
     return tuple(int(word) for word in words)
+
+
+def adapters_by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """LoRA adapters by the names of their files; raises InputError (theirs) for two of one name."""
+    adapters = {re.sub(r"[^A-Za-z0-9._+-]", "_", path.stem)[:64]: path for path in paths}
+    if len(adapters) < len(paths):
+        raise InputError("two LoRA adapters have one name", next_step="rename one of their files")
+    return adapters
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -160,7 +178,12 @@ def _prove(console: Console, source: GgufFile, ranges: Sequence[LayerRange]) -> 
 
 
 def _split(
-    console: Console, source: GgufFile, ranges: Sequence[LayerRange], out_dir: Path, name: str
+    console: Console,
+    source: GgufFile,
+    ranges: Sequence[LayerRange],
+    out_dir: Path,
+    name: str,
+    adapters: Mapping[str, Path],
 ) -> Manifest:
     """Splits under a progress bar with rate and remaining time."""
     from rich.progress import (
@@ -174,7 +197,7 @@ def _split(
 
     from shardmesh.shards.split import plan_n_bytes, split_model
 
-    n_bytes = plan_n_bytes(source, ranges, name)
+    n_bytes = plan_n_bytes(source, ranges, name, adapters)
     bar = Progress(
         TextColumn("splitting"),
         BarColumn(),
@@ -192,4 +215,5 @@ def _split(
             name=name,
             progress=lambda n: bar.advance(task, n),
             is_proven=True,
+            adapters=adapters,
         )

@@ -116,6 +116,7 @@ class Coordinator:
                 n_ctx=n_ctx,
                 sampling=sampling,
                 history=tuple(prompt[-n_history:] if n_history else ()),
+                adapter=request.adapter,
             )
             finder = self._finder(request.wait_s)
             async with self._router.session(chain, links, settings, finder) as session:

@@ -28,6 +28,7 @@ class CompletionRequest:
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     plain_chat: bool = False  # a model without a template gets the messages as they are
     model: str | None = None  # None: the only one that the mesh serves
+    adapter: str = ""  # LoRA adapter of the model; empty: none
     n_tokens_max: int = N_TOKENS_MAX_DEFAULT
     stop: tuple[str, ...] = ()
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)

@@ -121,11 +121,16 @@ class Engine(Protocol):
     def info(self) -> EngineInfo: ...
 
     def open_sequence(
-        self, sequence: int, sampling: SamplingSettings | None = None, history: Sequence[int] = ()
+        self,
+        sequence: int,
+        sampling: SamplingSettings | None = None,
+        history: Sequence[int] = (),
+        adapter: str = "",
     ) -> None:
         """Empties sequence 0..n_parallel-1 and, on the last stage, prepares its sampler.
 
-        `history` are the tokens before the first sampled one, for penalties.
+        `history` are the tokens before the first sampled one, for penalties; `adapter` is one of
+        `info.adapters`, or empty.
         """
         ...
 

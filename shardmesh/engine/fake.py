@@ -91,7 +91,11 @@ class FakeEngine:
         return self._info
 
     def open_sequence(
-        self, sequence: int, sampling: SamplingSettings | None = None, history: Sequence[int] = ()
+        self,
+        sequence: int,
+        sampling: SamplingSettings | None = None,
+        history: Sequence[int] = (),
+        adapter: str = "",
     ) -> None:
         if sampling is not None and self._info.is_last:
             check_sampling(sampling, self._info.n_vocab)

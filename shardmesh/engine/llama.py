@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine import options as choices
+from shardmesh.engine.adapters import Adapters
 from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import (
     EngineInfo,
@@ -46,9 +47,13 @@ N_BATCH_TOKENS_MAX = 512
 """Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
 
 
-def load_engine(path: Path, options: EngineOptions) -> LlamaEngine:
+def load_engine(
+    path: Path, options: EngineOptions, adapters: Mapping[str, Path | None] | None = None
+) -> LlamaEngine:
     """Loads a shard, or a whole model, and makes room for its sequences.
 
+    `adapters`: name -> file of the LoRA adapters that a sequence may use, None for one that changes
+    nothing in this shard.
     Raises InputError (theirs) for options or a file that cannot be used, EngineError (ours) if
     llama.cpp refuses.
     """
@@ -58,7 +63,7 @@ def load_engine(path: Path, options: EngineOptions) -> LlamaEngine:
     n_ctx = choices.choose_n_ctx(options, facts.n_ctx_train, facts.kv, choices.memory_free_bytes())
     model = load_model(gguf, facts, n_ctx, options)
     try:
-        return LlamaEngine(model, n_ctx, options)
+        return LlamaEngine(model, n_ctx, options, Adapters(model.handle, adapters or {}))
     except BaseException:
         free_model(model)
         raise
@@ -67,7 +72,9 @@ def load_engine(path: Path, options: EngineOptions) -> LlamaEngine:
 class LlamaEngine:
     """See `engine.base.Engine`."""
 
-    def __init__(self, model: LoadedModel, n_ctx: int, options: EngineOptions) -> None:
+    def __init__(
+        self, model: LoadedModel, n_ctx: int, options: EngineOptions, adapters: Adapters
+    ) -> None:
         """Takes over `model` and frees it in `close`; if this raises, it is still the caller's."""
         facts = model.facts
         self._model = model
@@ -83,6 +90,7 @@ class LlamaEngine:
             n_parallel=options.n_parallel,
             n_batch_tokens_max=min(N_BATCH_TOKENS_MAX, n_ctx * options.n_parallel),
             fingerprint=fingerprint(facts, n_ctx, options),
+            adapters=adapters.names,
         )
         self._context: Any = None
         self._samplers: dict[int, SamplerChain] = {}
@@ -102,6 +110,8 @@ class LlamaEngine:
             0 if facts.is_first or facts.fed_as_tokens else model.n_embd_input,
             has_sections=model.has_rope_sections,
         )
+        self._adapters = adapters
+        self._adapter_of: dict[int, str] = {}
         self._table = SequenceTable(self._info)
         self._context = self._open_context(options)
         self._pooling = api.llama_pooling_type(self._context)
@@ -111,15 +121,21 @@ class LlamaEngine:
         return self._info
 
     def open_sequence(
-        self, sequence: int, sampling: SamplingSettings | None = None, history: Sequence[int] = ()
+        self,
+        sequence: int,
+        sampling: SamplingSettings | None = None,
+        history: Sequence[int] = (),
+        adapter: str = "",
     ) -> None:
         self._require_open()
         self._table.check_number(sequence)
+        self._adapters.check(adapter)
         sampler = None
         if sampling is not None and self._info.is_last:
             sampler = SamplerChain(sampling, self._info.n_vocab, history, self._vocabulary)
         self.close_sequence(sequence)
         self._table.open(sequence, can_sample=sampler is not None)
+        self._adapter_of[sequence] = adapter
         if sampler is not None:
             self._samplers[sequence] = sampler
 
@@ -130,7 +146,8 @@ class LlamaEngine:
         try:
             outputs = [
                 output
-                for part in computations(batch, self._info.numbers_at_once)
+                for _, same in itertools.groupby(batch, self._adapter_name)
+                for part in computations(list(same), self._info.numbers_at_once)
                 for output in self._run(part)
             ]
         except BaseException:
@@ -138,6 +155,9 @@ class LlamaEngine:
             raise
         self._table.advance(batch)
         return outputs
+
+    def _adapter_name(self, micro: MicroBatch) -> str:
+        return self._adapter_of.get(micro.sequence, "")
 
     def join_sequences(self, numbers: Sequence[int]) -> None:
         """See `engine.at_once`."""
@@ -213,6 +233,7 @@ class LlamaEngine:
     def _run(self, micros: Sequence[MicroBatch]) -> list[Output]:
         """One computation."""
         is_last = self._info.is_last
+        self._adapters.use(self._context, self._adapter_name(micros[0]))
         if self._tap is not None:
             self._tap.start([micro.hidden for micro in micros if micro.hidden is not None])
         wants_embedding = is_last and micros[0].want_embedding

@@ -44,6 +44,8 @@ from shardmesh.listener.local_messages import (
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity
 from shardmesh.logs import configure_logging
+from shardmesh.shards.gguf_check import read_gguf
+from shardmesh.shards.store import ShardStore
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX
 from shardmesh.wire.link_agreement import LinkGrant
 from shardmesh.wire.messages import NextStage
@@ -185,7 +187,10 @@ async def _open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketLi
 def _load(start: Start) -> Engine:
     names = [field.name for field in dataclasses.fields(EngineOptions)]
     options = EngineOptions(**{name: getattr(start, name) for name in names})
-    engine = load_engine(Path(start.shard_path), options)
+    path = Path(start.shard_path)
+    shard_id = read_gguf(path).get_int("shardmesh.shard_id", 0)
+    adapters = ShardStore(path.parent, create=False).adapters(shard_id)
+    engine = load_engine(path, options, adapters)
     numbers = find_numbers_at_once(engine)
     logger.info("numbers of sequences computed at once: %s", ", ".join(map(str, (1, *numbers))))
     return engine

@@ -165,7 +165,9 @@ class Stage:
         sampling = sampling_settings(message)
         self._run_in_engine(
             session,
-            lambda: self._engine.open_sequence(session.sequence, sampling, message.history),
+            lambda: self._engine.open_sequence(
+                session.sequence, sampling, message.history, message.adapter
+            ),
         )
         opened = SessionOpened(session=message.session, epoch=message.epoch)
         self._start_connecting(session, lambda: opened)

@@ -16,7 +16,7 @@ from pathlib import Path
 from shardmesh.errors import InputError, ShardmeshError, StorageError
 from shardmesh.shards.checked import CHECKED_NAME, TORRENTS_NAME
 from shardmesh.shards.manifest import MANIFEST_NAME, Manifest
-from shardmesh.shards.names import TOKENIZER_NAME, shard_name
+from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.shards.partial import PARTIAL_NAME
 from shardmesh.shards.publication import PUBLICATION_NAME, OpenPublication, read_publication
 from shardmesh.shards.store import ShardStore
@@ -128,7 +128,9 @@ def remove_model(store: ShardStore) -> int:
     """
     manifest = store.manifest()
     n_shards = len(manifest.shards) if manifest is not None else 0
+    n_adapters = len(manifest.adapters) if manifest is not None else 0
     names = {shard_name(shard_id) for shard_id in range(n_shards)} | {TOKENIZER_NAME}
+    names |= {adapter_name(n, shard_id) for n in range(n_adapters) for shard_id in range(n_shards)}
     n_bytes = _remove(path for path in _files(store.directory) if path.name in names)
     for name in (MANIFEST_NAME, PUBLICATION_NAME, CHECKED_NAME):
         (store.directory / name).unlink(missing_ok=True)

@@ -203,10 +203,10 @@ def _shard_tensors(
 ) -> Iterator[ShardTensor]:
     yield from _vocabulary_tensors(tensors, is_first, is_last)
     for tensor in tensors.shared:
-        yield _copy(tensor, tensor.name)
+        yield copied(tensor, tensor.name)
     for layer in range(layers.layer_start, layers.layer_end):
         for name, tensor in tensors.layers[layer]:
-            yield _copy(tensor, f"blk.{layer - layers.layer_start}.{name}")
+            yield copied(tensor, f"blk.{layer - layers.layer_start}.{name}")
 
 
 def _vocabulary_tensors(
@@ -222,21 +222,22 @@ def _vocabulary_tensors(
             yield ShardTensor(HEAD_BIAS, (1,), _F32, 4, None)
         return
     if is_first:
-        yield _copy(embedding, EMBEDDING)
+        yield copied(embedding, EMBEDDING)
         if is_last and head is not None:
-            yield _copy(head, HEAD)
+            yield copied(head, HEAD)
         elif tensors.needs_head:
             yield zero_table(embedding, HEAD)
     elif tensors.needs_head and head is not None:
         yield zero_table(embedding, EMBEDDING)
-        yield _copy(head, HEAD)
+        yield copied(head, HEAD)
     else:
-        yield _copy(head or embedding, EMBEDDING)
+        yield copied(head or embedding, EMBEDDING)
     if bias is not None:
-        yield _copy(bias, HEAD_BIAS)
+        yield copied(bias, HEAD_BIAS)
 
 
-def _copy(tensor: Tensor, name: str) -> ShardTensor:
+def copied(tensor: Tensor, name: str) -> ShardTensor:
+    """A tensor as it is, under another name."""
     return ShardTensor(name, tensor.shape, tensor.ggml_type, tensor.n_bytes, tensor)
 
 

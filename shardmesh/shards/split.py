@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from shardmesh import __version__
 from shardmesh.errors import GgufError, InputError, StorageError
+from shardmesh.shards.adapters import adapter_contents
 from shardmesh.shards.architectures import rules_for
 from shardmesh.shards.atomic import flush_to_disk
 from shardmesh.shards.gguf_check import read_gguf
@@ -24,6 +25,8 @@ from shardmesh.shards.manifest import (
     MANIFEST_NAME,
     NUMBER_MAX,
     SCHEMA_VERSION,
+    AdapterEntry,
+    AdapterFile,
     Manifest,
     ShardEntry,
     TokenizerEntry,
@@ -31,9 +34,10 @@ from shardmesh.shards.manifest import (
     encode_manifest,
     read_manifest,
 )
-from shardmesh.shards.names import TOKENIZER_NAME, shard_name
+from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
 from shardmesh.shards.staging import publish, staging_folder
+from shardmesh.wire.limits import ADAPTERS_MAX
 
 ROOM_TO_SPARE_BYTES: Final = 16 * 1024 * 1024
 """Free space asked for beyond the shards: folders, the manifest, what others write meanwhile."""
@@ -49,9 +53,11 @@ def split_model(
     name: str,
     progress: Progress | None = None,
     is_proven: bool = False,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Manifest:
     """Writes one shard per range and all that goes with them; gives the manifest.
 
+    `adapters`: name -> file of each LoRA adapter that is cut along.
     `is_proven`: the caller knows that a model of an unknown architecture stays exact, or finds out.
     `progress` is called with the bytes written since the last call.  All files appear under their
     final names together at the end; a cancellation or failure leaves nothing.  Raises GgufError or
@@ -60,7 +66,8 @@ def split_model(
     source = read_gguf(model)
     if not is_proven:
         refuse_unknown(source)
-    files = plan_files(source, ranges, name)
+    adapters = adapters or {}
+    files = plan_files(source, ranges, name, adapters)
     _refuse_overwriting(source, out_dir, files)
     with _storage_errors(out_dir):
         _check_room(out_dir, sum(n_bytes_of(contents) for contents in files.values()))
@@ -69,7 +76,7 @@ def split_model(
                 file_name: _write(staging / file_name, contents, progress)
                 for file_name, contents in files.items()
             }
-            manifest = _manifest(source, ranges, name, digests)
+            manifest = _manifest(source, ranges, name, list(adapters), digests)
             with (staging / MANIFEST_NAME).open("wb") as file:
                 file.write(encode_manifest(manifest))
                 flush_to_disk(file)
@@ -79,7 +86,10 @@ def split_model(
 
 
 def plan_files(
-    source: GgufFile, ranges: Sequence[LayerRange], name: str
+    source: GgufFile,
+    ranges: Sequence[LayerRange],
+    name: str,
+    adapters: Mapping[str, Path] | None = None,
 ) -> dict[str, FileContents]:
     """File name -> contents of all GGUF files of a split; raises InputError (theirs)."""
     check_cover(ranges, source.n_layer)
@@ -93,7 +103,21 @@ def plan_files(
         )
         for shard_id, layers in enumerate(ranges)
     }
+    files |= _plan_adapters(source, ranges, adapters or {})
     return {**files, TOKENIZER_NAME: tokenizer_contents(source)}
+
+
+def _plan_adapters(
+    source: GgufFile, ranges: Sequence[LayerRange], adapters: Mapping[str, Path]
+) -> dict[str, FileContents]:
+    if len(adapters) > ADAPTERS_MAX:
+        raise InputError(f"more than {ADAPTERS_MAX} LoRA adapters")
+    files = {}
+    for number, path in enumerate(adapters.values()):
+        for shard_id, contents in enumerate(adapter_contents(read_gguf(path), source, ranges)):
+            if contents is not None:
+                files[adapter_name(number, shard_id)] = contents
+    return files
 
 
 def refuse_unknown(source: GgufFile) -> None:
@@ -107,9 +131,16 @@ def refuse_unknown(source: GgufFile) -> None:
         )
 
 
-def plan_n_bytes(source: GgufFile, ranges: Sequence[LayerRange], name: str) -> int:
+def plan_n_bytes(
+    source: GgufFile,
+    ranges: Sequence[LayerRange],
+    name: str,
+    adapters: Mapping[str, Path] | None = None,
+) -> int:
     """Bytes of all GGUF files of a split, which is what `progress` will add up to."""
-    return sum(n_bytes_of(contents) for contents in plan_files(source, ranges, name).values())
+    return sum(
+        n_bytes_of(contents) for contents in plan_files(source, ranges, name, adapters).values()
+    )
 
 
 def quantization_of(source: GgufFile) -> str:
@@ -146,6 +177,7 @@ def _manifest(
     source: GgufFile,
     ranges: Sequence[LayerRange],
     name: str,
+    adapters: Sequence[str],
     digests: Mapping[str, tuple[int, str]],
 ) -> Manifest:
     shards = []
@@ -173,8 +205,21 @@ def _manifest(
         slicer_version=__version__,
         shards=tuple(shards),
         tokenizer=TokenizerEntry(n_bytes=n_bytes, sha256=sha256),
-        adapters=(),
+        adapters=tuple(
+            AdapterEntry(
+                name=adapter,
+                files=tuple(
+                    _adapter_file(digests.get(adapter_name(number, shard_id)))
+                    for shard_id in range(len(ranges))
+                ),
+            )
+            for number, adapter in enumerate(adapters)
+        ),
     )
+
+
+def _adapter_file(digest: tuple[int, str] | None) -> AdapterFile | None:
+    return None if digest is None else AdapterFile(n_bytes=digest[0], sha256=digest[1])
 
 
 def _number(source: GgufFile, key: str) -> int:
@@ -205,12 +250,15 @@ def _remove_older_split(out_dir: Path) -> None:
     if not manifest_path.exists():
         return
     try:
-        n_shards = len(read_manifest(manifest_path).shards)
+        older = read_manifest(manifest_path)
+        n_shards, n_adapters = len(older.shards), len(older.adapters)
     except InputError:
-        n_shards = 0
+        n_shards = n_adapters = 0
     manifest_path.unlink()
     for shard_id in range(n_shards):
         (out_dir / shard_name(shard_id)).unlink(missing_ok=True)
+        for number in range(n_adapters):
+            (out_dir / adapter_name(number, shard_id)).unlink(missing_ok=True)
 
 
 def _check_room(out_dir: Path, n_bytes: int) -> None:

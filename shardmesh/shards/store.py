@@ -17,12 +17,13 @@ from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.layers import LayerRange
 from shardmesh.shards.manifest import (
     MANIFEST_NAME,
+    AdapterFile,
     Manifest,
     ShardEntry,
     TokenizerEntry,
     read_manifest,
 )
-from shardmesh.shards.names import TOKENIZER_NAME, shard_name
+from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.wire.limits import SHARD_FILES_MAX
 
 _LAYER_TENSOR: Final = re.compile(r"blk\.([0-9]+)\.")
@@ -127,7 +128,26 @@ class ShardStore:
         read_gguf(path)
         return TokenizerEntry(n_bytes=n_bytes, sha256=sha256)
 
-    def _digest(self, path: Path, expected: ShardEntry | TokenizerEntry | None) -> tuple[int, str]:
+    def adapters(self, shard_id: int) -> dict[str, Path | None]:
+        """The LoRA adapters of the manifest whose part for this shard is here, by name.
+
+        None for one that changes nothing in it.  Raises GgufError (theirs) for a wrong file.
+        """
+        manifest = self.manifest()
+        found: dict[str, Path | None] = {}
+        for number, adapter in enumerate(manifest.adapters if manifest is not None else ()):
+            expected = adapter.files[shard_id] if shard_id < len(adapter.files) else None
+            path = self._directory / adapter_name(number, shard_id)
+            if expected is None:
+                found[adapter.name] = None
+            elif path.exists():
+                self._digest(path, expected)
+                found[adapter.name] = path
+        return found
+
+    def _digest(
+        self, path: Path, expected: ShardEntry | TokenizerEntry | AdapterFile | None
+    ) -> tuple[int, str]:
         """Size and SHA-256 of a file; GgufError (theirs) if others were expected."""
         with _storage_errors(path):
             n_bytes = path.stat().st_size

@@ -36,6 +36,7 @@ _U32, _F32_VALUE, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
 _I32 = 5
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _ALIGNMENT = 32
+_LORA_RANK = 4
 _HEAD_GAIN = 3.0  # deviation of a logit
 
 
@@ -116,6 +117,26 @@ def write_model(
     generator = np.random.default_rng([seed, n_layer, ARCHITECTURES.index(architecture)])
     tensors = _tensors(architecture, shape, n_vocab, _Drawer(generator, weights))
     write_gguf(path, {**metadata, **tokenizer}, list(tensors))
+    return path
+
+
+def write_lora(
+    path: Path, architecture: str, weights: Sequence[tuple[str, int, int]], *, seed: int = 1
+) -> Path:
+    """Writes a LoRA adapter for weights, each (name, columns, rows), and returns `path`."""
+    generator = np.random.default_rng(seed)
+    metadata = {
+        "general.architecture": string_value(architecture),
+        "general.type": string_value("adapter"),
+        "adapter.type": string_value("lora"),
+        "adapter.lora.alpha": f32_value(8.0),
+    }
+    tensors = []
+    for name, n_columns, n_rows in weights:
+        for end, shape in (("a", (n_columns, _LORA_RANK)), ("b", (_LORA_RANK, n_rows))):
+            values = generator.normal(0.0, 0.1, shape[0] * shape[1]).astype(np.float32)
+            tensors.append(TensorData(f"{name}.lora_{end}", shape, _F32, values.tobytes()))
+    write_gguf(path, metadata, tensors)
     return path
 
 
