@@ -21,14 +21,19 @@ class Reference:
 
 
 def reference_tokens(
-    engine: Engine, prompt: Sequence[int], sampling: SamplingSettings, n_tokens: int
+    engine: Engine,
+    prompt: Sequence[int],
+    sampling: SamplingSettings,
+    n_tokens: int,
+    *,
+    adapter: str = "",
 ) -> Reference:
     """`n_tokens` tokens after the prompt, over the micro-batches that a coordinator would send.
 
     `engine` holds a whole model; its sequence 0 is used.  Raises EngineError (ours).
     """
     history = prompt[-sampling.repeat_last_n :] if uses_history(sampling) else ()
-    engine.open_sequence(0, sampling, history)
+    engine.open_sequence(0, sampling, history, adapter)
     tokens: list[int] = []
     times_s: list[float] = []
     waiting = [prompt[i : i + PREFILL_TOKENS] for i in range(0, len(prompt), PREFILL_TOKENS)]

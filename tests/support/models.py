@@ -121,7 +121,12 @@ def write_model(
 
 
 def write_lora(
-    path: Path, architecture: str, weights: Sequence[tuple[str, int, int]], *, seed: int = 1
+    path: Path,
+    architecture: str,
+    weights: Sequence[tuple[str, int, int]],
+    *,
+    seed: int = 1,
+    deviation: float = 0.1,
 ) -> Path:
     """Writes a LoRA adapter for weights, each (name, columns, rows), and returns `path`."""
     generator = np.random.default_rng(seed)
@@ -134,7 +139,7 @@ def write_lora(
     tensors = []
     for name, n_columns, n_rows in weights:
         for end, shape in (("a", (n_columns, _LORA_RANK)), ("b", (_LORA_RANK, n_rows))):
-            values = generator.normal(0.0, 0.1, shape[0] * shape[1]).astype(np.float32)
+            values = generator.normal(0.0, deviation, shape[0] * shape[1]).astype(np.float32)
             tensors.append(TensorData(f"{name}.lora_{end}", shape, _F32, values.tobytes()))
     write_gguf(path, metadata, tensors)
     return path
