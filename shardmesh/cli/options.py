@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 
 import click
 import platformdirs
@@ -69,12 +69,14 @@ def log_options(command: Command) -> Command:
     return command
 
 
-def start_logging(log_format: str, verbose: int, quiet: bool) -> None:
-    """Sets up logging as the options of `log_options` say."""
+def start_logging(log_format: str, verbose: int, quiet: bool, stream: TextIO | None = None) -> None:
+    """Sets up logging as the options of `log_options` say; to standard output by default."""
     from shardmesh.logs import configure_logging
 
     configure_logging(
-        "json" if log_format == "json" else "pretty", verbosity=-1 if quiet else verbose
+        "json" if log_format == "json" else "pretty",
+        verbosity=-1 if quiet else verbose,
+        stream=stream,
     )
 
 

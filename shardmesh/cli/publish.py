@@ -72,7 +72,7 @@ def command(
 
     The link is all that another machine needs: `shardmesh listen --model LINK`.
     """
-    start_logging(log_format, verbose, quiet)
+    start_logging(log_format, verbose, quiet, sys.stderr)  # standard output has the link alone
     import trio
     from rich.console import Console
 

@@ -48,6 +48,7 @@ def parse_model_link(text: str) -> ModelLink:
         pairs = parse_qsl(
             query,
             strict_parsing=True,
+            keep_blank_values=True,
             errors="strict",
             max_num_fields=2 + MODEL_LINK_BOOTSTRAPS_MAX,
         )

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.manifest import Manifest, check_manifest, encode_manifest
+from shardmesh.shards.model_link import parse_model_link
+from shardmesh.shards.publication import open_publication
 from shardmesh.shards.store import layers_of
 from shardmesh.wire.announcement import (
     Announcement,
@@ -36,6 +38,11 @@ CLUSTER_OWNER = owner_of(
     Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
 )
 """Who signed the good updates of the corpus: the key of 32 zeros."""
+from shardmesh.wire.torrent_file import decode_torrent
+from shardmesh.wire.torrent_messages import FileResponse, ModelResponse, TorrentRequest
+
+PUBLICATION_DIGEST = "8b298138b3239dae81e39a539ea845d52b9c8f84f33263777f4383a45fc50d6e"
+"""Of the manifest in the corpus."""
 
 Target = Callable[[bytes], None]
 
@@ -109,6 +116,32 @@ def parse_relay(data: bytes) -> None:
         decode_cbor(data, RelayRequest | RelayAnswer)  # type: ignore[arg-type]
 
 
+def parse_torrent(data: bytes) -> None:
+    if decode_torrent(data).encode() != data:
+        raise AssertionError("a torrent has two encodings")
+
+
+def parse_torrent_message(data: bytes) -> None:
+    """What comes over /torrent/1.0, to either side."""
+    if b"port" in data and b"type" not in data:
+        decode_cbor(data, FileResponse)
+    elif b"publication" in data:
+        decode_cbor(data, ModelResponse)
+    else:
+        decode_cbor(data, TorrentRequest)  # type: ignore[arg-type]
+
+
+def parse_publication(data: bytes) -> None:
+    """One of the manifest that the corpus has it of."""
+    open_publication(data, manifest_digest=PUBLICATION_DIGEST)
+
+
+def parse_link(data: bytes) -> None:
+    link = parse_model_link(data.decode("utf-8", "replace"))
+    if parse_model_link(str(link)) != link:
+        raise AssertionError("a link has two meanings")
+
+
 TARGETS: dict[str, Target] = {
     "stream": parse_stream,
     "announcement": parse_announcement,
@@ -122,6 +155,10 @@ TARGETS: dict[str, Target] = {
     "model_info": parse_model_info,
     "cluster_update": parse_cluster_update,
     "relay": parse_relay,
+    "torrent": parse_torrent,
+    "torrent_message": parse_torrent_message,
+    "publication": parse_publication,
+    "model_link": parse_link,
 }
 
 

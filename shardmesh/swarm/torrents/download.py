@@ -29,6 +29,7 @@ logger = logging.getLogger("shardmesh")
 
 _ASK_INTERVAL_MIN_S: Final = 1.0
 _REPORT_INTERVAL_S: Final = 5.0
+_FLUSH_INTERVAL_S: Final = 1.0
 _WAIT_INTERVAL_S: Final = 0.5
 _LOOKING_REPORT_INTERVAL_S: Final = 30.0
 
@@ -148,6 +149,7 @@ class Download:
             self._state = "downloading"
             nursery.start_soon(self._keep_connecting, host, torrents, sources)
             nursery.start_soon(self._keep_reporting)
+            nursery.start_soon(self._keep_flushing, torrents, self._torrent)
             await self._complete(torrents, self._torrent)
             nursery.cancel_scope.cancel()
         return found
@@ -213,6 +215,12 @@ class Download:
             await self._ask(torrents, sources, wants_torrent=False, on_source=connect)
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 1.5, TORRENT_ASK_INTERVAL_MAX_S)
+
+    async def _keep_flushing(self, torrents: TorrentSession, torrent: Torrent) -> None:
+        """So that no more than some seconds are lost when the process is killed."""
+        while True:
+            await trio.sleep(_FLUSH_INTERVAL_S)
+            torrents.begin_flush(torrent)
 
     async def _keep_reporting(self) -> None:
         while True:

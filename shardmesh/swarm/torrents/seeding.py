@@ -132,6 +132,8 @@ class Seeder:
                 return
             if self._torrents.get(info_hash) is None:
                 await self._torrents.add(hashed.torrent, path.parent, is_whole=True)
+        except FileNotFoundError:
+            return  # removed, or taken back to be mended
         except (ShardmeshError, OSError) as error:
             logger.warning("[TORRENT] ✗ %s is not given to others: %s", path, error)
             self._refused.add((path, version))

@@ -123,6 +123,12 @@ class TorrentSession:
             except (RuntimeError, ValueError) as error:
                 _log.debug("%s:%d cannot be connected with: %s", host, port, error)
 
+    def begin_flush(self, torrent: Torrent) -> None:
+        """Hands to the system what libtorrent still has in memory: up to 32 MiB, as long as it
+        likes, which a killed process would lose."""
+        if torrent._handle is not None:
+            torrent._handle.flush_cache()
+
     async def flush(self, torrent: Torrent) -> None:
         """Waits until the system has all bytes of a finished torrent.  Raises StorageError."""
         torrent._flushed = trio.Event()

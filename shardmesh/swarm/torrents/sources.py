@@ -12,7 +12,7 @@ import trio
 from shardmesh.errors import ProtocolError, ShardmeshError
 from shardmesh.shards.publication import OpenPublication, open_publication
 from shardmesh.swarm.dht import Dht
-from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.torrents.exchange import (
     Ask,
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _ASKED_AT_ONCE_MAX: Final = 64
 _DHT_INTERVAL_S: Final = 20.0
 _DHT_INTERVAL_EMPTY_S: Final = 2.0
+_LOOK_INTERVAL_S: Final = 2.0
 _HINTS_KEPT: Final = 1000
 
 
@@ -49,6 +50,7 @@ class Sources:
         self._dht = dht
         self._directory = directory
         self._hints: dict[str, tuple[float, list[str]]] = {}
+        self._looked_s = -_LOOK_INTERVAL_S
         self._holders: dict[str, list[str]] = {}  # manifest digest -> who handed it over
 
     def _known(self, manifest_digest: str) -> list[str]:
@@ -63,10 +65,22 @@ class Sources:
 
     async def _ask_about(self, keys: tuple[str, ...], manifest_digest: str, ask: Ask) -> None:
         """Asks who is known, then who the DHT names; `ask` may do nothing once it has enough."""
+        await self._look_around()
         known = self._known(manifest_digest)
         await ask_all(known, ask)
         hinted = [peer_id for key in keys for peer_id in await self._hinted(key)]
         await ask_all([p for p in dict.fromkeys(hinted) if p not in known], ask)
+
+    async def _look_around(self) -> None:
+        """Takes in what a neighbour knows; by itself a node asks only now and then."""
+        connected = [p for p in self._host.connected() if p != self._host.peer_id]
+        if not connected or trio.current_time() - self._looked_s < _LOOK_INTERVAL_S:
+            return
+        self._looked_s = trio.current_time()
+        try:
+            await exchange(self._host, self._directory, random.choice(connected), timeout_s=2)
+        except ShardmeshError as error:
+            _log.debug("a neighbour's directory could not be had: %s", error)
 
     def _note_holder(self, manifest_digest: str, peer_id: str) -> None:
         if len(self._holders) >= _HINTS_KEPT:

@@ -1,0 +1,368 @@
+"""Model files between nodes: real sessions on loopback, files of tens of MB, and harm done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from support.torrents import MB, FileMesh, FileNode, Poisoner, make_model
+
+from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.shards.hashing import hash_file
+from shardmesh.shards.partial import PartialFile
+from shardmesh.shards.publication import OpenPublication
+from shardmesh.swarm.torrents import download as download_module
+from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
+from shardmesh.swarm.torrents.sources import file_key
+
+pytestmark = pytest.mark.processes
+
+DEADLINE_S = 60.0
+
+
+async def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end_s = trio.current_time() + DEADLINE_S
+    while not condition():
+        assert trio.current_time() < end_s, f"never: {what}"
+        await trio.sleep(0.02)
+
+
+async def fetch(node: FileNode, model: OpenPublication, shard_id: int = 0) -> Path:
+    """The file of a shard, fetched by a node."""
+    file = model.publication.shard(shard_id)
+    with trio.fail_after(DEADLINE_S):
+        await node.files.fetch(model, file, node.folder)
+    return node.folder / file.name
+
+
+def is_right(path: Path, model: OpenPublication, shard_id: int = 0) -> bool:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest == model.manifest.shards[shard_id].sha256
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What lies in a folder that is neither a model's file nor a memory of it."""
+    kept = (".checked.json", ".torrents", "manifest.json", "publication.cbor")
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in kept and not name.endswith(".gguf")]
+
+
+# -- what should happen ------------------------------------------------------------------------
+
+
+async def test_a_file_comes_whole_and_is_given_on(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 20 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("b") as second, mesh.node("c") as third:
+        async with mesh.node("a"):
+            path = await fetch(second, model)
+        assert is_right(path, model)
+        assert leftovers(second.folder) == []
+        progress = second.files.downloads()[0]
+        assert (progress.state, progress.n_bytes_done, progress.eta_s) == ("done", 20 * MB, 0.0)
+        assert is_right(await fetch(third, model), model)  # the first node is gone
+        await wait_until(lambda: third.files.files() != [], "it gives the file itself")
+        assert [(f.name, f.sha256, f.share_complete) for f in third.files.files()] == [
+            ("shard-0.gguf", model.manifest.shards[0].sha256, 1.0)
+        ]
+
+
+async def test_progress_is_seen_and_a_rate_is_kept(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 6 * MB)
+    mesh = FileMesh(tmp_path)
+    states: set[str] = set()
+    async with mesh.node("a", upload_rate=4 * MB), mesh.node("b") as node:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                while True:
+                    for progress in node.files.downloads():
+                        states.add(progress.state)
+                        if progress.state == "downloading" and progress.rate_bytes_per_s:
+                            assert progress.n_sources == 1
+                            assert progress.eta_s is not None
+                            assert 0 <= progress.n_bytes_done <= 6 * MB
+                            states.add("has rate")
+                    await trio.sleep(0.05)
+
+            nursery.start_soon(watch)
+            begun_s = trio.current_time()
+            await fetch(node, model)
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - begun_s > 6 / 4 * 0.5  # libtorrent lets a burst pass
+    assert {"downloading", "has rate"} <= states
+
+
+async def test_who_fetches_gives_what_it_has_already(tmp_path: Path) -> None:
+    """Two at once from a slow source: together they get more than it gives."""
+    model = make_model(tmp_path / "a", 8 * MB)
+    mesh = FileMesh(tmp_path)
+    async with (
+        mesh.node("a", upload_rate=4 * MB) as source,
+        mesh.node("b") as second,
+        mesh.node("c") as third,
+    ):
+        key = file_key(model.publication.shard(0).info_hash)
+        for node in (second, third):  # as listeners of one directory know each other
+            mesh.table.setdefault(key, {})[node.host.peer_id] = node.host.addresses()
+        async with trio.open_nursery() as nursery:
+            for node in (second, third):
+                nursery.start_soon(fetch, node, model)
+        assert is_right(second.folder / "shard-0.gguf", model)
+        assert is_right(third.folder / "shard-0.gguf", model)
+        assert source.n_bytes_given < 1.9 * 8 * MB
+
+
+async def test_all_models_are_given(tmp_path: Path) -> None:
+    mesh = FileMesh(tmp_path)
+    models = tmp_path / "models"
+    flat = make_model(tmp_path / "a", 300_000)
+    other = make_model(models / "other", 400_000, name="other", seed=1)
+    (models / "notes").mkdir()
+    (models / "notes" / "some model.gguf").write_bytes(b"x" * 1000)
+    async with mesh.node("a") as node:
+        node.files._library.models_dir = models
+        node.files.look_now()
+        await wait_until(lambda: node.files.seeding().n_files == 5, "all five are given")
+        for model in (flat, other):
+            found = await node.files.find_publication(model.manifest.digest())
+            assert found is not None
+            assert found.signed == model.signed
+        (models / "notes" / "some model.gguf").unlink()
+        node.files.look_now()
+        await wait_until(lambda: node.files.seeding().n_files == 4, "one less")
+
+
+# -- broken off, damaged, in the way -----------------------------------------------------------
+
+
+async def test_it_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 12 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a", upload_rate=8 * MB) as source:
+        async with mesh.node("b") as node, trio.open_nursery() as nursery:
+            nursery.start_soon(partial(fetch, node, model))
+            await wait_until(
+                lambda: any(d.n_bytes_done > 4 * MB for d in node.files.downloads()), "a part"
+            )
+            nursery.cancel_scope.cancel()
+        assert not (tmp_path / "b" / "shard-0.gguf").exists()
+        async with mesh.node("b") as node:
+            assert is_right(await fetch(node, model), model)
+        assert source.n_bytes_given < 14 * MB  # what was under way is lost
+
+
+async def test_only_the_damaged_piece_comes_again(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 24 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a") as source, mesh.node("b") as node:
+        path = await fetch(node, model)
+        n_before = source.n_bytes_given
+        data = bytearray(path.read_bytes())
+        data[10 * MB] ^= 1
+        path.write_bytes(data)
+        await fetch(node, model)
+        assert is_right(path, model)
+        assert source.n_bytes_given - n_before < 2 * MB
+        assert leftovers(node.folder) == []
+
+
+async def test_a_file_under_the_final_name_that_is_another_one_is_set_aside(
+    tmp_path: Path,
+) -> None:
+    model = make_model(tmp_path / "a", 1 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a"), mesh.node("b") as node:
+        (node.folder / "shard-0.gguf").write_bytes(b"mine")
+        path = await fetch(node, model)
+        assert is_right(path, model)
+        assert (node.folder / "shard-0.gguf.set-aside").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("comes_right", [True, False])
+async def test_a_file_that_appears_meanwhile(tmp_path: Path, comes_right: bool) -> None:
+    model = make_model(tmp_path / "a", 4 * MB)
+    whole = (tmp_path / "a" / "shard-0.gguf").read_bytes()
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a", upload_rate=4 * MB), mesh.node("b", gives=False) as node:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(fetch, node, model))
+            await wait_until(
+                lambda: any(d.n_bytes_done > 0.5 * MB for d in node.files.downloads()), "it begins"
+            )
+            (node.folder / "shard-0.gguf").write_bytes(whole if comes_right else whole[::-1])
+        assert is_right(node.folder / "shard-0.gguf", model)
+
+
+async def test_two_downloads_of_one_file_at_once_are_one(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 8 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a") as source, mesh.node("b") as node, mesh.node("b") as process:
+        # `process` stands for another process of the same machine that uses the same folder
+        async with trio.open_nursery() as nursery:
+            for asking in (node, node, process):
+                nursery.start_soon(partial(fetch, asking, model))
+        assert is_right(node.folder / "shard-0.gguf", model)
+        assert len(node.files.downloads()) == 1
+        assert source.n_bytes_given < 9 * MB
+        assert leftovers(node.folder) == []
+
+
+async def test_nobody_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(tmp_path / "a", 1 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("b") as node, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(fetch, node, model))
+        await wait_until(lambda: "No node has shard-0.gguf of random" in caplog.text, "it says so")
+        assert node.files.downloads()[0].state == "looking"
+        async with mesh.node("a"):
+            await wait_until(lambda: (node.folder / "shard-0.gguf").exists(), "it comes")
+
+
+# -- harm --------------------------------------------------------------------------------------
+
+
+async def test_one_poisoner_among_five(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(tmp_path / "a", 16 * MB)
+    for name in ("c", "d", "e"):
+        (tmp_path / name).mkdir()
+        os.link(tmp_path / "a" / "shard-0.gguf", tmp_path / name / "shard-0.gguf")
+    torrent = hash_file(tmp_path / "a" / "shard-0.gguf").torrent
+    poisoner = Poisoner(torrent, tmp_path / "poison")
+    mesh = FileMesh(tmp_path)
+    slow = {"upload_rate": 4 * MB}  # so that the download needs the poisoner's speed
+    async with (
+        mesh.node("a", **slow) as first,
+        mesh.node("c", **slow),
+        mesh.node("d", **slow),
+        mesh.node("e", **slow),
+        mesh.node("b") as node,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(partial(fetch, node, model))
+        torrents = node.files._torrents
+        await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
+        there = torrents.get(torrent.info_hash())
+        assert there is not None
+        await wait_until(lambda: there._handle is not None, "it is added")
+        # as if the host of the first node had said that it gives pieces there
+        await node.host.connect(first.host.addresses(), 5)
+        source = Source(first.host.peer_id, poisoner.port, None)
+        connect_with(node.host, torrents, torrent.info_hash(), source)
+        await wait_until(lambda: (node.folder / "shard-0.gguf").exists(), "it is complete")
+        assert is_right(node.folder / "shard-0.gguf", model)
+    assert poisoner.n_bytes_sent > 0, "the poisoner was never asked"
+    assert "is dropped for what it sent" in caplog.text
+
+
+async def test_another_torrent_than_asked_for(tmp_path: Path) -> None:
+    make_model(tmp_path / "a", 1 * MB)
+    make_model(tmp_path / "c", 1 * MB, seed=5)
+    other = hash_file(tmp_path / "c" / "shard-0.gguf").torrent
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a") as liar, mesh.node("b") as node:
+        (there,) = [t for t in liar.files._torrents.all() if t.file.name == "shard-0.gguf"]
+        info_hash = there.file.info_hash()
+        there.file = other
+        await node.host.connect(liar.host.addresses(), 5)
+        with pytest.raises(ShardmeshError) as caught:
+            await ask_for_file(node.host, liar.host.peer_id, info_hash, wants_torrent=True, port=0)
+        assert caught.value.code == "BAD_TORRENT"
+
+
+async def test_a_publisher_whose_hashes_contradict_each_other(tmp_path: Path) -> None:
+    """The info-hash leads to a file that is not the manifest's: it never gets its name."""
+    model = make_model(tmp_path / "a", 1 * MB)
+    other = make_model(tmp_path / "c", 1 * MB, seed=5)
+    lie = OpenPublication(
+        type(model.publication)(
+            manifest=model.manifest,
+            shard_info_hashes=other.publication.shard_info_hashes,
+            tokenizer_info_hash=other.publication.tokenizer_info_hash,
+        ),
+        model.publisher,
+        model.signed,
+    )
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("c"), mesh.node("b") as node:
+        with pytest.raises(InputError) as caught:
+            await fetch(node, lie)
+        assert caught.value.code == "BAD_SHARD"
+        assert not (node.folder / "shard-0.gguf").exists()
+        assert leftovers(node.folder) == []
+
+
+async def test_no_room_before_anything_is_fetched(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 3 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a"), mesh.node("b", max_disk_bytes=2 * MB) as node:
+        with pytest.raises(InputError) as caught:
+            await fetch(node, model)
+        assert caught.value.code == "NO_ROOM"
+        assert leftovers(node.folder) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A folder on a disk of 32 MB, where that can be made."""
+    folder = tmp_path / "b"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs a disk of its own, which only root can make")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_the_disk_becomes_full(tmp_path: Path, small_disk: Path) -> None:
+    """Somebody else fills it meanwhile: a typed error, the room is free again, the node goes on."""
+    model = make_model(tmp_path / "a", 10 * MB, 1 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a", upload_rate=6 * MB), mesh.node("b") as node:
+        caught: list[ShardmeshError] = []
+
+        async def fetch_and_fail() -> None:
+            try:
+                await fetch(node, model)
+            except ShardmeshError as error:
+                caught.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch_and_fail)
+            await wait_until(
+                lambda: any(d.n_bytes_done > 1 * MB for d in node.files.downloads()), "it begins"
+            )
+            with pytest.raises(OSError, match="No space"):
+                (small_disk / "other").write_bytes(bytes(40 * MB))
+        assert [error.code for error in caught] == ["NO_ROOM"]
+        assert not (small_disk / ".partial").exists()
+        (small_disk / "other").unlink()
+        assert is_right(await fetch(node, model, 1), model, 1)
+
+
+async def test_what_was_fetched_is_checked_once_more_when_the_disk_has_spoiled_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "a", 4 * MB)
+    spoiled: list[Path] = []
+    real = PartialFile.is_right
+
+    def spoil_first(partial_file: PartialFile) -> bool:
+        if not spoiled:
+            spoiled.append(partial_file.path)
+            with partial_file.path.open("r+b") as file:
+                file.seek(2 * MB)
+                file.write(b"spoiled")
+        return real(partial_file)
+
+    monkeypatch.setattr(download_module.PartialFile, "is_right", spoil_first)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a"), mesh.node("b") as node:
+        assert is_right(await fetch(node, model), model)
+    assert spoiled
