@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmesh.errors import InputError, ProtocolError, ShardmeshError
-from shardmesh.shards.manifest import Manifest, ShardEntry, TokenizerEntry
+from shardmesh.shards.manifest import SCHEMA_VERSION, Manifest, ShardEntry, TokenizerEntry
 from shardmesh.shards.model_link import ModelLink, parse_model_link
 from shardmesh.shards.publication import (
     Publication,
@@ -33,7 +33,7 @@ def manifest(name: str = "fairy tales") -> Manifest:
         for i in range(3)
     )
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model_name=name,
         architecture="llama",
         n_layer=6,
@@ -41,6 +41,8 @@ def manifest(name: str = "fairy tales") -> Manifest:
         n_ctx_train=512,
         quantization="Q8_0",
         slicer_version="0.1.0",
+        can_roll_back=True,
+        adapters=(),
         shards=shards,
         tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
     )

@@ -33,15 +33,15 @@ from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_reques
 from shardmesh.wire.messages import HiddenBatch, body_to_hidden, decode_message, encode_message
 from shardmesh.wire.model_info import ModelInfo, ModelInfoRequest
 from shardmesh.wire.relay import DialBackAnswer, DialBackRequest, RelayAnswer, RelayRequest
+from shardmesh.wire.torrent_file import decode_torrent
+from shardmesh.wire.torrent_messages import FileResponse, ModelResponse, TorrentRequest
 
 CLUSTER_OWNER = owner_of(
     Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
 )
 """Who signed the good updates of the corpus: the key of 32 zeros."""
-from shardmesh.wire.torrent_file import decode_torrent
-from shardmesh.wire.torrent_messages import FileResponse, ModelResponse, TorrentRequest
 
-PUBLICATION_DIGEST = "8b298138b3239dae81e39a539ea845d52b9c8f84f33263777f4383a45fc50d6e"
+PUBLICATION_DIGEST = "f93096964713de41506a0221575a98794cf983761388ee4b9edb3a8108e21dde"
 """Of the manifest in the corpus."""
 
 Target = Callable[[bytes], None]

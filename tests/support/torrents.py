@@ -13,7 +13,13 @@ import trio
 
 from shardmesh.shards.hashing import hash_file
 from shardmesh.shards.library import Library
-from shardmesh.shards.manifest import Manifest, ShardEntry, TokenizerEntry, write_manifest
+from shardmesh.shards.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    write_manifest,
+)
 from shardmesh.shards.publication import (
     OpenPublication,
     Publication,
@@ -120,7 +126,7 @@ def make_model(
     path.write_bytes(generator.randbytes(n_bytes_tokenizer))
     hashed = hash_file(path)
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model_name=name,
         architecture="llama",
         n_layer=len(sizes),
@@ -128,6 +134,8 @@ def make_model(
         n_ctx_train=512,
         quantization="Q8_0",
         slicer_version="0.1.0",
+        can_roll_back=True,
+        adapters=(),
         shards=tuple(entries),
         tokenizer=TokenizerEntry(n_bytes=n_bytes_tokenizer, sha256=hashed.sha256),
     )
