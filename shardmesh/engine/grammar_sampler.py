@@ -54,12 +54,6 @@ class GrammarSampler:
         api.llama_sampler_accept(self._sampler, token)
         return token
 
-    def replay(self, token: int) -> None:
-        """Takes a token that was chosen before; raises InputError (theirs) if it does not fit."""
-        if not self._allows(token):
-            raise InputError("the text so far does not follow the grammar", code=BAD_GRAMMAR)
-        api.llama_sampler_accept(self._sampler, token)
-
     def close(self) -> None:
         if self._sampler is not None:
             api.llama_sampler_free(self._sampler)

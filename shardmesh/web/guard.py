@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import trio
 from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardmesh.errors import InputError, RefusedError, ShardmeshError
@@ -70,7 +71,10 @@ class Guard:
             await self._app(scope, receive, send)
         else:
             body = _BoundedBody(receive, send)
-            await self._app(scope, body.receive, body.send)
+            try:
+                await self._app(scope, body.receive, body.send)
+            except ClientDisconnect:  # gone while its body was read, or made to look so
+                await body.refuse()
 
     def _admit(self, scope: Scope, request: Headers) -> None:
         """Notes the caller in the scope; raises for one without a token or over its rate."""
@@ -134,8 +138,8 @@ def check_origin(origin: str | None, host: str, settings: GuardSettings) -> None
     """Raises NotAllowedError for a page of another site, unless it is listed."""
     if origin is None or origin in settings.origins or "*" in settings.origins:
         return
-    place = urlsplit(origin) if origin.isascii() else urlsplit("")
     try:
+        place = urlsplit(origin)
         own_ports = {_port(urlsplit(f"//{host}").port, place.scheme), *settings.ports}
         is_own = place.hostname == _host_name(host) and _port(place.port, place.scheme) in own_ports
     except ValueError:
@@ -237,6 +241,7 @@ class _BoundedBody:
         self._n_bytes = 0
         self._is_over = False
         self._is_too_large = False
+        self._is_refused = False
         self._deadline_s = trio.current_time() + HTTP_BODY_TIMEOUT_S
 
     async def receive(self) -> Message:
@@ -256,8 +261,13 @@ class _BoundedBody:
         if not self._is_too_large:
             await self._send(message)
         elif message["type"] == "http.response.start":
+            await self.refuse()
+
+    async def refuse(self) -> None:
+        """Says that the body was too large, if it was and nobody has said so yet."""
+        if self._is_too_large and not self._is_refused:
+            self._is_refused = True
             error = response_of(_too_large())
-            await self._send(
-                {"type": message["type"], "status": error.status_code, "headers": error.raw_headers}
-            )
+            start = {"status": error.status_code, "headers": error.raw_headers}
+            await self._send({"type": "http.response.start", **start})
             await self._send({"type": "http.response.body", "body": bytes(error.body)})

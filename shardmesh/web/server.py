@@ -92,6 +92,9 @@ async def serve_app(app: Any, sockets: Sequence[socket.socket]) -> None:
         n_open += 1
         try:
             await _Connection(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        except Exception:
+            # One connection's defect must not end the others.
+            logger.exception("a connection failed")
         finally:
             n_open -= 1
 

@@ -33,6 +33,7 @@ class EventStream(Response):
         super().__init__()
         self._produce = produce
         self._has_begun = False
+        self._turn = trio.Lock()  # several choices send, and nothing may overtake the beginning
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with trio.open_nursery() as nursery:
@@ -43,8 +44,9 @@ class EventStream(Response):
     async def _answer(self, send: Send) -> None:
         async def send_event(value: Any) -> None:
             data = value.encode() if isinstance(value, str) else _encoder.encode(value)
-            await self._begin(send)
-            await send(_body(b"data: " + data + b"\n\n", more=True))
+            async with self._turn:
+                await self._begin(send)
+                await send(_body(b"data: " + data + b"\n\n", more=True))
 
         try:
             await self._produce(send_event)

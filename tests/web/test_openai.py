@@ -1,0 +1,269 @@
+"""The gateway as programs use it: OpenAI's own package and curl, over a mesh of real processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from support.processes import Running, Workspace, workspace
+
+from shardmesh.demo_model import DEMO_MODEL
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not DEMO_MODEL.exists(), reason="the demo model is not here"),
+]
+
+PROMPT = "Once upon a time there was a king who"
+MODEL = "Shardmesh fairy tales"
+START_TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def space() -> Iterator[Workspace]:
+    with workspace() as space:
+        yield space
+
+
+@pytest.fixture(scope="module")
+def gateway(space: Workspace) -> Running:
+    arguments = ("demo", "--shards", "2", "--max-tokens", "4", "--web", "--port", "0")
+    started = space.start(*arguments)
+    started.wait_line(r"base_url=", START_TIMEOUT_S)
+    return started
+
+
+@pytest.fixture(scope="module")
+def url(gateway: Running) -> str:
+    return gateway.wait_line(r"base_url=(http://\S+)/v1")[1]
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0
+    ) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nothing")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_completion_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 20
+    pieces = list(
+        client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=20,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
+    assert pieces[-1].usage == whole.usage
+    assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] == "length"
+
+
+def test_several_prompts_choices_and_echo(client: openai.OpenAI) -> None:
+    several = client.completions.create(
+        model=MODEL, prompt=[PROMPT, "The queen"], max_tokens=3, n=2, seed=5, echo=True
+    )
+    texts = [choice.text for choice in several.choices]
+    assert [text.startswith(PROMPT) for text in texts] == [True, True, False, False]
+    again = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, seed=5, echo=True)
+    assert again.choices[0].text == texts[0], "the seed decides"
+
+
+def test_tokens_as_prompt(client: openai.OpenAI, url: str) -> None:
+    tokens = httpx.post(
+        f"{url}/tokenize", json={"content": PROMPT, "add_special": True}, timeout=TIMEOUT_S
+    ).json()["tokens"]
+    of_text, of_tokens = (
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0)
+        for prompt in (PROMPT, tokens)
+    )
+    assert of_text.choices[0].text == of_tokens.choices[0].text
+    back = httpx.post(f"{url}/detokenize", json={"tokens": tokens}, timeout=TIMEOUT_S).json()
+    assert PROMPT in back["content"]
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0)
+    stop = whole.choices[0].text.split()[3]
+    cut = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0, stop=[stop]
+    )
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].text == whole.choices[0].text.partition(stop)[0]
+
+
+def test_logprobs_and_logit_bias(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": PROMPT}],
+        max_completion_tokens=3,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert chat.choices[0].logprobs is not None
+    entries = chat.choices[0].logprobs.content
+    assert entries is not None
+    assert [entry.token for entry in entries] == [entry.top_logprobs[0].token for entry in entries]
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in entries)
+    assert bytes(entries[0].bytes or []).decode() == entries[0].token
+    old = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=2, temperature=0, logprobs=2
+    )
+    assert old.choices[0].logprobs is not None
+    assert len(old.choices[0].logprobs.tokens or []) == 2
+    biased = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={"300": 100}
+    )
+    same = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={"300": 100}
+    )
+    assert biased.choices[0].text == same.choices[0].text != old.choices[0].text
+
+
+def test_a_chat_streamed_with_usage(client: openai.OpenAI) -> None:
+    pieces = list(
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[
+                {"role": "system", "content": "A fairy tale."},
+                {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+            ],
+            max_tokens=10,
+            stream=True,
+            stream_options={"include_usage": True},
+            n=2,
+        )
+    )
+    assert {p.choices[0].index for p in pieces if p.choices} == {0, 1}
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens <= 20
+
+
+def test_an_answer_in_json(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"hero": {"enum": ["king", "queen"]}, "age": {"enum": [7, 70]}},
+        "required": ["hero", "age"],
+        "additionalProperties": False,
+    }
+    chat = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=60,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "hero", "schema": schema, "strict": True},
+        },
+    )
+    answer = json.loads(chat.choices[0].message.content or "")
+    assert answer["hero"] in ("king", "queen")
+    assert chat.choices[0].finish_reason == "stop"
+
+
+def test_errors_have_openais_shape(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model=MODEL, prompt="king " * 5000)
+    assert too_long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.completions.create(model=MODEL, prompt=PROMPT, temperature=-1)
+    assert wrong.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as no_tools:
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": PROMPT}],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
+    assert no_tools.value.code == "NO_TOOLS"
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    found = client.embeddings.create(model=MODEL, input=["a king", "a queen"])
+    vectors = [entry.embedding for entry in found.data]
+    assert len(vectors) == 2
+    assert sum(value * value for value in vectors[0]) == pytest.approx(1, abs=1e-3)
+    assert vectors[0] != vectors[1]
+
+
+def test_curl(url: str) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 4, "stream": True})
+    command = [curl, "-sSN", f"{url}/v1/completions", "-H", "Content-Type: application/json"]
+    done = subprocess.run(
+        [*command, "-d", body], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    events = done.stdout.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert all(event.startswith("data: ") for event in events)
+
+
+def test_pages_figures_and_the_document(url: str) -> None:
+    page = httpx.get(f"{url}/docs", timeout=TIMEOUT_S).text
+    assert "https://" not in page, "it works without the network"
+    assert httpx.get(f"{url}/docs/swagger-ui-bundle.js", timeout=TIMEOUT_S).status_code == 200
+    figures = httpx.get(f"{url}/metrics", timeout=TIMEOUT_S).text
+    assert "shardmesh_generated_tokens_total" in figures
+    assert "llm_model_requests_total" in figures
+    assert httpx.get(f"{url}/health", timeout=TIMEOUT_S).json()["status"] == "ok"
+
+
+def test_who_goes_away_frees_its_sessions(url: str) -> None:
+    """Both kinds of answer, on all stages: the model's only sequences are free again at once."""
+    body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "n": 4, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=TIMEOUT_S) as answer:
+        for _, _ in zip(range(4), answer.iter_lines(), strict=False):
+            pass
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=0.3)
+    deadline_s = time.monotonic() + 20
+    while status(url)["n_sessions"]:
+        assert time.monotonic() < deadline_s, "sessions go on for nobody"
+        time.sleep(0.02)
+    figures = httpx.get(f"{url}/metrics", timeout=TIMEOUT_S).text
+    assert 'outcome="cancelled"' in figures
+
+
+def status(url: str) -> dict[str, int]:
+    answer: dict[str, int] = httpx.get(f"{url}/v1/node/status", timeout=TIMEOUT_S).json()
+    return answer
+
+
+def test_the_mesh_is_told_of(url: str, tmp_path: Path) -> None:
+    info = httpx.get(f"{url}/v1/node/info", timeout=TIMEOUT_S)
+    assert info.headers["X-Node-ID"] == info.json()["id"]
+    peers = httpx.get(f"{url}/v1/peers", timeout=TIMEOUT_S).json()
+    assert [peer["shard"]["shard_id"] for peer in peers] == [0, 1]
+    assert all(peer["uuid"] and peer["name"] and not peer["name_clash"] for peer in peers)
+    (model,) = httpx.get(f"{url}/v1/mesh", timeout=TIMEOUT_S).json()["models"]
+    assert model["complete"]
+    assert model["chain"] == [peer["id"] for peer in peers]
+    with httpx.stream("GET", f"{url}/v1/events", timeout=TIMEOUT_S) as events:
+        assert json.loads(next(events.iter_lines()).removeprefix("data: "))["kind"] == "hello"

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shardmesh.errors import InputError
+from shardmesh.web.errors import RateLimitError
+from shardmesh.web.tokens import ApiTokens, RateLimits, read_tokens
+
+
+@pytest.mark.parametrize("line", ["short", "name:short", "with blank in it, though long", "é" * 20])
+def test_what_is_no_token_is_refused(line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ApiTokens([line])
+    assert caught.value.code == "BAD_API_TOKEN"
+    assert line not in str(caught.value), "a token is not repeated"
+
+
+def test_a_file_of_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"# ours\n\nalice:{'a' * 20}\n{'b' * 20}\n")
+    path.chmod(0o600)
+    tokens = ApiTokens(read_tokens(path))
+    assert tokens.name_of("a" * 20) == "alice"
+    assert tokens.name_of("b" * 20) == "token 2"
+    assert tokens.name_of("a" * 19) is None
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="read by others"):
+        read_tokens(path)
+
+
+def test_a_bucket_fills_again() -> None:
+    limits = RateLimits(60)
+    for _ in range(60):
+        limits.take("alice", 0.0)
+    with pytest.raises(RateLimitError) as caught:
+        limits.take("alice", 0.5)
+    assert caught.value.retry_s == pytest.approx(0.5)
+    limits.take("alice", 1.0)
