@@ -14,10 +14,11 @@ import trio
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.websockets import WebSocket, WebSocketDisconnect
 
-from shardmesh.errors import BusyError
+from shardmesh.errors import BusyError, InputError
 from shardmesh.swarm.commands import send_command
 from shardmesh.web.event_store import EVENTS_ASKED_MAX
 from shardmesh.web.feed import FEED_VERSION, Feed
+from shardmesh.web.gateway import Gateway
 from shardmesh.web.routes import GatewayOfApp
 from shardmesh.wire.codec import encode_json
 from shardmesh.wire.commands import LoadShardParams
@@ -166,6 +167,7 @@ PeerId = Annotated[str, Path(max_length=128, pattern=r"^\w+$")]
 @router.post("/v1/nodes/{peer_id}/shard")
 async def load_shard(gateway: GatewayOfApp, peer_id: PeerId, shard: ShardToLoad) -> dict[str, Any]:
     """Has a node load a shard, from its disk or from other nodes; answers once it serves it."""
+    _require_known(gateway, peer_id)
     params = LoadShardParams(shard_id=shard.shard_id, model=shard.model)
     answer: dict[str, Any] = await send_command(
         gateway.client.host, peer_id, "LOAD_SHARD", params, LOAD_TIMEOUT_S + COMMAND_TIMEOUT_S
@@ -176,5 +178,12 @@ async def load_shard(gateway: GatewayOfApp, peer_id: PeerId, shard: ShardToLoad)
 @router.delete("/v1/nodes/{peer_id}/shard")
 async def unload_shard(gateway: GatewayOfApp, peer_id: PeerId) -> dict[str, Any]:
     """Has a node stop serving its shard; its sessions end."""
+    _require_known(gateway, peer_id)
     answer: dict[str, Any] = await send_command(gateway.client.host, peer_id, "UNLOAD_SHARD")
     return answer
+
+
+def _require_known(gateway: Gateway, peer_id: str) -> None:
+    """Raises InputError (theirs) for a node that the mesh does not have."""
+    if gateway.directory.get(peer_id) is None:
+        raise InputError("the mesh has no node with this peer id", code="UNKNOWN_PEER")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 
 from shardmesh.coordinator.chain import missing_layers, models_of
 from shardmesh.coordinator.coordinator import replica_of
-from shardmesh.web.routes import GatewayOfApp
+from shardmesh.web.routes import GatewayOfApp, ranges_json
 
 router = APIRouter(tags=["operation"])
 
@@ -19,7 +19,7 @@ class ModelHealth(pydantic.BaseModel):
 
     model: str
     n_layer: int
-    missing_layers: list[tuple[int, int]]  # half-open ranges
+    missing_layers: list[list[int]]  # half-open ranges
 
 
 class Health(pydantic.BaseModel):
@@ -34,7 +34,9 @@ async def health(gateway: GatewayOfApp, response: Response) -> Health:
     """Whether a prompt could be answered now; names the layers that nobody serves."""
     replicas = [replica_of(a) for a in gateway.directory.all() if a.total_layers]
     models = [
-        ModelHealth(model=name, n_layer=found[0].n_layer, missing_layers=missing_layers(found))
+        ModelHealth(
+            model=name, n_layer=found[0].n_layer, missing_layers=ranges_json(missing_layers(found))
+        )
         for (name, _), found in sorted(models_of(replicas).items())
     ]
     is_ok = any(not model.missing_layers for model in models)

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from shardmesh.coordinator.chain import Replica, choose_model, missing_layers, models_of
 from shardmesh.coordinator.coordinator import replica_of
 from shardmesh.web.gateway import Gateway
-from shardmesh.web.routes import GatewayOfApp
+from shardmesh.web.routes import GatewayOfApp, ranges_json
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -25,7 +25,7 @@ class ModelObject(pydantic.BaseModel):
     n_layer: int
     n_ctx: int
     complete: bool
-    missing_layers: list[tuple[int, int]]
+    missing_layers: list[list[int]]  # half-open ranges
 
 
 class ModelList(pydantic.BaseModel):
@@ -59,5 +59,5 @@ def _model(gateway: Gateway, name: str) -> ModelObject:
         n_layer=replicas[0].n_layer,
         n_ctx=min((r.n_ctx for r in replicas if r.shard_loaded), default=0),
         complete=not missing,
-        missing_layers=missing,
+        missing_layers=ranges_json(missing),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from fastapi import Depends
@@ -17,3 +18,8 @@ def _gateway_of_app(connection: HTTPConnection) -> Gateway:
 
 GatewayOfApp = Annotated[Gateway, Depends(_gateway_of_app)]
 """The type of a route's parameter that is to be the app's gateway; WebSocket routes too."""
+
+
+def ranges_json(ranges: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Layer ranges as JSON has them; a schema of pairs is not understood everywhere."""
+    return [list(each) for each in ranges]

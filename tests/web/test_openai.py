@@ -8,10 +8,21 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from support.processes import Running, Workspace, workspace
 
 from shardmesh.demo_model import DEMO_MODEL
@@ -27,6 +38,7 @@ PROMPT = "Once upon a time there was a king who"
 MODEL = "Shardmesh fairy tales"
 START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
+N_EXAMPLES = 3  # of each route; the same each time
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +279,59 @@ def test_the_mesh_is_told_of(url: str, tmp_path: Path) -> None:
     assert model["chain"] == [peer["id"] for peer in peers]
     with httpx.stream("GET", f"{url}/v1/events", timeout=TIMEOUT_S) as events:
         assert json.loads(next(events.iter_lines()).removeprefix("data: "))["kind"] == "hello"
+
+
+SKIPPED = {"/v1/events"}  # answers without an end
+CHECKS = (
+    schemathesis.checks.not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+)
+
+
+def tame(body: Any) -> None:
+    """Keeps an answer that was asked for short; the request stays as wild as it is."""
+    if isinstance(body, dict) and ("prompt" in body or "messages" in body):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if isinstance(body.get(name), int) and body[name] > 2:
+                body[name] = 2
+        if "messages" in body:
+            body.setdefault("max_tokens", 2)
+        if isinstance(body.get("n"), int) and body["n"] > 2:
+            body["n"] = 2
+        for name in ("grammar", "response_format"):  # takes a process each time
+            body.pop(name, None)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_made_up_requests_get_documented_answers(url: str, mode: GenerationMode) -> None:
+    """No 500, and no status, type or form that the gateway's own document does not name."""
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    n_asked: dict[str, int] = {}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if operation.path in SKIPPED:
+            continue
+
+        @settings(
+            max_examples=N_EXAMPLES,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: schemathesis.Case) -> None:
+            if mode is GenerationMode.POSITIVE:
+                tame(case.body)
+            answer = case.call(timeout=TIMEOUT_S)
+            case.validate_response(answer, checks=list(CHECKS))
+            n_asked[case.operation.label] = n_asked.get(case.operation.label, 0) + 1
+
+        try:
+            ask()
+        except Unsatisfiable:
+            continue  # a request without anything to get wrong
+    assert len(n_asked) > 5
