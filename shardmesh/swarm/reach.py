@@ -53,6 +53,11 @@ def can_be_reached(answers: Iterable[DialBackAnswer]) -> bool | None:
     return all(verdicts) if verdicts else None
 
 
+def pause_s_after(n_unanswered: int) -> float:
+    """Until the next round: soon, at first, if nobody could be asked; doubled each time."""
+    return 0.5 * 2.0 ** min(n_unanswered, 20) if n_unanswered else REACH_INTERVAL_S
+
+
 # -- dialing back ------------------------------------------------------------------------------
 
 
@@ -141,15 +146,19 @@ class Reach:
 
     async def run(self) -> None:
         """Asks and takes places for ever."""
+        n_unanswered = 0
         while True:
             self._woken = trio.Event()
-            self._judge(can_be_reached(await self._ask_all()))
+            answers = await self._ask_all()
+            n_unanswered = 0 if answers else n_unanswered + 1
+            self._judge(can_be_reached(answers))
             if self.is_reachable is False:
                 await self._take_places()
             else:
                 self._places = {}
             self._tell()
-            with trio.move_on_after(self._interval_s * random.uniform(0.8, 1.2)):
+            pause_s = min(pause_s_after(n_unanswered), self._interval_s)
+            with trio.move_on_after(pause_s * random.uniform(0.8, 1.2)):
                 await self._woken.wait()
 
     def _judge(self, verdict: bool | None) -> None:

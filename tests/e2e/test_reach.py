@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.asking import ask
-from support.processes import Mesh, Workspace, start_bootstrap
+from support.namespaces import N_HOMES, PUBLIC_HOST, homes_behind_nat
+from support.processes import START_TIMEOUT_S, Mesh, Node, Workspace, start_bootstrap
 from support.reference import N_CTX, N_TOKENS, PROMPT, Reference
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -53,3 +54,36 @@ def test_a_prompt_through_a_relay_gives_the_exact_text(
     assert [link["kind"] for link in second["links"]] == ["stream"]
     assert last["links"] == []
     assert all(link["round_trip_ms"] > 0 for m in (first, second) for link in m["links"])
+
+
+def test_two_homes_behind_nat_make_a_chain(
+    space: Workspace, model: Path, references: dict[str, Reference]
+) -> None:
+    shards_dir = space.folder / "two"
+    done = space.run("split", str(model), "--shards", str(N_HOMES), "--out", str(shards_dir))
+    assert done.code == 0, done.err
+    with homes_behind_nat() as network:
+        in_public = network.inside(network.public)
+        state = ("--state-dir", str(space.folder / "state"))
+        bootstrap = Node(space.start("bootstrap", "--port", "0", *state, inside=in_public))
+        bootstrap.wait_started()
+        assert bootstrap.address.startswith(f"/ip4/{PUBLIC_HOST}/")
+        where = ("--bootstrap", bootstrap.address, "--shards-dir", str(shards_dir))
+        words = ("--threads", "1", "--ctx-size", str(N_CTX), *where, *state)
+        homes = [
+            Node(space.start("listen", "--shard-id", str(n), *words, inside=network.inside(home)))
+            for n, home in enumerate(network.homes)
+        ]
+        for home in homes:
+            home.running.wait_line(r"\[REACH\] ✓ Reached through the relay", START_TIMEOUT_S)
+            home.wait_announced()
+        greedy = ("--temperature", "0", "--max-tokens", str(N_TOKENS))
+        done = space.run("run", PROMPT, *greedy, *where, inside=in_public)
+        assert (done.code, done.out) == (0, references[PROMPT].text + "\n"), done.err
+        status = space.run("status", "--json", *where, inside=in_public)
+        (shown,) = json.loads(status.out)
+        assert [r["path"] for r in shown["replicas"]] == ["relayed", "relayed"]
+        assert [link["kind"] for r in shown["replicas"] for link in r["links"]] == ["relayed"]
+        for home in homes:  # they end before the networks that they are in
+            home.running.end()
+        bootstrap.running.end()

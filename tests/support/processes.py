@@ -50,12 +50,17 @@ class Running:
     """A started process and the lines that it has printed so far."""
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        inside: Sequence[str] = (),
     ) -> None:
+        """`inside` stands before the command, to run it in a network namespace."""
         self.arguments = arguments
         # A session of its own, so that a signal to its group is Ctrl-C in its terminal.
         self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*inside, *COMMAND, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -184,9 +189,15 @@ class Workspace:
             "LLAMA_SECRET": self.secret.text(),
         }
 
-    def start(self, *arguments: str, variables: Mapping[str, str] | None = None) -> Running:
+    def start(
+        self,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
+    ) -> Running:
         """Starts a command that stays; it is ended with the workspace at the latest."""
-        running = Running(arguments, self.folder, {**self.environment, **(variables or {})})
+        environment = {**self.environment, **(variables or {})}
+        running = Running(arguments, self.folder, environment, inside)
         self.started.append(running)
         self._stack.callback(running.close)
         return running
@@ -197,10 +208,11 @@ class Workspace:
         input_text: str = "",
         variables: Mapping[str, str] | None = None,
         timeout_s: float = COMMAND_TIMEOUT_S,
+        inside: Sequence[str] = (),
     ) -> Finished:
         """Runs a command to its end; a traceback is never right."""
         done = subprocess.run(
-            [*COMMAND, *arguments],
+            [*inside, *COMMAND, *arguments],
             input=input_text.encode(),
             capture_output=True,
             timeout=timeout_s,

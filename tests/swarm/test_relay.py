@@ -18,11 +18,13 @@ from shardmesh.swarm.reach import (
     Reach,
     ask_to_dial_back,
     can_be_reached,
+    pause_s_after,
     serve_dial_back,
 )
 from shardmesh.swarm.relay import Pace, Relay, reserve
 from shardmesh.swarm.streams import receive_message, send_message
 from shardmesh.wire.cluster_secret import new_secret
+from shardmesh.wire.limits import REACH_INTERVAL_S
 from shardmesh.wire.relay import DialBackAnswer
 
 ECHO = "/shardmesh/test/echo/1.0"
@@ -258,6 +260,13 @@ def test_what_the_answers_mean() -> None:
     assert can_be_reached([]) is None
     assert can_be_reached([yes, yes]) is True
     assert can_be_reached([yes, no]) is False
+
+
+def test_who_got_no_answer_asks_again_soon() -> None:
+    pauses_s = [pause_s_after(n) for n in range(1, 10_000)]
+    assert pauses_s[:3] == [1.0, 2.0, 4.0]
+    assert pauses_s == sorted(pauses_s)
+    assert pause_s_after(0) == REACH_INTERVAL_S
 
 
 # -- the whole of it ---------------------------------------------------------------------------
