@@ -113,6 +113,7 @@ async def start_mesh(
     address = f"/ip4/127.0.0.1/tcp/{port}"
     n_threads = n_threads or threads_per_node(n_shards)
     common = ["--listen-addr", "127.0.0.1", "--cluster", cluster, "--log-format", "json"]
+    common += ["--no-mdns"]  # nobody else is concerned
     bootstrap = DemoProcess(
         "bootstrap",
         ["bootstrap", "--port", str(port), "--state-dir", str(folder / "state"), *common],

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 import click
 import platformdirs
 
+from shardmesh.wire.defaults import DEFAULT_BOOTSTRAP
+
 if TYPE_CHECKING:
     from shardmesh.swarm.node_identity import Naming
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DEFAULT_BOOTSTRAP: Final = "/ip4/127.0.0.1/tcp/51820"
 DEFAULT_CLUSTER: Final = "llama-cluster"
 DEFAULT_CONFIG: Final = "shardmesh.toml"
 SHARED_KEYS: Final = frozenset(
@@ -89,7 +90,8 @@ def bootstrap_option(command: Command) -> Command:
         default=(DEFAULT_BOOTSTRAP,),
         show_default=True,
         envvar="LLAMA_BOOTSTRAP",
-        help="Multiaddress of a bootstrap node; may be given several times.",
+        help="Multiaddress of a bootstrap node; may be given several times. Without it, the LAN is "
+        "searched too.",
     )(command)
 
 

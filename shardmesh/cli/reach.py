@@ -21,6 +21,7 @@ def listener_reach(command: Command) -> Command:
     options = (
         _announce_addr(),
         _relay(default=False),
+        _no_mdns(),
         click.option(
             "--relay-only",
             is_flag=True,
@@ -39,7 +40,7 @@ def listener_reach(command: Command) -> Command:
 
 def bootstrap_reach(command: Command) -> Command:
     """The options of a bootstrap, as `reach`: a ReachOptions."""
-    return _with((_announce_addr(), _relay(default=True)), command)
+    return _with((_announce_addr(), _relay(default=True), _no_mdns()), command)
 
 
 def _announce_addr() -> Callable[[Command], Command]:
@@ -62,17 +63,33 @@ def _relay(*, default: bool) -> Callable[[Command], Command]:
     )
 
 
+def _no_mdns() -> Callable[[Command], Command]:
+    return click.option(
+        "--no-mdns",
+        is_flag=True,
+        envvar="LLAMA_NO_MDNS",
+        help="Do not show this node on the LAN, nor search the mesh there.",
+    )
+
+
 def _with(options: tuple[Callable[[Any], Any], ...], command: Command) -> Command:
     @functools.wraps(command)
     def run(
         *args: Any,
         announce_addr: tuple[str, ...],
         relay: bool,
+        no_mdns: bool,
         relay_only: bool = False,
         no_direct: bool = False,
         **others: Any,
     ) -> Any:
-        reach = read_reach(announce_addr, relay=relay, relay_only=relay_only, no_direct=no_direct)
+        reach = read_reach(
+            announce_addr,
+            relay=relay,
+            mdns=not no_mdns,
+            relay_only=relay_only,
+            no_direct=no_direct,
+        )
         return command(*args, reach=reach, **others)
 
     wrapped: Any = run
@@ -82,7 +99,7 @@ def _with(options: tuple[Callable[[Any], Any], ...], command: Command) -> Comman
 
 
 def read_reach(
-    announced: tuple[str, ...], *, relay: bool, relay_only: bool, no_direct: bool
+    announced: tuple[str, ...], *, relay: bool, mdns: bool, relay_only: bool, no_direct: bool
 ) -> ReachOptions:
     """The options as the swarm wants them; InputError (theirs) for what is no address."""
     from shardmesh.errors import InputError
@@ -98,6 +115,7 @@ def read_reach(
     return ReachOptions(
         announced=tuple(str(address) for address in addresses),
         offers_relay=relay,
+        mdns=mdns,
         relay_only=relay_only,
         direct_links=not (no_direct or relay_only),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,13 +13,14 @@ import trio
 from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.coordinator.link_streams import open_link_streams
 from shardmesh.coordinator.model_files import ModelFiles
-from shardmesh.errors import UnreachableError, ungrouped
+from shardmesh.errors import ShardmeshError, UnreachableError, ungrouped
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.dht import Dht, open_dht
 from shardmesh.swarm.directory import Directory, exchange
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
+from shardmesh.swarm.lan import find_on_lan, is_default
 from shardmesh.swarm.membership import Membership
 
 JOIN_TIMEOUT_S = 10.0
@@ -89,13 +91,19 @@ async def _reach(
 ) -> None:
     """Connects with the bootstrap that answers first and takes in what it knows.
 
-    If none does, a node of earlier runs will do.
+    If none does, a node of earlier runs will do, or one on the LAN if no bootstrap was named.
 
     Done before joining, which would try again for ever where a person wants to know.
     """
     try:
         peer_id = await membership.reach(JOIN_TIMEOUT_S)
     except UnreachableError as error:
+        found = await find_on_lan(directory.cluster) if is_default(bootstraps) else []
+        for node in found:
+            with contextlib.suppress(ShardmeshError):
+                await host.connect(node.addresses, JOIN_TIMEOUT_S)
+                await membership.join_through(node.peer_id)
+                return
         raise UnreachableError(
             f"no bootstrap node answered: {', '.join(bootstraps)}",
             code="NO_BOOTSTRAP",

@@ -24,8 +24,9 @@ from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.commands import serve_commands
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
-from shardmesh.swarm.host import open_host
+from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import load_identity
+from shardmesh.swarm.lan import is_default, open_lan_of, stay_joined
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.node_identity import load_node_identity
 from shardmesh.swarm.reach import Reach, serve_dial_back
@@ -167,6 +168,8 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             logger=logger,
         )
         nursery.start_soon(reach.run)
+        if options.reach.mdns:
+            nursery.start_soon(_be_on_lan, host, membership, options)
         serve_model_info(host, node.library)
         serve_commands(host, commands.handlers(), options.rights)
         if options.serve_http is not None:
@@ -192,6 +195,17 @@ async def _warn_of_namesakes(node: Node, directory: Directory) -> None:
                     other.peer_id,
                     node.called.name,
                 )
+
+
+async def _be_on_lan(host: Host, membership: Membership, options: NodeOptions) -> None:
+    """Shows the node on the LAN, and finds the mesh there if nobody said where it is."""
+    searches = is_default(options.bootstraps)
+    async with open_lan_of(host, options.cluster, options.listen_hosts, searches=searches) as lan:
+        if searches:
+            await stay_joined(
+                host, lan, neighbours=membership.neighbours, joined=membership.join_through
+            )
+        await trio.sleep_forever()
 
 
 async def choose_shard(options: NodeOptions, store: ShardStore) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -17,6 +18,7 @@ from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import load_identity
+from shardmesh.swarm.lan import open_lan_of
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.reach import ReachOptions, serve_dial_back
 from shardmesh.swarm.relay import Relay
@@ -82,7 +84,11 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
             relay.serve()
         serve_commands(host, _BootstrapCommands(host, directory, relay).handlers())
         _say_how_to_join(host, settings, logger)
-        await membership.run()
+        async with contextlib.AsyncExitStack() as stack:
+            if settings.reach.mdns:
+                lan = open_lan_of(host, settings.cluster, settings.listen_hosts)
+                await stack.enter_async_context(lan)
+            await membership.run()
 
 
 def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Logger) -> None:

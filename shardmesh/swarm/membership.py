@@ -188,6 +188,11 @@ class Membership:
 
     # -- joining -------------------------------------------------------------------------------
 
+    async def join_through(self, peer_id: str) -> None:
+        """Treats a connected node, found by chance, as a bootstrap for as long as it is there."""
+        self._neighbours.note_bootstrap(peer_id)
+        await self._join_through(peer_id)
+
     async def _join_through(self, peer_id: str) -> None:
         """Comes to know the mesh through a node that was just reached."""
         self._log.info("[DHT] ✓ Started Kademlia bootstrap")

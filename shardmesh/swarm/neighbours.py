@@ -68,6 +68,10 @@ class Neighbours:
         host.keep_connections(self._is_wanted)
         host.on_connection(self._note)
 
+    def note_bootstrap(self, peer_id: str) -> None:
+        """Wants the connection with this node as with a bootstrap that was named."""
+        self._bootstrap_ids.add(peer_id)
+
     def connected_bootstraps(self) -> list[str]:
         return [peer_id for peer_id in self._host.connected() if peer_id in self._bootstrap_ids]
 

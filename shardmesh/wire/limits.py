@@ -266,6 +266,15 @@ REMEMBERED_FILE_BYTES_MAX: Final = 512 * KIB
 
 # -- being reached -----------------------------------------------------------------------------
 
+LAN_NODES_MAX: Final = 16
+"""Nodes of the cluster that are remembered from the LAN; one that answers is enough."""
+
+LAN_SEARCH_TIMEOUT_S: Final = 3.0
+"""A client waits so long for an answer on the LAN; a person waits with it."""
+
+LAN_SEARCH_INTERVAL_S: Final = 15.0
+"""A node without neighbours tries again this often what the LAN has shown."""
+
 DIAL_BACK_PORTS_MAX: Final = 4
 """Ports that a node asks to be dialed at: its own, and those that a router forwards to it."""
 

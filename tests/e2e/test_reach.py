@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from support.asking import ask
+from support.multicast import loopback_has_multicast
 from support.namespaces import N_HOMES, PUBLIC_HOST, homes_behind_nat
 from support.processes import START_TIMEOUT_S, Mesh, Node, Workspace, start_bootstrap
 from support.reference import N_CTX, N_TOKENS, PROMPT, Reference
@@ -87,3 +89,21 @@ def test_two_homes_behind_nat_make_a_chain(
         for home in homes:  # they end before the networks that they are in
             home.running.end()
         bootstrap.running.end()
+
+
+@pytest.mark.skipif(not loopback_has_multicast(), reason="no multicast on loopback here")
+def test_a_node_without_a_bootstrap_finds_the_mesh_on_the_lan(
+    space: Workspace, shards_dir: Path
+) -> None:
+    cluster = ("--cluster", f"lan-{os.getpid()}")  # nobody else on this machine has it
+    state = ("--state-dir", str(space.folder / "state"), "--listen-addr", "127.0.0.1")
+    shown = {"LLAMA_NO_MDNS": "0"}
+    bootstrap = Node(space.start("bootstrap", "--port", "0", *cluster, *state, variables=shown))
+    bootstrap.wait_started()
+    words = ("--shards-dir", str(shards_dir), "--shard-id", "1", "--threads", "1")
+    node = Node(space.start("listen", *words, *cluster, *state, variables=shown))
+    node.running.wait_line(rf"Found on the LAN: {bootstrap.peer_id}", START_TIMEOUT_S)
+    node.wait_announced()
+    status = space.run("status", "--json", *cluster)
+    (shown_model,) = json.loads(status.out)
+    assert [r["peer_id"] for r in shown_model["replicas"]] == [node.peer_id]

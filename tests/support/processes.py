@@ -187,6 +187,7 @@ class Workspace:
             "TMPDIR": str(folder / "tmp"),
             "COLUMNS": "200",
             "LLAMA_SECRET": self.secret.text(),
+            "LLAMA_NO_MDNS": "1",  # the tests of others on this network are not concerned
         }
 
     def start(
