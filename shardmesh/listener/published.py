@@ -70,9 +70,11 @@ async def provide_shard(
 async def fetch_files(
     files: FileService, opened: OpenPublication, folder: Path, shard_ids: list[int]
 ) -> None:
-    """Fetches shards and the tokenizer, at the same time; raises the first error."""
+    """Fetches shards, their adapters and the tokenizer at once; raises the first error."""
     publication = opened.publication
-    wanted = [publication.tokenizer(), *(publication.shard(i) for i in shard_ids)]
+    wanted = [publication.tokenizer()]
+    for shard_id in shard_ids:
+        wanted += publication.shard_files(shard_id)
     with ungrouped():
         async with trio.open_nursery() as nursery:
             for file in wanted:

@@ -18,6 +18,7 @@ from shardmesh.shards.checked import hashes_of
 from shardmesh.shards.library import Library
 from shardmesh.shards.manifest import MANIFEST_NAME, check_model_name, write_manifest
 from shardmesh.shards.model_link import ModelLink
+from shardmesh.shards.names import adapter_name
 from shardmesh.shards.publication import (
     OpenPublication,
     Publication,
@@ -145,26 +146,34 @@ def publish_model(
             code="NO_MANIFEST",
             next_step="split a model with `shardmesh split`, and give the folder it wrote to",
         )
-    hashes: list[bytes] = []
-    for shard in manifest.shards:
-        path = store.shard_path(shard.shard_id)
+
+    def info_hash_of(path: Path) -> bytes:
         on_file(path.name)
         if not path.exists():
             raise _incomplete(path)
-        info_hash = hashes_of(path).torrent.info_hash()  # and its SHA-256, for the check below
+        return hashes_of(path).torrent.info_hash()  # and its SHA-256, for the check that follows
+
+    shard_hashes = []
+    for shard in manifest.shards:
+        shard_hashes.append(info_hash_of(store.shard_path(shard.shard_id)))
         store.check(shard.shard_id)
-        hashes.append(info_hash)
-    path = store.tokenizer_path()
-    on_file(path.name)
-    if not path.exists():
-        raise _incomplete(path)
-    tokenizer_info_hash = hashes_of(path).torrent.info_hash()
+    adapter_hashes = [
+        tuple(
+            None if file is None else info_hash_of(folder / adapter_name(number, shard_id))
+            for shard_id, file in enumerate(adapter.files)
+        )
+        for number, adapter in enumerate(manifest.adapters)
+    ]
+    tokenizer_info_hash = info_hash_of(store.tokenizer_path())
     store.check_tokenizer()
     if name is not None and name != manifest.model_name:
         manifest = msgspec.structs.replace(manifest, model_name=check_model_name(name))
         write_manifest(manifest, folder / MANIFEST_NAME)
     publication = Publication(
-        manifest=manifest, shard_info_hashes=tuple(hashes), tokenizer_info_hash=tokenizer_info_hash
+        manifest=manifest,
+        shard_info_hashes=tuple(shard_hashes),
+        tokenizer_info_hash=tokenizer_info_hash,
+        adapter_info_hashes=tuple(adapter_hashes),
     )
     signed = sign_publication(publication, signer)
     write_publication(folder, signed)

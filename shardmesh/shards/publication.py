@@ -14,11 +14,17 @@ import msgspec
 
 from shardmesh.errors import InputError, ProtocolError, StorageError
 from shardmesh.shards.atomic import atomic_file
-from shardmesh.shards.manifest import Manifest, ShardEntry, TokenizerEntry, check_manifest
-from shardmesh.shards.names import TOKENIZER_NAME, shard_name
+from shardmesh.shards.manifest import (
+    AdapterFile,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    check_manifest,
+)
+from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.wire.announcement import Signer
 from shardmesh.wire.codec import decode_cbor, encode_cbor
-from shardmesh.wire.limits import MODEL_LAYERS_MAX, PUBLICATION_BYTES_MAX
+from shardmesh.wire.limits import ADAPTERS_MAX, MODEL_LAYERS_MAX, PUBLICATION_BYTES_MAX
 from shardmesh.wire.merkle import HASH_BYTES
 from shardmesh.wire.peer_id import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, verify_signature
 
@@ -50,10 +56,20 @@ class Publication(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         tuple[InfoHash, ...], msgspec.Meta(min_length=1, max_length=MODEL_LAYERS_MAX)
     ]
     tokenizer_info_hash: InfoHash
+    adapter_info_hashes: Annotated[
+        tuple[
+            Annotated[tuple[InfoHash | None, ...], msgspec.Meta(max_length=MODEL_LAYERS_MAX)], ...
+        ],
+        msgspec.Meta(max_length=ADAPTERS_MAX),
+    ]
+    """For each adapter, for each shard; None where the adapter changes nothing in a shard."""
 
     def __post_init__(self) -> None:
         if len(self.shard_info_hashes) != len(self.manifest.shards):
             raise ValueError("not one info-hash for each shard")
+        has_file = [[f is not None for f in a.files] for a in self.manifest.adapters]
+        if has_file != [[h is not None for h in hashes] for hashes in self.adapter_info_hashes]:
+            raise ValueError("not one info-hash for each part of an adapter")
 
     def shard(self, shard_id: int) -> PublishedFile:
         """A shard's file; raises InputError (theirs, NO_SUCH_SHARD) for a number beyond."""
@@ -66,12 +82,23 @@ class Publication(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         entry = self.manifest.shards[shard_id]
         return _file(shard_name(shard_id), entry, self.shard_info_hashes[shard_id])
 
+    def shard_files(self, shard_id: int) -> list[PublishedFile]:
+        """All that a listener of the shard needs: its file, and the adapters' parts for it."""
+        found = [self.shard(shard_id)]
+        for number, adapter in enumerate(self.manifest.adapters):
+            entry = adapter.files[shard_id]
+            info_hash = self.adapter_info_hashes[number][shard_id]
+            if entry is not None and info_hash is not None:
+                found.append(_file(adapter_name(number, shard_id), entry, info_hash))
+        return found
+
     def tokenizer(self) -> PublishedFile:
         return _file(TOKENIZER_NAME, self.manifest.tokenizer, self.tokenizer_info_hash)
 
     def files(self) -> list[PublishedFile]:
         """All files, the tokenizer last."""
-        shards = [self.shard(shard_id) for shard_id in range(len(self.manifest.shards))]
+        n_shards = len(self.manifest.shards)
+        shards = [file for shard_id in range(n_shards) for file in self.shard_files(shard_id)]
         return [*shards, self.tokenizer()]
 
 
@@ -161,5 +188,7 @@ def write_publication(folder: Path, signed: bytes) -> None:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _file(name: str, entry: ShardEntry | TokenizerEntry, info_hash: bytes) -> PublishedFile:
+def _file(
+    name: str, entry: ShardEntry | TokenizerEntry | AdapterFile, info_hash: bytes
+) -> PublishedFile:
     return PublishedFile(name=name, n_bytes=entry.n_bytes, sha256=entry.sha256, info_hash=info_hash)

@@ -51,7 +51,9 @@ def manifest(name: str = "fairy tales") -> Manifest:
 def publication(of: Manifest | None = None) -> Publication:
     of = of or manifest()
     hashes = tuple(bytes([i]) * 32 for i in range(len(of.shards)))
-    return Publication(manifest=of, shard_info_hashes=hashes, tokenizer_info_hash=b"t" * 32)
+    return Publication(
+        manifest=of, shard_info_hashes=hashes, tokenizer_info_hash=b"t" * 32, adapter_info_hashes=()
+    )
 
 
 PUBLISHER = new_identity()
@@ -117,7 +119,10 @@ def test_a_manifest_that_contradicts_itself_is_refused_although_signed() -> None
 def test_not_one_info_hash_for_each_shard() -> None:
     with pytest.raises(ValueError, match="info-hash"):
         Publication(
-            manifest=manifest(), shard_info_hashes=(b"x" * 32,), tokenizer_info_hash=b"t" * 32
+            manifest=manifest(),
+            shard_info_hashes=(b"x" * 32,),
+            tokenizer_info_hash=b"t" * 32,
+            adapter_info_hashes=(),
         )
 
 

@@ -143,6 +143,7 @@ def make_model(
         manifest=manifest,
         shard_info_hashes=tuple(hashes),
         tokenizer_info_hash=hashed.torrent.info_hash(),
+        adapter_info_hashes=(),
     )
     signed = sign_publication(publication, new_identity())
     write_manifest(manifest, folder / "manifest.json")

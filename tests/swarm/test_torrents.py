@@ -285,6 +285,7 @@ async def test_a_publisher_whose_hashes_contradict_each_other(tmp_path: Path) ->
             manifest=model.manifest,
             shard_info_hashes=other.publication.shard_info_hashes,
             tokenizer_info_hash=other.publication.tokenizer_info_hash,
+            adapter_info_hashes=(),
         ),
         model.publisher,
         model.signed,
