@@ -186,6 +186,8 @@ class NodeCommands:
             "downloads": [dataclasses.asdict(d) for d in files.downloads()] if files else [],
             "torrents": dataclasses.asdict(files.seeding()) if files else {},
             "links": [self._link_report(link) for link in stage.links] if stage else [],
+            "n_nodes_refused": dict(self._host.admission.n_refused),
+            "n_announcements_refused": self._node.n_announcements_refused(),
             "commands": {name: c.report() for name, c in self._counters.items()},
         }
 

@@ -116,6 +116,10 @@ class Node:
         self._host, self._membership, self.files = host, membership, files
         self._link_streams = link_streams
 
+    def n_announcements_refused(self) -> dict[str, int]:
+        """See Membership; nothing while the node is not on the network."""
+        return self._membership.n_announcements_refused() if self._membership else {}
+
     def leave(self) -> None:
         """The node is off the network again."""
         self._host = self._membership = self.files = self._link_streams = None

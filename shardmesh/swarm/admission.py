@@ -6,6 +6,7 @@ The decision alone; `swarm/noise.py` makes the handshake that carries it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -43,6 +44,8 @@ class Admission:
         self.allowed = frozenset(allowed)
         self.denied = frozenset(denied)
         self.files = files
+        self.n_refused: Counter[str] = Counter()
+        """Nodes that came and were not let in, by error code."""
         self._is_proven = False
         self._last_sequence = -1
         for peer_id in self.allowed | self.denied:

@@ -151,6 +151,8 @@ class _BootstrapCommands:
             "n_requests": self._n_requests,
             "n_connected_nodes": len(self._host.connected()),
             "n_listeners": len(self._directory.all()),
+            "n_nodes_refused": dict(self._host.admission.n_refused),
+            "n_announcements_refused": dict(self._directory.n_refused),
             "n_relay_places": self._relay.n_reservations if self._relay else 0,
             "n_relayed_connections": self._relay.n_circuits if self._relay else 0,
         }

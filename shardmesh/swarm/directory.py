@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import trio
@@ -63,6 +64,8 @@ class Directory:
         """Rises with each change."""
         self.admits: Callable[[str], bool] = lambda peer_id: True
         """Says of a peer id whether its announcements are taken in at all."""
+        self.n_refused: Counter[str] = Counter()
+        """Announcements of neighbours that were not believed, by error code."""
         self._entries: dict[str, _Entry] = {}
         self._changed = trio.Event()
 
@@ -228,4 +231,5 @@ def take_in(directory: Directory, signed: Sequence[bytes], teller: str) -> None:
         try:
             directory.update(data)
         except ProtocolError as error:
+            directory.n_refused[error.code] += 1
             _log.info("%s told of an announcement that is not taken in: %s", teller, error)

@@ -162,6 +162,10 @@ class Membership:
                 self._host.learn(announcement.peer_id, announcement.addresses)
         return found
 
+    def n_announcements_refused(self) -> dict[str, int]:
+        """Announcements of neighbours that were not believed, by error code."""
+        return dict(self._directory.n_refused)
+
     def known_listeners(self) -> list[Announcement]:
         """Who serves what, as far as is known without asking anybody."""
         return self._directory.all()

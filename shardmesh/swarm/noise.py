@@ -94,9 +94,12 @@ class _Pattern(PatternXX):
         try:
             session = await super().handshake_inbound(conn)
         except InvalidTag as error:
+            self._admission.n_refused["WRONG_SECRET"] += 1
             await NoisePacketReadWriter(cast(ReadWriteCloser, conn)).write_msg(_REFUSAL)
             raise NotAdmitted(wrong_secret()) from error
         is_admitted = self._admission.admits(str(session.get_remote_peer()))
+        if not is_admitted:
+            self._admission.n_refused["NOT_ADMITTED"] += 1
         await cast(SecureSession, session).conn.write_msg(_ADMITTED if is_admitted else _DENIED)
         self._admission.note_proven()
         return self._held_against_lists(session)

@@ -89,6 +89,19 @@ async def test_a_stranger_that_is_known_is_told_too_when_a_stream_is_opened() ->
         assert caught.value.code == "WRONG_SECRET"
 
 
+async def test_who_was_not_let_in_is_counted() -> None:
+    foe = new_identity()
+    guarded = Admission(SECRET, denied=[foe.peer_id])
+    async with (
+        host(guarded) as answerer,
+        host(private(OTHER)) as stranger,
+        host(private(), foe) as unwelcome,
+    ):
+        for asker in (stranger, stranger, unwelcome):
+            await refusal(asker, answerer)
+    assert guarded.n_refused == {"WRONG_SECRET": 2, "NOT_ADMITTED": 1}
+
+
 async def test_of_two_addresses_one_admits() -> None:
     async with (
         host(private()) as asker,
