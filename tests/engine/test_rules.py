@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.chains import compute, micro, open_sequences, opened, opened_chain
-from support.rule_models import write_rule_model
+from support.models import TensorData, u32_value
+from support.rule_models import N_LAYER, read_model, replace_model, write_rule_model
 
 from shardmesh.engine.base import Engine
 from shardmesh.engine.llama_model import read_facts
@@ -53,6 +54,21 @@ def test_cut_equals_whole(architecture: str, cut: tuple[int, ...], tmp_path: Pat
     with opened(model) as whole:
         expected = logits_of([whole])
     with opened_chain(model, cut, tmp_path / "shards") as chain:
+        assert logits_of(chain) == expected
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
+    model = write_rule_model(tmp_path / "model.gguf", "glm4", n_embd=96)
+    metadata, tensors = read_model(model)
+    metadata["glm4.nextn_predict_layers"] = u32_value(1)
+    last = N_LAYER - 1
+    for name, shape in (("eh_proj", (192, 96)), ("enorm", (96,)), ("hnorm", (96,))):
+        data = np.ones(shape, dtype=np.float32).tobytes()
+        tensors.append(TensorData(f"blk.{last}.nextn.{name}.weight", shape, 0, data))
+    replace_model(model, metadata, tensors)
+    with opened(model) as whole:
+        expected = logits_of([whole])
+    with opened_chain(model, (3, 1, 3), tmp_path / "shards") as chain:
         assert logits_of(chain) == expected
 
 
