@@ -146,8 +146,8 @@ class LlamaEngine:
         try:
             outputs = [
                 output
-                for _, same in itertools.groupby(batch, self._adapter_name)
-                for part in computations(list(same), self._info.numbers_at_once)
+                for adapter, same in itertools.groupby(batch, self._adapter_name)
+                for part in computations(list(same), self._numbers_at_once(adapter))
                 for output in self._run(part)
             ]
         except BaseException:
@@ -155,6 +155,10 @@ class LlamaEngine:
             raise
         self._table.advance(batch)
         return outputs
+
+    def _numbers_at_once(self, adapter: str) -> Sequence[int]:
+        """None with an adapter: its own weights were not part of what was tried at loading."""
+        return () if adapter else self._info.numbers_at_once
 
     def _adapter_name(self, micro: MicroBatch) -> str:
         return self._adapter_of.get(micro.sequence, "")

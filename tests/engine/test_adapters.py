@@ -11,7 +11,7 @@ from support.chains import OPTIONS, compute, micro
 from support.models import BUILT_IN, write_lora, write_model
 
 from shardmesh.engine.base import Engine
-from shardmesh.engine.llama import load_engine
+from shardmesh.engine.llama import LlamaEngine, load_engine
 from shardmesh.errors import GgufError, InputError
 from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.manifest import Manifest
@@ -101,6 +101,23 @@ def test_sequences_with_different_adapters_do_not_mix(
         outputs = compute(chain, [micro(chain, PROMPT, 0), micro(chain, PROMPT, 1)])
         found = [b"" if each.logits is None else each.logits.tobytes() for each in outputs]
         assert found == expected
+
+
+def test_single_rows_with_an_adapter_are_computed_alone(
+    model: Path, lora: Path, tmp_path: Path
+) -> None:
+    manifest = cut(model, {"tone": lora}, (4,), tmp_path / "out")
+    with chain_of(manifest, tmp_path / "out") as (engine,):
+        assert isinstance(engine, LlamaEngine)
+        expected = steps([engine], "tone")[1]
+        engine.join_sequences((2, 3))
+        for sequence in range(3):
+            engine.open_sequence(sequence, adapter="tone")
+        prefills = engine.compute([micro([engine], PROMPT, n) for n in range(3)])
+        assert prefills[0].logits is not None
+        token = int(prefills[0].logits.argmax())
+        outputs = engine.compute([micro([engine], [token], n) for n in range(3)])
+        assert [o.logits.tobytes() for o in outputs if o.logits is not None] == [expected] * 3
 
 
 def test_an_adapter_of_another_name_is_refused(model: Path, lora: Path, tmp_path: Path) -> None:
