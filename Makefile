@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench fuzz archs clean
+.PHONY: help demo test test-fast lint bench fuzz sim faults siege archs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -34,6 +34,15 @@ bench: $(INSTALLED) ## Measure the mesh against one llama.cpp process
 fuzz: $(INSTALLED_DEV) ## Altered inputs to every parser, and many more examples of the property tests: half an hour
 	$(BIN)/python tests/fuzz/fuzz.py --seconds 300
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=3600
+
+sim: $(INSTALLED_DEV) ## Simulated meshes with seeded faults: SEEDS=10000, FIRST=0
+	cd tests && PYTHONPATH=. $(abspath $(BIN))/python -m sim --seeds $(or $(SEEDS),1000) --first $(or $(FIRST),0)
+
+faults: $(INSTALLED_DEV) ## Every row of the fault table, with real processes: 20 minutes; writes build/faults.json
+	cd tests && PYTHONPATH=. $(abspath $(BIN))/python -m faults
+
+siege: $(INSTALLED_DEV) ## Five minutes of sessions while a process is killed every ten seconds
+	SHARDMESH_FAULTS=full $(BIN)/python -m pytest tests/faults/test_siege.py -rA --timeout=900
 
 docs/architectures.md: shardmesh/shards/architectures.py scripts/write_architectures_doc.py | $(INSTALLED)
 	$(BIN)/python scripts/write_architectures_doc.py

@@ -1,0 +1,67 @@
+"""A thousand sessions at once on a mesh that has room for four: served, or told so at once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import trio
+from faults.conftest import Measured
+from faults.fortress import IS_FULL, N_PARALLEL, Fortress, percentile, request, write
+
+from shardmesh.coordinator.client import Client
+from shardmesh.errors import BusyError
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
+
+N_SESSIONS = 1000
+N_TOKENS = 20
+ANSWER_TARGET_S = 0.1
+BETWEEN_S = 0.004  # a coordinator prepares and opens no more than that in one process
+
+
+def test_a_thousand_sessions(fortress: Fortress, measured: Measured) -> None:
+    """As fast as one coordinator can ask; nobody waits for those before, and no text is mixed."""
+    answers_s: list[float] = []
+    texts: dict[int, str] = {}
+    n_busy = 0
+
+    def asked_by(number: int):  # type: ignore[no-untyped-def]
+        return request(f"{number} kings went to the river and", n_tokens=N_TOKENS, seed=number)
+
+    async def use(client: Client) -> None:
+        await write(client)  # the links are up, the tokenizer is open
+
+        async def one(number: int) -> None:
+            nonlocal n_busy
+            begun_s = time.monotonic()
+            try:
+                async with client.coordinator.complete(asked_by(number)) as completion:
+                    answers_s.append(time.monotonic() - begun_s)
+                    texts[number] = "".join(
+                        [getattr(item, "text", "") async for item in completion.items]
+                    )
+            except BusyError:
+                answers_s.append(time.monotonic() - begun_s)
+                n_busy += 1
+
+        async with trio.open_nursery() as nursery:
+            for number in range(N_SESSIONS):
+                nursery.start_soon(one, number)
+                await trio.sleep(BETWEEN_S)
+        assert client.coordinator.n_sessions == 0
+        assert len(answers_s) == N_SESSIONS
+        assert len(texts) + n_busy == N_SESSIONS
+        assert len(texts) >= N_PARALLEL
+        for number in list(texts)[:: 1 if IS_FULL else 8]:
+            assert (await write(client, asked_by(number))).text == texts[number]
+
+    fortress.run(use)
+    worst_s = percentile(answers_s, 0.99)
+    measured(
+        f"{len(texts)} served and {n_busy} told BUSY, "
+        f"p50 {1e3 * percentile(answers_s, 0.5):.0f} ms, p99 {1e3 * worst_s:.0f} ms"
+    )
+    fortress.wait_whole()
+    if IS_FULL:  # a figure of a quiet machine
+        assert worst_s < ANSWER_TARGET_S
