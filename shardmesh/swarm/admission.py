@@ -73,6 +73,21 @@ class Admission:
         except ShardmeshError as error:
             _log.warning("the cluster's secret could not be kept: %s", error)
 
+    def note_refused(self) -> None:
+        """Another node has another secret: the one that is kept may be newer than this one.
+
+        Another process of this user has taken it over; it holds from the next attempt on.
+        """
+        if self.files is None or self.secret is None:
+            return
+        try:
+            kept = self.files.secret()
+        except ShardmeshError as error:
+            _log.debug("the kept secret is left aside: %s", error)
+            return
+        if kept is not None and kept.owner == self.secret.owner:
+            self.secret = kept
+
     def take_update(self, signed: bytes, cluster: str) -> ClusterUpdate | None:
         """Takes a change of the secret over from now on; None if it is not news.
 

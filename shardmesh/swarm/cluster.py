@@ -30,8 +30,21 @@ Removed = Callable[[frozenset[str]], Awaitable[None]]
 class ClusterUpdates:
     """Takes changes of the secret in, hands them on, and shows the removed the door."""
 
-    def __init__(self, host: Host, directory: Directory, logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        host: Host,
+        directory: Directory,
+        logger: logging.Logger,
+        *,
+        is_node: Callable[[str], bool],
+    ) -> None:
+        """`is_node` says of a peer id whether it is a listener or a bootstrap that is known.
+
+        Others get no secret from here: a client has a new peer id each time, and may be run by
+        somebody who was just removed.
+        """
         self._host = host
+        self._is_node = is_node
         self._directory = directory
         self._log = logger
         self._listeners: list[Removed] = []
@@ -53,7 +66,8 @@ class ClusterUpdates:
             for peer_id in update.removed:
                 self._directory.withdraw(peer_id)
                 await self._host.disconnect(peer_id, "removed from the cluster")
-            await hand_over(self._host, self._host.connected(), signed)
+            left = set(self._host.connected()) - set(update.removed)
+            await hand_over(self._host, filter(self._is_node, left), signed)
 
     async def _serve(self, stream: ByteStream, peer_id: str) -> None:
         with trio.fail_after(REQUEST_READ_TIMEOUT_S):

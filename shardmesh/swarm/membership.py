@@ -110,7 +110,9 @@ class Membership:
         self._changed = trio.Event()
         self._sequence = 0
         self._signed: bytes | None = None  # our announcement as others should know it
-        self.updates = ClusterUpdates(host, directory, self._log)
+        self.updates = ClusterUpdates(
+            host, directory, self._log, is_node=self._neighbours.is_wanted
+        )
         serve_directory(host, directory)
         dht.on_routing_updated(lambda peer_id: self._log.info("[DHT] Routing updated: %s", peer_id))
 

@@ -65,7 +65,7 @@ class Neighbours:
         self._lost: list[str] = []
         self._has_joined = False
         self._rechecked: set[str] = set()
-        host.keep_connections(self._is_wanted)
+        host.keep_connections(self.is_wanted)
         host.on_connection(self._note)
 
     def note_bootstrap(self, peer_id: str) -> None:
@@ -79,7 +79,8 @@ class Neighbours:
         known = {announcement.peer_id for announcement in self._directory.all()}
         return [peer_id for peer_id in self._host.connected() if peer_id in known]
 
-    def _is_wanted(self, peer_id: str) -> bool:
+    def is_wanted(self, peer_id: str) -> bool:
+        """Whether it is a bootstrap of this node or a listener of the directory."""
         return peer_id in self._bootstrap_ids or self._directory.get(peer_id) is not None
 
     # -- bootstraps ----------------------------------------------------------------------------

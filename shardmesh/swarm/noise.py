@@ -110,6 +110,7 @@ class _Pattern(PatternXX):
         try:
             session = await super().handshake_outbound(conn, remote_peer)
         except (InvalidTag, NoiseValueError) as error:  # the refusal is no message of Noise
+            self._admission.note_refused()
             raise NotAdmitted(wrong_secret()) from error
         self._admission.note_proven()
         if await cast(SecureSession, session).conn.read_msg() != _ADMITTED:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from support.announcements import CLUSTER
 
 from shardmesh.errors import ProtocolError, RefusedError
@@ -39,8 +40,11 @@ class Member:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.directory = Directory(CLUSTER)
-        self.updates = ClusterUpdates(host, self.directory, LOG)
+        self.updates = ClusterUpdates(
+            host, self.directory, LOG, is_node=lambda peer_id: peer_id not in self.clients
+        )
         self.cut_off: list[frozenset[str]] = []
+        self.clients: set[str] = set()  # peer ids that nothing is known of
         self.changed = trio.Event()
         self.updates.on_removed(self._note)
 
@@ -103,6 +107,33 @@ async def test_the_removed_do_not_come_back_with_another_key(tmp_path: Path) -> 
         async with member() as returned:  # the old secret, a new peer id
             with pytest.raises(RefusedError):
                 await returned.host.connect(near.host.addresses(), 5)
+
+
+async def test_a_client_gets_no_secret_since_nobody_knows_whose_it_is() -> None:
+    async with member() as owner, member() as near, member() as client:
+        await owner.host.connect(near.host.addresses(), 5)
+        await client.host.connect(near.host.addresses(), 5)
+        near.clients.add(client.host.peer_id)
+        await hand_over(owner.host, [near.host.peer_id], change())
+        with trio.fail_after(5):
+            await near.changed.wait()
+        await trio.testing.wait_all_tasks_blocked(0.2)
+        assert near.host.admission.secret == NEW
+        assert client.host.admission.secret == OLD
+
+
+async def test_who_finds_a_newer_secret_kept_takes_it_the_next_time(tmp_path: Path) -> None:
+    files = ClusterFiles(tmp_path, CLUSTER)
+    files.keep(NEW)  # by another process of the same user
+    async with (
+        open_host(
+            new_identity(), listen_host="127.0.0.1", admission=Admission(OLD, files=files)
+        ) as late,
+        open_host(new_identity(), listen_host="127.0.0.1", admission=Admission(NEW)) as member,
+    ):
+        with pytest.raises(RefusedError):
+            await late.connect(member.addresses(), 5)
+        assert await late.connect(member.addresses(), 5) == member.peer_id
 
 
 async def test_forged_and_old_changes_change_nothing(tmp_path: Path) -> None:
