@@ -1,4 +1,4 @@
-"""`python -m benchmarks decode|aggregate|prefill|hop|all`."""
+"""`python -m benchmarks decode|aggregate|prefill|hop|torrent|swarm|all`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardmesh.errors import InputError, ShardmeshError, known_error
 if TYPE_CHECKING:
     from benchmarks.results import Result
 
-NAMES = ("decode", "aggregate", "prefill", "hop")
+NAMES = ("decode", "aggregate", "prefill", "hop", "torrent", "swarm")
 
 
 @click.command()
@@ -64,6 +64,7 @@ async def _measure(
     from benchmarks.against_llama import measure_decode, measure_prefill
     from benchmarks.hop import measure_hops
     from benchmarks.many import measure_aggregate
+    from benchmarks.torrent import measure_swarm, measure_torrents
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
@@ -94,6 +95,10 @@ async def _measure(
             )
         if "hop" in names:
             results += await measure_hops(runs=runs, progress=status.update)
+        if "torrent" in names:
+            results += await measure_torrents(runs=runs, progress=status.update)
+        if "swarm" in names:
+            results += await measure_swarm(runs=runs, progress=status.update)
     return results
 
 

@@ -19,6 +19,8 @@ from shardmesh.shards.partial import PartialFile
 from shardmesh.shards.publication import OpenPublication
 from shardmesh.swarm.torrents import download as download_module
 from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
+from shardmesh.swarm.torrents.progress import eta_s
+from shardmesh.swarm.torrents.service import BUSY_RATE_BYTES_PER_S, backed_off
 from shardmesh.swarm.torrents.sources import file_key
 
 pytestmark = pytest.mark.processes
@@ -367,3 +369,38 @@ async def test_what_was_fetched_is_checked_once_more_when_the_disk_has_spoiled_i
     async with mesh.node("a"), mesh.node("b") as node:
         assert is_right(await fetch(node, model), model)
     assert spoiled
+
+
+async def test_giving_backs_off_while_the_node_computes(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "a", 12 * MB)
+    mesh = FileMesh(tmp_path)
+    is_computing = True
+
+    async def is_busy() -> bool:
+        await trio.lowlevel.checkpoint()
+        return is_computing
+
+    async with mesh.node("a", gives=False) as source, mesh.node("b") as node:
+        source.files.start(is_busy)
+        await source.files.wait_given()
+        await wait_until(lambda: source.files.seeding().is_backing_off, "it backs off")
+        begun_s = trio.current_time()
+        await fetch(node, model)
+        assert trio.current_time() - begun_s > 12 * MB / BUSY_RATE_BYTES_PER_S * 0.5
+        is_computing = False
+        await wait_until(lambda: not source.files.seeding().is_backing_off, "it is free again")
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [(0, BUSY_RATE_BYTES_PER_S), (1000, 1000), (10**9, BUSY_RATE_BYTES_PER_S)],
+)
+def test_the_rate_while_the_node_computes(rate: int, expected: int) -> None:
+    assert backed_off(rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_left", "rate", "expected"), [(0, 0, 0.0), (10, 0, None), (10, 5, 2.0), (-1, 5, 0.0)]
+)
+def test_the_remaining_time(n_left: int, rate: int, expected: float | None) -> None:
+    assert eta_s(n_left, rate) == expected
