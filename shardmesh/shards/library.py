@@ -117,7 +117,10 @@ class Library:
 
 def remove_shards(store: ShardStore, shard_ids: Sequence[int]) -> int:
     """Removes these shards, whole or unfinished, and gives the bytes that are free now."""
+    manifest = store.manifest()
+    n_adapters = len(manifest.adapters) if manifest is not None else 0
     names = {store.shard_path(shard_id).name for shard_id in shard_ids}
+    names |= {adapter_name(n, shard_id) for n in range(n_adapters) for shard_id in shard_ids}
     return _remove(path for path in _files(store.directory) if path.name in names)
 
 
@@ -129,10 +132,8 @@ def remove_model(store: ShardStore) -> int:
     manifest = store.manifest()
     n_shards = len(manifest.shards) if manifest is not None else 0
     n_adapters = len(manifest.adapters) if manifest is not None else 0
-    n_adapters = len(manifest.adapters) if manifest is not None else 0
     names = {shard_name(shard_id) for shard_id in range(n_shards)} | {TOKENIZER_NAME}
     names |= {adapter_name(n, i) for n in range(n_adapters) for i in range(n_shards)}
-    names |= {adapter_name(n, shard_id) for n in range(n_adapters) for shard_id in range(n_shards)}
     n_bytes = _remove(path for path in _files(store.directory) if path.name in names)
     for name in (MANIFEST_NAME, PUBLICATION_NAME, CHECKED_NAME):
         (store.directory / name).unlink(missing_ok=True)
