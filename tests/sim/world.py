@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import trio
@@ -53,8 +54,8 @@ class SimulatedEngine(FakeEngine):
         self.open_sequences: set[int] = set()
         self.wrong: list[str] = []  # what no stage may ask of an engine
 
-    def open_sequence(self, sequence, sampling=None, history=()):  # type: ignore[no-untyped-def]
-        super().open_sequence(sequence, sampling, history)
+    def open_sequence(self, sequence: int, *settings: Any, **named: Any) -> None:
+        super().open_sequence(sequence, *settings, **named)
         self.open_sequences.add(sequence)
 
     def close_sequence(self, sequence: int) -> None:
