@@ -201,7 +201,7 @@ class Link:
             )
         was_suspected, self.is_suspected = (
             self.is_suspected,
-            silence_s > self._silence.patience_s(now_s),
+            silence_s > self._silence.patience_s(now_s, 2e-6 * self.half_round_trip_us),
         )
         if self.is_suspected and not was_suspected:
             logger.info("%s has been silent for %.1f s", self.peer_id, silence_s)

@@ -1,8 +1,8 @@
 """When the silence of the other side of a link is suspicious.  Pure: times come from the caller.
 
 Both sides speak at least every HEARTBEAT_INTERVAL_S.  How late that arrives depends on the network
-and on how busy both machines are, so the patience follows the longest pause heard of late: a few
-times that, within bounds.  On a quiet machine it is the lower bound.
+and on how busy both machines are, so the patience grows with the longest delay heard of late.  On a
+quiet machine and a good network it is SILENCE_SUSPECTED_S.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from shardmesh.wire.limits import (
     SILENCE_SUSPECTED_S,
 )
 
-PAUSES_MULTIPLE = 3.0
-"""Patience in multiples of the longest pause: one lost packet sent again doubles its delay."""
+DELAYS_MULTIPLE = 6.0
+"""TCP sends a lost packet again after growing pauses: lost three times, it comes seven times as late
+as lost once."""
 
-MEMORY_S = 60.0
-"""How long a pause is remembered."""
+ROUND_TRIPS_MULTIPLE = 10.0
+"""Far away packets are lost now and then: a distance of 100 ms is worth a second before the first
+delay was heard."""
+
+MEMORY_S = 120.0
+"""How long a delay is remembered."""
 
 N_PAUSES_MAX = 64
 OWN_DELAY_S = 2 * HEARTBEAT_INTERVAL_S
@@ -56,9 +61,11 @@ class SilenceWatch:
         self._checked_s = now_s
         return now_s - self._heard_s
 
-    def patience_s(self, now_s: float) -> float:
+    def patience_s(self, now_s: float, round_trip_s: float = 0.0) -> float:
         """Silence beyond which the other side is suspected."""
         while self._pauses and self._pauses[0][0] < now_s - MEMORY_S:
             self._pauses.popleft()
         longest_s = self._pauses[0][1] if self._pauses else 0.0
-        return min(max(PAUSES_MULTIPLE * longest_s, SILENCE_SUSPECTED_S), HEARTBEAT_TIMEOUT_S)
+        delay_s = max(0.0, longest_s - HEARTBEAT_INTERVAL_S)
+        allowed_s = max(DELAYS_MULTIPLE * delay_s, ROUND_TRIPS_MULTIPLE * round_trip_s)
+        return min(SILENCE_SUSPECTED_S + allowed_s, HEARTBEAT_TIMEOUT_S)

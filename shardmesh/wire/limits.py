@@ -109,7 +109,7 @@ HEARTBEAT_INTERVAL_S: Final = 0.25
 SILENCE_SUSPECTED_S: Final = 0.8
 """Silence on a steady link after which a session goes on elsewhere: three heartbeats missed."""
 
-HEARTBEAT_TIMEOUT_S: Final = 5.0
+HEARTBEAT_TIMEOUT_S: Final = 10.0
 """Silence on a link after which it is closed."""
 
 WRITE_TIMEOUT_S: Final = 30.0
