@@ -47,8 +47,8 @@ def test_a_steady_side_that_stops_is_suspected_within_a_second() -> None:
 def lossy_arrivals(seed: int, until_s: float) -> list[float]:
     """Heartbeats over 100 ms with 10 % loss.
 
-    TCP sends what is lost again after 0.3 s, 0.6 s, 1.2 s, and what follows waits for it.  (It often
-    knows earlier; this is the worst.)
+    TCP sends what is lost again after 0.3 s, 0.6 s, 1.2 s, and what follows waits for it.  Often it
+    knows earlier; this is the worst.
     """
     generator = random.Random(seed)
     arrivals, ready_s = [], 0.0
