@@ -20,6 +20,7 @@ from shardmesh.cli.options import (
 from shardmesh.errors import InputError, ProtocolError
 
 if TYPE_CHECKING:
+    from shardmesh.coordinator.client import Client
     from shardmesh.swarm.admission import Admission
 
 
@@ -81,15 +82,19 @@ def command(
             cache_dir=cache_dir(),
             identity=load_identity(identity_file) if identity_file else None,
         ) as client:
-            if peer.startswith("/"):
-                peer_id = await client.host.connect([peer], timeout_s)
-            else:
-                found = await client.membership.find_listeners()
-                peer_id = matching_peer(peer, [a.peer_id for a in found])
+            peer_id = await peer_of(client, peer, timeout_s)
             answer = await send_command(client.host, peer_id, name, values, timeout_s)
         click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
 
     trio.run(run)
+
+
+async def peer_of(client: Client, text: str, timeout_s: float) -> str:
+    """The peer id of a node that is named by it, by its end or by an address."""
+    if text.startswith("/"):
+        return await client.host.connect([text], timeout_s)
+    found = await client.membership.find_listeners()
+    return matching_peer(text, [a.peer_id for a in found])
 
 
 def matching_peer(text: str, known: list[str]) -> str:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "web": "Run the gateway: an OpenAI-compatible API over a mesh.",
     "run": "Answer a prompt with a running mesh.",
     "status": "Show shards, replicas and what is missing.",
+    "drain": "End a listener once its sessions are over.",
     "command": "Send one JSON command to a node.",
     "cluster": "Show the members of a mesh, and remove some.",
 }

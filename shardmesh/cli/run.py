@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.coordinator import Completion
     from shardmesh.coordinator.generate import Finished
+    from shardmesh.coordinator.pace import Explanation
     from shardmesh.coordinator.request import CompletionRequest
     from shardmesh.swarm.admission import Admission
 
@@ -47,6 +48,16 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="System message, with --chat.")
 @click.option("--ignore-end", is_flag=True, help="Go on behind the model's end of text.")
+@click.option(
+    "--via",
+    multiple=True,
+    metavar="PEER[,PEER...]",
+    help="Nodes that the chain must begin with, by peer id or its end.",
+)
+@click.option(
+    "--avoid", multiple=True, metavar="PEER[,PEER...]", help="Nodes that must not take part."
+)
+@click.option("--explain", is_flag=True, help="Show why the chain was chosen, with numbers.")
 @click.option(
     "--wait",
     "wait_s",
@@ -77,6 +88,9 @@ def command(
     chat: bool,
     system: str | None,
     ignore_end: bool,
+    via: tuple[str, ...],
+    avoid: tuple[str, ...],
+    explain: bool,
     wait_s: float,
     as_json: bool,
     timings: bool,
@@ -104,6 +118,8 @@ def command(
         n_tokens_max=n_tokens_max,
         stop=stop,
         ignore_end=ignore_end,
+        via=_names(via),
+        avoid=_names(avoid),
         wait_s=wait_s,
         sampling=SamplingSettings(
             temperature=temperature,
@@ -126,9 +142,16 @@ def command(
             shards_dir=shards_dir,
             cache_dir=cache_dir(),
         ) as client:
-            await _answer(client, request, as_json=as_json, show_timings=timings)
+            await _answer(
+                client, request, as_json=as_json, show_timings=timings, show_choice=explain
+            )
 
     trio.run(run)
+
+
+def _names(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that stand in one option with commas between them, or in several."""
+    return tuple(name for each in given for name in each.split(",") if name)
 
 
 def _read_standard_input() -> str:
@@ -144,7 +167,12 @@ def _read_standard_input() -> str:
 
 
 async def _answer(
-    client: Client, request: CompletionRequest, *, as_json: bool, show_timings: bool
+    client: Client,
+    request: CompletionRequest,
+    *,
+    as_json: bool,
+    show_timings: bool,
+    show_choice: bool,
 ) -> None:
     from shardmesh.coordinator.generate import Piece
 
@@ -152,6 +180,8 @@ async def _answer(
     is_line_open = False
     try:
         async with client.coordinator.complete(request) as completion:
+            if show_choice and completion.explanation is not None:
+                _print_choice(completion.explanation)
             async for item in completion.items:
                 if isinstance(item, Piece):
                     texts.append(item.text)
@@ -189,6 +219,36 @@ def _as_json(
         },
         ensure_ascii=False,
     )
+
+
+def _print_choice(explanation: Explanation) -> None:
+    """On standard error, before the text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardmesh.cli.status import short_peer_id
+
+    console = Console(stderr=True)
+    table = Table(
+        title=f"a token is expected to take {explanation.token_us / 1e3:.2f} ms "
+        "(milliseconds; * is the chain)",
+        title_justify="left",
+    )
+    table.add_column("layers")
+    table.add_column("node")
+    for name in ("compute", "sessions", "compute and wait", "hop to it"):
+        table.add_column(name, justify="right")
+    for each in explanation.considered:
+        replica = each.replica
+        table.add_row(
+            f"[{replica.layer_start}, {replica.layer_end})",
+            f"{short_peer_id(replica.peer_id)} {'*' if each.is_chosen else ''}",
+            f"{each.compute_us / 1e3:.2f}",
+            str(each.n_sessions),
+            f"{each.stage_us / 1e3:.2f}",
+            f"{each.hop_us / 1e3:.2f}",
+        )
+    console.print(table)
 
 
 def _print_timings(finished: Finished) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from shardmesh.errors import IncompleteError, InputError
 
@@ -23,7 +24,10 @@ class Replica:
     n_ctx: int
     shard_loaded: bool
     fingerprint: str
-    sequence: int = 0  # of its announcement; higher is newer
+    n_parallel: int = 0  # sequences at once; 0: not known
+    n_sessions: int = 0  # of them in use
+    token_us: int = 0  # computing one token; 0: not known
+    round_trips_us: tuple[tuple[str, int], ...] = ()  # to other nodes, by peer id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +66,73 @@ def missing_layers(replicas: Sequence[Replica]) -> list[tuple[int, int]]:
     return missing
 
 
+class Costs(Protocol):
+    """What a chain costs: the sum over its stages and its hops, in any unit."""
+
+    def stage(self, replica: Replica) -> float: ...
+
+    def hop(self, before: Replica | None, after: Replica | None) -> float:
+        """From one stage to the next; None is the coordinator."""
+        ...
+
+
+class _Free:
+    def stage(self, replica: Replica) -> float:
+        return 0.0
+
+    def hop(self, before: Replica | None, after: Replica | None) -> float:
+        return 0.0
+
+
 def choose_chain(
-    replicas: Iterable[Replica],
-    *,
-    model_name: str | None = None,
-    cost: Mapping[str, float] | None = None,
+    replicas: Iterable[Replica], *, model_name: str | None = None, costs: Costs | None = None
 ) -> Chain:
-    """The cheapest chain, `cost` (peer id -> anything comparable) summed over its stages.
+    """The cheapest chain.
 
     Raises InputError (theirs) for a model that nobody serves or that must be named, and
     IncompleteError (the moment's) that names the layers nobody serves.
     """
     models = _models_named(replicas, model_name)
-    paths = {key: path for key, found in models.items() if (path := _cheapest(found, cost or {}))}
+    costs = costs or _Free()
+    paths = {key: path for key, found in models.items() if (path := _cheapest(found, costs))}
     if not paths:
         raise _incomplete(max(models.values(), key=len))
     _require_one_name(paths)
     return Chain(min(paths.values(), key=lambda path: path[0])[1])
+
+
+def pinned(
+    replicas: Iterable[Replica], *, via: Sequence[str] = (), avoid: Sequence[str] = ()
+) -> list[Replica]:
+    """The replicas that a choice may take: those of `via` alone for their layers, none of `avoid`.
+
+    Nodes are named by a peer id or its end.  Raises InputError (theirs) for one that is not there,
+    or not a single one.
+    """
+    found = list(replicas)
+    wanted = {_named(found, name).peer_id for name in via}
+    unwanted = {_named(found, name).peer_id for name in avoid}
+    fixed = [r for r in found if r.peer_id in wanted]
+    return [
+        r
+        for r in found
+        if r.peer_id not in unwanted
+        and (
+            r.peer_id in wanted
+            or not any(f.layer_start < r.layer_end and r.layer_start < f.layer_end for f in fixed)
+        )
+    ]
+
+
+def _named(replicas: Sequence[Replica], name: str) -> Replica:
+    found = [r for r in replicas if r.peer_id.startswith(name) or r.peer_id.endswith(name)]
+    if len(found) != 1:
+        raise InputError(
+            f"{name!r} is the peer id of {len(found)} nodes that serve",
+            code="UNKNOWN_PEER",
+            next_step="`shardmesh status` lists the peer ids",
+        )
+    return found[0]
 
 
 def choose_model(replicas: Iterable[Replica], model_name: str | None) -> list[Replica]:
@@ -115,19 +169,29 @@ def _require_one_name(models: Iterable[tuple[str, str]]) -> None:
 
 
 def _cheapest(
-    replicas: Sequence[Replica], cost: Mapping[str, float]
+    replicas: Sequence[Replica], costs: Costs
 ) -> tuple[float, tuple[Replica, ...]] | None:
-    """Shortest path from layer 0 to the last, one edge a replica: its cost and its replicas."""
+    """Shortest path from layer 0 to the last, one node a replica: its cost and its replicas."""
     n_layer = replicas[0].n_layer
-    best: dict[int, tuple[float, tuple[Replica, ...]]] = {0: (0.0, ())}
+    # The cheapest way to have gone through each replica; by the layer where that ends.
+    ending: dict[int, list[tuple[float, tuple[Replica, ...]]]] = {0: [(0.0, ())]}
     for replica in sorted(replicas, key=lambda r: (r.layer_start, r.layer_end, r.peer_id)):
-        if not replica.shard_loaded or replica.layer_start not in best:
+        ways = ending.get(replica.layer_start)
+        if not replica.shard_loaded or not ways:
             continue
-        before, stages = best[replica.layer_start]
-        total = before + cost.get(replica.peer_id, 0.0)
-        if replica.layer_end not in best or total < best[replica.layer_end][0]:
-            best[replica.layer_end] = (total, (*stages, replica))
-    return best.get(n_layer)
+        cost, stages = min(
+            (
+                (cost + costs.hop(stages[-1] if stages else None, replica), stages)
+                for cost, stages in ways
+            ),
+            key=lambda way: way[0],
+        )
+        way = (cost + costs.stage(replica), (*stages, replica))
+        ending.setdefault(replica.layer_end, []).append(way)
+    whole = [
+        (cost + costs.hop(stages[-1], None), stages) for cost, stages in ending.get(n_layer, ())
+    ]
+    return min(whole, key=lambda way: way[0], default=None)
 
 
 def _nobody(model_name: str | None) -> IncompleteError | InputError:

@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from shardmesh.coordinator.chain import Chain, Replica, choose_chain, choose_model
+from shardmesh.coordinator.chain import Chain, Replica, choose_model, pinned
 from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
-from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
+from shardmesh.coordinator.pace import Explanation
+from shardmesh.coordinator.replacements import ReplicaFinder
 from shardmesh.coordinator.request import (
     WAIT_S_DEFAULT,
     CompletionRequest,
@@ -27,19 +29,12 @@ from shardmesh.coordinator.session import Repair, Session, SessionSettings
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
 from shardmesh.engine.tokenizer import Tokenizer
-from shardmesh.errors import InputError, ShardmeshError, UnreachableError
+from shardmesh.errors import InputError
 from shardmesh.links.dial import Agree, LinkPool
-from shardmesh.links.link import Link
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import EMBEDDING_TEXTS_MAX, PROMPT_BYTES_MAX
 
 logger = logging.getLogger(__name__)
-
-LINK_TIMEOUT_S = 12.0
-"""For agreeing on a link with a stage and dialing it."""
-
-REPLACEMENT_LINK_TIMEOUT_S = 3.0
-"""The same for one that is to replace another: the next candidate is tried after it."""
 
 FindListeners = Callable[[], Awaitable[list[Announcement]]]
 
@@ -52,6 +47,7 @@ class Completion:
     n_prompt_tokens: int
     items: AsyncIterator[Piece | Finished]
     tokenizer: Tokenizer  # until the block is left
+    explanation: Explanation | None = None  # why the chain was chosen
 
     @property
     def chain(self) -> Chain:
@@ -86,7 +82,7 @@ class Coordinator:
         self._models = models
         self._router = SessionRouter()
         self._pool = LinkPool(nursery, agree, self._router)
-        self._health = ReplicaHealth()
+        self._chains = ChainLinker(self._pool, self._router.n_sessions_by_peer)
         self._found: list[Announcement] = []
         self._known = known or (lambda: self._found)
         self._refresh = refresh or trio.lowlevel.checkpoint
@@ -105,8 +101,9 @@ class Coordinator:
         """
         started_s = trio.current_time()
         stops = StopScanner(request.stop)
-        self._found = await self._find()
-        chain, links = await self._linked_chain(request.model)
+        wish = Wish(request.model, request.via, request.avoid)
+        linked = await self._link(wish)
+        chain = linked.chain
         async with self._models.use(chain.stages) as model:
             prompt = await trio.to_thread.run_sync(_prompt_tokens, model, request)
             n_ctx = context_needed(len(prompt), request.n_tokens_max, chain.n_ctx)
@@ -118,8 +115,8 @@ class Coordinator:
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
             )
-            finder = self._finder(request.wait_s)
-            async with self._router.session(chain, links, settings, finder) as session:
+            finder = self._finder(wish, request.wait_s)
+            async with self._router.session(chain, linked.links, settings, finder) as session:
                 items = generate(
                     session,
                     prompt,
@@ -131,7 +128,9 @@ class Coordinator:
                     started_s=started_s,
                 )
                 try:
-                    yield Completion(session, len(prompt), items, model.tokenizer)
+                    yield Completion(
+                        session, len(prompt), items, model.tokenizer, linked.explanation
+                    )
                 finally:
                     await items.aclose()
 
@@ -145,15 +144,16 @@ class Coordinator:
         """
         if not 1 <= len(texts) <= EMBEDDING_TEXTS_MAX:
             raise InputError(f"give 1 to {EMBEDDING_TEXTS_MAX} texts, not {len(texts)}")
-        self._found = await self._find()
         embeddings = []
-        chain, links = await self._linked_chain(model)
+        wish = Wish(model)
+        linked = await self._link(wish)
+        chain, links = linked.chain, linked.links
         async with self._models.use(chain.stages) as opened:
             for text in texts:
                 tokens = await trio.to_thread.run_sync(_text_tokens, opened, text)
                 n_ctx = context_needed(len(tokens), 0, chain.n_ctx)
                 settings = SessionSettings(n_ctx=n_ctx, sampling=sampling_message(UNUSED_SAMPLING))
-                finder = self._finder(WAIT_S_DEFAULT)
+                finder = self._finder(wish, WAIT_S_DEFAULT)
                 async with self._router.session(chain, links, settings, finder) as session:
                     embeddings.append(await embed_tokens(session, tokens))
                 chain, links = session.chain, session.links
@@ -170,93 +170,19 @@ class Coordinator:
         async with self._models.use(choose_model(replicas, model_name)) as model:
             yield model
 
-    # -- chains and links ----------------------------------------------------------------------
+    async def _link(self, wish: Wish) -> LinkedChain:
+        self._found = await self._find()
+        return await self._chains.link([replica_of(a) for a in self._found], wish)
 
-    async def _linked_chain(self, model_name: str | None) -> tuple[Chain, list[Link]]:
-        """A chain and the links to its stages; whoever cannot be reached is passed over.
-
-        Raises the first error if there is no other chain.
-        """
-        first_error: _UnlinkedError | None = None
-        while True:
-            try:
-                chain = self._choose(model_name, only_well=first_error is not None)
-            except ShardmeshError as error:
-                raise (first_error.cause if first_error else error) from None
-            try:
-                return chain, await self._links(chain.stages)
-            except _UnlinkedError as error:
-                first_error = first_error or error
-                self._health.failed(error.stage, error.cause, trio.current_time())
-
-    def _choose(self, model_name: str | None, *, only_well: bool) -> Chain:
-        """A chain of replicas that did not fail of late; of all, if need be and allowed."""
-        now_s = trio.current_time()
-        replicas = [replica_of(announcement) for announcement in self._found]
-        well = [replica for replica in replicas if not self._health.is_aside(replica, now_s)]
-        try:
-            return choose_chain(well, model_name=model_name)
-        except ShardmeshError:
-            if only_well:
-                raise
-            return choose_chain(replicas, model_name=model_name)
-
-    async def _links(self, stages: Sequence[Replica]) -> list[Link]:
-        """The links to all stages, brought up at once; raises the first _UnlinkedError."""
-        links: dict[int, Link] = {}
-
-        async def bring_up(number: int, stage: Replica) -> None:
-            links[number] = await self._link_to(stage, LINK_TIMEOUT_S)
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for number, stage in enumerate(stages):
-                    nursery.start_soon(bring_up, number, stage)
-        except ExceptionGroup as group:
-            unlinked, others = group.split(_UnlinkedError)
-            if others is not None or unlinked is None:
-                raise
-            raise _first(unlinked) from None
-        return [links[number] for number in range(len(stages))]
-
-    async def _link_to(self, stage: Replica, timeout_s: float) -> Link:
-        try:
-            link = await self._pool.get(stage.peer_id, stage.addresses, timeout_s)
-        except ShardmeshError as error:
-            raise _UnlinkedError(stage, error) from error
-        if link.is_suspected:
-            silent = UnreachableError(f"{stage.peer_id} is silent", code="LINK_SILENT")
-            raise _UnlinkedError(stage, silent)
-        return link
-
-    def _finder(self, timeout_s: float) -> ReplicaFinder:
-        async def connect(replica: Replica) -> Link:
-            try:
-                return await self._link_to(replica, REPLACEMENT_LINK_TIMEOUT_S)
-            except _UnlinkedError as error:
-                raise error.cause from None
-
-        return ReplicaFinder(
-            known=lambda: [replica_of(announcement) for announcement in self._known()],
-            refresh=self._refresh,
-            connect=connect,
-            health=self._health,
-            timeout_s=timeout_s,
+    def _finder(self, wish: Wish, timeout_s: float) -> ReplicaFinder:
+        found = [replica_of(announcement) for announcement in self._found]
+        allowed = {replica.peer_id for replica in pinned(found, avoid=wish.avoid)}
+        return self._chains.finder(
+            lambda: [replica_of(announcement) for announcement in self._known()],
+            self._refresh,
+            timeout_s,
+            frozenset(r.peer_id for r in found if r.peer_id not in allowed),
         )
-
-
-class _UnlinkedError(Exception):
-    """A stage that no link could be had to."""
-
-    def __init__(self, stage: Replica, cause: ShardmeshError) -> None:
-        super().__init__(stage.peer_id, cause)
-        self.stage = stage
-        self.cause = cause
-
-
-def _first(group: BaseExceptionGroup[_UnlinkedError]) -> _UnlinkedError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def replica_of(announcement: Announcement) -> Replica:
@@ -271,9 +197,14 @@ def replica_of(announcement: Announcement) -> Replica:
         layer_end=announcement.layer_end,
         n_layer=announcement.total_layers,
         n_ctx=announcement.capabilities.n_ctx,
-        shard_loaded=announcement.capabilities.shard_loaded,
+        shard_loaded=(
+            announcement.capabilities.shard_loaded and not announcement.capabilities.is_draining
+        ),
         fingerprint=announcement.engine_fingerprint,
-        sequence=announcement.sequence,
+        n_parallel=announcement.capabilities.n_parallel,
+        n_sessions=announcement.capabilities.n_sessions,
+        token_us=announcement.capabilities.token_us,
+        round_trips_us=announcement.capabilities.round_trips_us,
     )
 
 

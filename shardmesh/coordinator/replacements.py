@@ -8,18 +8,23 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
-from shardmesh.coordinator.chain import Chain, Replica
-from shardmesh.errors import BusyError, ShardmeshError
+from shardmesh.coordinator.chain import Chain, Costs, Replica
+from shardmesh.coordinator.pace import SeenPaces
+from shardmesh.errors import ShardmeshError
 from shardmesh.links.link import Link
+from shardmesh.wire.messages import BatchDone
 
 logger = logging.getLogger(__name__)
 
-ASIDE_MIN_S = 2.0
+ASIDE_MIN_S = 1.0
 """A replica that failed is left alone for so long, twice as long each time that it fails again."""
 
 ASIDE_MAX_S = 60.0
-ASIDE_BUSY_S = 0.5
-"""One that only had no room is asked again soon."""
+ASIDE_SHORT_S = 0.5
+"""One that has no room, or whose shard is being loaded again, is asked again soon."""
+
+SHORTLY_GONE = frozenset({"BUSY", "NO_SESSION", "NOT_LOADED", "NO_LINK", "UNREACHABLE"})
+"""Errors of a replica that may be back at any moment, and that is quickly found out."""
 
 FORGIVEN_AFTER_S = 120.0
 """A failure that is so long past does not make the next one worse."""
@@ -33,7 +38,6 @@ class _Failures:
     n_in_a_row: int
     failed_s: float
     until_s: float
-    sequence: int  # of the announcement that was known then
 
 
 class ReplicaHealth:
@@ -48,17 +52,15 @@ class ReplicaHealth:
         is_first = known is None or now_s - known.failed_s > FORGIVEN_AFTER_S
         n_in_a_row = 1 if known is None or is_first else known.n_in_a_row + 1
         aside_s = min(ASIDE_MIN_S * 2.0 ** min(n_in_a_row - 1, 16), ASIDE_MAX_S)
-        if isinstance(error, BusyError):
-            n_in_a_row, aside_s = 0, ASIDE_BUSY_S
-        self._failures[replica.peer_id] = _Failures(
-            n_in_a_row, now_s, now_s + aside_s, replica.sequence
-        )
+        if error.code in SHORTLY_GONE:
+            n_in_a_row, aside_s = 0, ASIDE_SHORT_S
+        self._failures[replica.peer_id] = _Failures(n_in_a_row, now_s, now_s + aside_s)
         self._forget_old(now_s)
 
     def is_aside(self, replica: Replica, now_s: float) -> bool:
-        """Whether to leave it alone: it failed lately and has not announced itself since."""
+        """Whether to leave it alone, since it failed lately."""
         known = self._failures.get(replica.peer_id)
-        return known is not None and now_s < known.until_s and replica.sequence <= known.sequence
+        return known is not None and now_s < known.until_s
 
     def _forget_old(self, now_s: float) -> None:
         for peer_id, failures in list(self._failures.items()):
@@ -89,8 +91,15 @@ class ReplicaFinder:
         connect: Callable[[Replica], Awaitable[Link]],
         health: ReplicaHealth,
         timeout_s: float,
+        costs: Callable[[Sequence[Replica]], Costs] | None = None,
+        seen: SeenPaces | None = None,
     ) -> None:
-        """`refresh` asks the mesh for news that `known` gives afterwards."""
+        """`refresh` asks the mesh for news that `known` gives afterwards.
+
+        Of several replicas the cheapest by `costs` is taken; `seen` learns from results.
+        """
+        self._costs = costs
+        self._seen = seen
         self._known = known
         self._refresh = refresh
         self._connect = connect
@@ -110,12 +119,32 @@ class ReplicaFinder:
     async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
         stage = chain.stages[number]
         while True:
-            found = await self._first_reachable(self._free(stage, n_ctx), stage)
+            found = await self._first_reachable(self._free(stage, n_ctx), chain, number)
             if found is not None:
                 return found
             with trio.move_on_after(LOOK_AGAIN_S) as scope:
                 await self._refresh()
                 await trio.sleep(max(0.0, scope.deadline - trio.current_time()))
+
+    def note_result(self, chain: Chain, done: BatchDone) -> None:
+        if self._seen is not None and done.n_tokens == 1:
+            self._seen.note(chain.stages, done.timings, trio.current_time())
+
+    def _ordered(self, found: Sequence[Replica], chain: Chain, number: int) -> list[Replica]:
+        """The best first: those that compute alike give the same bits; of them the fastest."""
+        stages = chain.stages
+        before = stages[number - 1] if number else None
+        after = stages[number + 1] if number + 1 < len(stages) else None
+        costs = self._costs([*found, *stages]) if self._costs is not None else None
+
+        def order(replica: Replica) -> tuple[bool, float, str]:
+            is_other = replica.fingerprint != stages[number].fingerprint
+            if costs is None:
+                return is_other, 0.0, replica.peer_id
+            hops = costs.hop(before, replica) + costs.hop(replica, after)
+            return is_other, costs.stage(replica) + hops, replica.peer_id
+
+        return sorted(found, key=order)
 
     def _free(self, stage: Replica, n_ctx: int) -> list[Replica]:
         now_s = trio.current_time()
@@ -126,11 +155,9 @@ class ReplicaFinder:
         ]
 
     async def _first_reachable(
-        self, found: Sequence[Replica], stage: Replica
+        self, found: Sequence[Replica], chain: Chain, number: int
     ) -> tuple[Replica, Link] | None:
-        # One that computes alike gives the same bits, so it comes first.
-        ordered = sorted(found, key=lambda r: (r.fingerprint != stage.fingerprint, r.peer_id))
-        for replica in ordered:
+        for replica in self._ordered(found, chain, number):
             try:
                 return replica, await self._connect(replica)
             except ShardmeshError as error:

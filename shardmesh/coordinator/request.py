@@ -33,6 +33,8 @@ class CompletionRequest:
     stop: tuple[str, ...] = ()
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
     ignore_end: bool = False  # go on behind the model's end of text, for measurements
+    via: tuple[str, ...] = ()  # nodes that the chain must begin with, by peer id or its end
+    avoid: tuple[str, ...] = ()  # nodes that it must never use
     wait_s: float = WAIT_S_DEFAULT  # for a replica in the place of a stage that was lost
 
     def __post_init__(self) -> None:

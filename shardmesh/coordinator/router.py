@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -46,6 +47,10 @@ class SessionRouter:
     @property
     def n_sessions(self) -> int:
         return len(self._routes)
+
+    def n_sessions_by_peer(self) -> Counter[str]:
+        """How many sessions each node takes part in, by peer id."""
+        return Counter(link.peer_id for route in self._routes.values() for link in route.links)
 
     def on_message(self, link: Link, message: Message, body: memoryview) -> None:
         """One message of a link; raises ProtocolError for one that coordinators do not get."""

@@ -121,6 +121,10 @@ class Replacements(Protocol):
         """Takes a replica that failed out of the choice for a while."""
         ...
 
+    def note_result(self, chain: Chain, done: BatchDone) -> None:
+        """Learns from what the stages report of themselves."""
+        ...
+
     async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
         """A replica for that stage and a link to it; waits until there is one."""
         ...
@@ -283,6 +287,8 @@ class Session:
         self._expected.popleft()
         self._n_done += done.n_tokens
         self._strikes.clear()
+        if self._replacements is not None:
+            self._replacements.note_result(self.chain, done)
         if not self._unfinished:
             self._longest_step_s = max(self._longest_step_s, now_s - self._stepped_s)
         for repair in self._unfinished:

@@ -247,6 +247,14 @@ class LinkPool:
         """Those that are open now."""
         return [link for link in self._links.values() if link.is_open]
 
+    def round_trips_us(self) -> dict[str, int]:
+        """The measured round trips of the open links, by peer id."""
+        return {
+            peer_id: 2 * link.half_round_trip_us
+            for peer_id, link in self._links.items()
+            if link.is_open and link.half_round_trip_us
+        }
+
     def close(self) -> None:
         """Ends all links."""
         for link in list(self._links.values()):

@@ -16,8 +16,8 @@ from shardmesh.wire.limits import (
 )
 
 DELAYS_MULTIPLE = 6.0
-"""TCP sends a lost packet again after growing pauses: lost three times, it comes seven times as late
-as lost once."""
+"""TCP sends a lost packet again after growing pauses: lost three times, it comes seven times as
+late as lost once."""
 
 ROUND_TRIPS_MULTIPLE = 10.0
 """Far away packets are lost now and then: a distance of 100 ms is worth a second before the first

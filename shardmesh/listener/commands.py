@@ -63,6 +63,7 @@ class NodeCommands:
             "GET_CAPABILITIES": self._get_capabilities,
             "LOAD_SHARD": self._load_shard,
             "UNLOAD_SHARD": self._unload_shard,
+            "DRAIN": self._drain,
             "INFERENCE": self._inference,
             "LIST_FILES": self._list_files,
             "GET_METRICS": self._get_metrics,
@@ -96,7 +97,7 @@ class NodeCommands:
             "peer_id": self._host.peer_id,
             "cluster": self._node.options.cluster,
             "addresses": self._host.addresses(),
-            "shard_state": self._node.supervisor.status.state,
+            "shard_state": self._node.shard_state,
             "version": shardmesh.__version__,
         }
 
@@ -123,6 +124,10 @@ class NodeCommands:
     async def _unload_shard(self, params: NoParams) -> object:
         self._node.unload_shard()
         return {"shard_loaded": False}
+
+    async def _drain(self, params: NoParams) -> object:
+        await self._node.drain()
+        return {"draining": True, "n_sessions": self._node.load.n_sessions}
 
     async def _inference(self, params: InferenceParams) -> object:
         request = request_of_command(params, fresh_seed=secrets.randbits(32))
@@ -175,7 +180,7 @@ class NodeCommands:
         stage = await supervisor.metrics()
         return {
             "uptime_s": round(time.monotonic() - self._started_s, 3),
-            "shard_state": status.state,
+            "shard_state": self._node.shard_state,
             "shard_error": str(status.error) if status.error else None,
             "n_data_process_restarts": supervisor.n_restarts,
             "control_memory_bytes": psutil.Process().memory_info().rss,

@@ -18,6 +18,7 @@ from shardmesh.listener.local_messages import (
     PROCESS_GONE,
     AskMetrics,
     CutOff,
+    Drain,
     ExpectLink,
     Failed,
     Grant,
@@ -106,6 +107,10 @@ class DataChild:
     async def cut_off(self, peer_ids: Collection[str]) -> None:
         """Has the process end its links with these nodes; raises UnreachableError if gone."""
         await self._living_channel().send(CutOff(peer_ids=tuple(sorted(peer_ids))))
+
+    async def drain(self) -> None:
+        """Has the process take no further sessions; raises UnreachableError if gone."""
+        await self._living_channel().send(Drain())
 
     async def metrics(self) -> Metrics:
         """The process's own figures; raises UnreachableError (the moment's) if it is gone."""

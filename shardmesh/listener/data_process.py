@@ -28,6 +28,7 @@ from shardmesh.listener.local_messages import (
     PROCESS_GONE,
     AskMetrics,
     CutOff,
+    Drain,
     ExpectLink,
     Grant,
     LinkAnswer,
@@ -108,6 +109,8 @@ class DataProcess:
                         asked.send_nowait(message)
                 case AskMetrics():
                     nursery.start_soon(self._channel.send, self._metrics(message.number))
+                case Drain():
+                    self.stage.is_draining = True
                 case Stop():
                     return
                 case _:

@@ -166,6 +166,10 @@ class Metrics(_Message, frozen=True, tag="metrics"):
     links: tuple[LinkState, ...]
 
 
+class Drain(_Message, frozen=True, tag="drain"):
+    """To the data process: take no further sessions."""
+
+
 class Stop(_Message, frozen=True, tag="stop"):
     """To the data process: end the sessions with an error that says so, then exit."""
 
@@ -180,6 +184,7 @@ LocalMessage = (
     | LinkAnswer
     | AskMetrics
     | Metrics
+    | Drain
     | Stop
 )
 

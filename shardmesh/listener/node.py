@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,7 @@ from shardmesh.engine.base import EngineOptions
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
 from shardmesh.links.dial import local_endpoints, own_endpoint
 from shardmesh.listener.assignment import Assignment, WantedShard, assign
+from shardmesh.listener.load import Load, load_of
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.machine import Machine, read_machine
 from shardmesh.listener.published import provide_shard
@@ -35,7 +38,7 @@ from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions
 from shardmesh.wire.announcement import Capabilities
-from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, LINK_AGREEMENT_BYTES_MAX
+from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, LINK_AGREEMENT_BYTES_MAX, LOAD_INTERVAL_S
 from shardmesh.wire.link_agreement import (
     LinkGrant,
     LinkRequester,
@@ -105,6 +108,9 @@ class Node:
         self.assignment: Assignment | None = None
         self.machine: Machine = read_machine()
         self.supervisor = Supervisor(self.agree, self._on_shard)
+        self.load = self._told_load = Load()
+        self.is_draining = False
+        self.drained = trio.Event()
         self._host: Host | None = None
         self._link_streams: LinkStreams | None = None
         self._membership: Membership | None = None
@@ -245,9 +251,39 @@ class Node:
                 n_ctx=ready.n_ctx if ready else 0,
                 n_parallel=ready.n_parallel if ready else 0,
                 has_tokenizer=self.store.tokenizer_path().exists(),
+                is_draining=self.is_draining,
+                n_sessions=self.load.n_sessions,
+                token_us=self.load.token_us,
+                round_trips_us=self.load.round_trips_us,
             ),
             identity=self.called,
         )
+
+    # -- load ----------------------------------------------------------------------------------
+
+    @property
+    def shard_state(self) -> str:
+        """What is told of the shard: that of the supervisor, or `draining` while it is loaded."""
+        state = self.supervisor.status.state
+        return "draining" if self.is_draining and state == "loaded" else state
+
+    async def drain(self) -> None:
+        """Takes no further sessions; `drained` is set once the last one is over."""
+        self.is_draining = True
+        await self.supervisor.drain()
+        self._changed()
+
+    async def watch_load(self, membership: Membership, n_coordinated: Callable[[], int]) -> None:
+        """Tells the mesh how busy the node is, whenever that has changed; for ever."""
+        while True:
+            with contextlib.suppress(UnreachableError):
+                self.load = load_of(await self.supervisor.metrics())
+            if self.load.differs(self._told_load):
+                self._told_load = self.load
+                membership.announce_load()
+            if self.is_draining and self.load.n_sessions == 0 and n_coordinated() == 0:
+                self.drained.set()
+            await trio.sleep(LOAD_INTERVAL_S)
 
     # -- links ---------------------------------------------------------------------------------
 

@@ -51,12 +51,17 @@ async def run_node(options: NodeOptions) -> None:
     """
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            leaving = _Leaving(nursery.cancel_scope)
-            nursery.start_soon(_serve, options, leaving)
+            leaving = _Leaving(nursery.cancel_scope, nursery.cancel_scope)
+            nursery.start_soon(_serve_to_the_end, options, leaving)
             async for number in signals:
                 logger.info("%s: leaving", signal.Signals(number).name)
                 leaving.scope.cancel()
                 break
+
+
+async def _serve_to_the_end(options: NodeOptions, leaving: _Leaving) -> None:
+    await _serve(options, leaving)
+    leaving.everything.cancel()  # nobody waits for signals any more
 
 
 @dataclasses.dataclass
@@ -64,6 +69,7 @@ class _Leaving:
     """What a signal cancels: everything, or once the node has joined what must end first."""
 
     scope: trio.CancelScope
+    everything: trio.CancelScope
 
 
 async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
@@ -86,13 +92,15 @@ async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(node.supervisor.run)
             await node.load_first_shard(shard_id)
-            async with on_network(node, nursery, shard_id) as membership:
-                await _take_part(node, membership, leaving)
+            async with on_network(node, nursery, shard_id) as (membership, coordinator):
+                await _take_part(node, membership, coordinator, leaving)
             nursery.cancel_scope.cancel()
 
 
-async def _take_part(node: Node, membership: Membership, leaving: _Leaving) -> None:
-    """Is a member of the mesh until a signal; both farewells are over then.
+async def _take_part(
+    node: Node, membership: Membership, coordinator: Coordinator, leaving: _Leaving
+) -> None:
+    """Is a member of the mesh until a signal or until it is drained; both farewells are over then.
 
     Others hear of the withdrawal through libp2p, whose tasks therefore go on meanwhile.
     """
@@ -104,13 +112,18 @@ async def _take_part(node: Node, membership: Membership, leaving: _Leaving) -> N
             with trio.move_on_after(ANNOUNCE_TIMEOUT_S):
                 await membership.announced.wait()
             logger.info("✅ Shard listener started! Waiting for connections...")
-            await trio.sleep_forever()
+            nursery.start_soon(node.watch_load, membership, lambda: coordinator.n_sessions)
+            await node.drained.wait()
+            logger.info("drained: leaving")
+            nursery.cancel_scope.cancel()
         finally:
             node.unload_shard()  # the data process ends its sessions at the same time
 
 
 @asynccontextmanager
-async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncIterator[Membership]:
+async def on_network(
+    node: Node, nursery: trio.Nursery, shard_id: int
+) -> AsyncIterator[tuple[Membership, Coordinator]]:
     """Listens and serves all protocols until the block is left; the caller runs the result."""
     options = node.options
     agent = f"shard-listener/{options.cluster}/{shard_id}"
@@ -176,7 +189,7 @@ async def on_network(node: Node, nursery: trio.Nursery, shard_id: int) -> AsyncI
             nursery.start_soon(options.serve_http, node, host, directory)
         nursery.start_soon(_warn_of_namesakes, node, directory)
         try:
-            yield membership
+            yield membership, coordinator
         finally:
             models.close()
             node.leave()

@@ -67,6 +67,10 @@ GetLink = Callable[[NextStage], Awaitable[Link]]
 MakeWorker = Callable[[Callable[[list[Work]], None]], "Computes[Work]"]
 
 
+PACE_WEIGHT = 0.1
+"""Of a new token in the time that is told of one: some twenty tokens make a change known."""
+
+
 class Stage:
     """The sessions of one loaded shard; the `LinkUser` of all links of a data process."""
 
@@ -87,6 +91,8 @@ class Stage:
         self._free_sequences = list(range(engine.info.n_parallel))
         self._worker = make_worker(self._compute)
         self._trio_token = trio.lowlevel.current_trio_token()
+        self.is_draining = False
+        """No further session is taken; those that are here go on."""
 
     @property
     def n_sessions(self) -> int:
@@ -154,6 +160,8 @@ class Stage:
             self._release(earlier)
         info = self._engine.info
         try:
+            if self.is_draining:
+                raise UnreachableError("this node takes no new sessions", code="NODE_LEAVING")
             check_request(message, self._identity, info, len(self._free_sequences))
         except ShardmeshError as error:
             self.counters.n_sessions_refused += 1
@@ -424,6 +432,8 @@ class Stage:
         return [number for number in info.numbers_at_once if number <= n_share]
 
     def _compute_part(self, works: list[Work]) -> None:
+        if not works:
+            return
         started_s = time.monotonic()
         results = _guarded(partial(self._engine.compute, [work.batch for work in works]))
         if isinstance(results, InputError) and len(works) > 1:  # nothing was computed yet
@@ -432,9 +442,16 @@ class Stage:
             return
         compute_us = int((time.monotonic() - started_s) * 1e6)
         self.counters.compute_us += compute_us
+        if works[0].batch.n_tokens == 1:
+            self._note_pace(compute_us)
         for number, work in enumerate(works):
             result = results if isinstance(results, ShardmeshError) else results[number]
             self._deliver(work, result, started_s, compute_us)
+
+    def _note_pace(self, compute_us: int) -> None:
+        """Keeps the time of one token, which several sessions that go at once all take."""
+        known_us = self.counters.token_us or compute_us
+        self.counters.token_us = max(1, int(known_us + PACE_WEIGHT * (compute_us - known_us)))
 
     def _deliver(
         self, work: Work, result: Output | ShardmeshError, started_s: float, compute_us: int

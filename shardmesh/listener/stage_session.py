@@ -112,6 +112,7 @@ class StageCounters:
     n_late_frames: int = 0
     queue_us: int = 0
     compute_us: int = 0
+    token_us: int = 0  # computing one token, of late
 
 
 def check_request(

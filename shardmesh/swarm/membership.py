@@ -108,6 +108,7 @@ class Membership:
             logger=self._log,
         )
         self._changed = trio.Event()
+        self._is_changed_much = False
         self._sequence = 0
         self._signed: bytes | None = None  # our announcement as others should know it
         self.updates = ClusterUpdates(
@@ -141,6 +142,11 @@ class Membership:
 
     def announce_changed(self) -> None:
         """What `offer()` gives has changed: announce it now."""
+        self._is_changed_much = True
+        self._changed.set()
+
+    def announce_load(self) -> None:
+        """Only the load in `offer()` has changed: tell the neighbours, not the DHT."""
         self._changed.set()
 
     async def find_listeners(self, total_shards: int | None = None) -> list[Announcement]:
@@ -260,16 +266,20 @@ class Membership:
     async def _keep_announcing(self, offer: Callable[[], Offer]) -> None:
         await self.joined.wait()
         while True:
+            self._is_changed_much = False
             self._changed = trio.Event()
             reached_dht = await self._announce(offer())
             pause_s = self._refresh_interval_s if reached_dht else _RETRY_PAUSE_S
             with trio.move_on_after(min(pause_s, self._refresh_interval_s)):
-                await self._changed.wait()
+                while not self._is_changed_much:
+                    await self._changed.wait()
+                    if not self._is_changed_much:
+                        self._changed = trio.Event()
+                        await self._tell_load(offer())
 
     async def _announce(self, offer: Offer) -> bool:
         """Tells neighbours and the DHT; says whether the DHT took it."""
-        lifetime_s = max(2 * self._refresh_interval_s, _LIFETIME_MIN_S)
-        self._signed = self._sign(offer, int(min(lifetime_s, ANNOUNCEMENT_LIFETIME_MAX_S)))
+        self._signed = self._sign(offer, self._lifetime_s())
         self._directory.update(self._signed)
         await self._tell_all()
         try:
@@ -280,6 +290,16 @@ class Membership:
         self._log.info("[DHT] ✓ Announced shard %d to DHT", offer.shard_id)
         self.announced.set()
         return True
+
+    async def _tell_load(self, offer: Offer) -> None:
+        """Tells the neighbours, who had the rest before; others hear of it in time."""
+        self._signed = self._sign(offer, self._lifetime_s())
+        self._directory.update(self._signed)
+        await self._tell_all()
+
+    def _lifetime_s(self) -> int:
+        lifetime_s = max(2 * self._refresh_interval_s, _LIFETIME_MIN_S)
+        return int(min(lifetime_s, ANNOUNCEMENT_LIFETIME_MAX_S))
 
     def _sign(self, offer: Offer, lifetime_s: int) -> bytes:
         now_s = self._directory.wall_clock()

@@ -21,6 +21,7 @@ from shardmesh.wire.limits import (
     ANNOUNCEMENT_LIFETIME_MAX_S,
     DIRECTORY_ENTRIES_MAX,
     DIRECTORY_PUSH_MAX,
+    ROUND_TRIPS_MAX,
 )
 from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 from shardmesh.wire.peer_id import (
@@ -41,6 +42,7 @@ _ADDRESS: Final = re.compile(
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Address = Annotated[str, msgspec.Meta(max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Seconds = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]  # since 1970
 
 
@@ -55,6 +57,12 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     n_ctx: Count  # tokens of one sequence; 0 while no shard is loaded
     n_parallel: Count
     has_tokenizer: bool
+    is_draining: bool = False  # takes no new sessions
+    n_sessions: Count = 0  # sequences in use when this was said
+    token_us: Microseconds = 0  # computing one token, of late; 0: not known
+    round_trips_us: Annotated[
+        tuple[tuple[Name, Microseconds], ...], msgspec.Meta(max_length=ROUND_TRIPS_MAX)
+    ] = ()  # to nodes that this one has links to, by peer id
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -30,7 +30,13 @@ JSON_PROTOCOL: Final = "/json-message/1.0"
 METRICS_PROTOCOL: Final = "/metrics/1.0"
 
 CommandName = Literal[
-    "GET_CAPABILITIES", "LOAD_SHARD", "UNLOAD_SHARD", "INFERENCE", "LIST_FILES", "GET_METRICS"
+    "GET_CAPABILITIES",
+    "LOAD_SHARD",
+    "UNLOAD_SHARD",
+    "DRAIN",
+    "INFERENCE",
+    "LIST_FILES",
+    "GET_METRICS",
 ]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Prompt = Annotated[str, msgspec.Meta(max_length=PROMPT_BYTES_MAX)]
@@ -95,13 +101,14 @@ PARAMS: Final[dict[str, type[Params]]] = {
     "GET_CAPABILITIES": NoParams,
     "LOAD_SHARD": LoadShardParams,
     "UNLOAD_SHARD": NoParams,
+    "DRAIN": NoParams,
     "INFERENCE": InferenceParams,
     "LIST_FILES": NoParams,
     "GET_METRICS": NoParams,
 }
 
 
-CHANGING_COMMANDS: Final = frozenset({"LOAD_SHARD", "UNLOAD_SHARD"})
+CHANGING_COMMANDS: Final = frozenset({"LOAD_SHARD", "UNLOAD_SHARD", "DRAIN"})
 """Commands that change what a node does for others; they take a right of their own."""
 
 

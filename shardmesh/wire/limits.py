@@ -89,6 +89,12 @@ ANNOUNCEMENT_BYTES_MAX: Final = 8 * KIB
 ANNOUNCEMENT_ADDRESSES_MAX: Final = 16
 """Addresses in an announcement; a dialer tries each in turn."""
 
+ROUND_TRIPS_MAX: Final = 16
+"""Round trips to other nodes in an announcement; a stage has few neighbours, each takes 60 B."""
+
+LOAD_INTERVAL_S: Final = 1.0
+"""How often a node tells its neighbours at most that its load has changed."""
+
 ANNOUNCEMENT_LIFETIME_MAX_S: Final = 600
 """An announcement is believed for ten minutes at most, twice the refresh interval."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardmesh.coordinator.chain import Replica, choose_chain, missing_layers
+from shardmesh.coordinator.chain import Costs, Replica, choose_chain, missing_layers, pinned
 from shardmesh.errors import IncompleteError, InputError
 
 N_LAYER = 5
@@ -44,6 +45,25 @@ def replica(
 ranges = st.tuples(st.integers(0, N_LAYER - 1), st.integers(1, N_LAYER)).filter(
     lambda r: r[0] < r[1]
 )
+
+
+class Priced:
+    """A price for each node, and one for each pair of neighbours that follows from their names."""
+
+    def __init__(self, cost: dict[str, float]) -> None:
+        self._cost = cost
+
+    def stage(self, replica: Replica) -> float:
+        return self._cost[replica.peer_id]
+
+    def hop(self, before: Replica | None, after: Replica | None) -> float:
+        names = f"{before and before.peer_id} {after and after.peer_id}"
+        return zlib.crc32(names.encode()) % 7
+
+
+def price(stages: Sequence[Replica], costs: Costs) -> float:
+    hops = itertools.pairwise([None, *stages, None])
+    return sum(costs.stage(r) for r in stages) + sum(costs.hop(a, b) for a, b in hops)
 
 
 @st.composite
@@ -85,16 +105,16 @@ def test_the_chain_is_the_cheapest_of_all(
     ]
     served = {stages[0].model_name for stages in chains}
     if len(served) == 1:
-        chain = choose_chain(replicas, model_name=model_name, cost=cost)
+        chain = choose_chain(replicas, model_name=model_name, costs=Priced(cost))
         assert chain.stages in chains
-        prices = [sum(cost[r.peer_id] for r in stages) for stages in chains]
-        assert sum(cost[r.peer_id] for r in chain.stages) == min(prices)
+        prices = [price(stages, Priced(cost)) for stages in chains]
+        assert price(chain.stages, Priced(cost)) == min(prices)
     elif served:
         with pytest.raises(InputError, match="m, n"):
-            choose_chain(replicas, model_name=model_name, cost=cost)
+            choose_chain(replicas, model_name=model_name, costs=Priced(cost))
     else:
         with pytest.raises((IncompleteError, InputError)):
-            choose_chain(replicas, model_name=model_name, cost=cost)
+            choose_chain(replicas, model_name=model_name, costs=Priced(cost))
 
 
 @given(st.lists(st.tuples(ranges, st.booleans()), min_size=1, max_size=6))
@@ -151,3 +171,17 @@ def test_a_model_that_only_overlaps_does_not_make_a_choice_necessary() -> None:
 
 def test_the_context_of_a_chain_is_its_smallest() -> None:
     assert choose_chain([replica("a", 0, 2, n_ctx=32), replica("b", 2, 5, n_ctx=48)]).n_ctx == 32
+
+
+def test_a_node_that_is_named_takes_its_layers_and_one_that_is_avoided_none() -> None:
+    replicas = [replica("ax", 0, 2), replica("bx", 0, 2), replica("cy", 2, 5), replica("dy", 2, 5)]
+    assert [r.peer_id for r in pinned(replicas, via=["bx"])] == ["bx", "cy", "dy"]
+    assert [r.peer_id for r in pinned(replicas, avoid=["a", "dy"])] == ["bx", "cy"]
+    assert [r.peer_id for r in pinned(replicas, via=["a"], avoid=["cy"])] == ["ax", "dy"]
+
+
+@pytest.mark.parametrize("name", ["x", "nobody"])
+def test_a_name_must_be_that_of_one_node(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        pinned([replica("ax", 0, 2), replica("bx", 0, 2)], avoid=[name])
+    assert caught.value.code == "UNKNOWN_PEER"

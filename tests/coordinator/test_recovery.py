@@ -15,9 +15,9 @@ from shardmesh.coordinator.recovery import (
     plan_replay,
 )
 from shardmesh.coordinator.replacements import (
-    ASIDE_BUSY_S,
     ASIDE_MAX_S,
     ASIDE_MIN_S,
+    ASIDE_SHORT_S,
     FORGIVEN_AFTER_S,
     ReplicaHealth,
     candidates,
@@ -156,14 +156,13 @@ def test_a_replica_that_fails_is_left_alone_longer_each_time() -> None:
     assert not health.is_aside(replica("b"), 100.0)
 
 
-def test_one_that_has_no_room_is_asked_again_soon_and_news_of_itself_count() -> None:
+@pytest.mark.parametrize("code", ["BUSY", "NOT_LOADED"])
+def test_one_that_may_be_back_at_any_moment_is_asked_again_soon(code: str) -> None:
     health = ReplicaHealth()
-    health.failed(replica("a"), BusyError("no room"), 0.0)
-    assert health.is_aside(replica("a"), ASIDE_BUSY_S / 2)
-    assert not health.is_aside(replica("a"), ASIDE_BUSY_S)
-    health.failed(replica("a", sequence=5), LOST, 1.0)
-    assert health.is_aside(replica("a", sequence=5), 1.1)
-    assert not health.is_aside(replica("a", sequence=6), 1.1)
+    for now_s in (0.0, 1.0, 2.0):
+        health.failed(replica("a"), UnreachableError("not now", code=code), now_s)
+        assert health.is_aside(replica("a"), now_s + ASIDE_SHORT_S / 2)
+        assert not health.is_aside(replica("a"), now_s + ASIDE_SHORT_S)
 
 
 def test_old_failures_are_forgiven() -> None:

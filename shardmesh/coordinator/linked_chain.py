@@ -1,0 +1,163 @@
+"""From what the mesh offers to a chain whose links are up, and to replacements for its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import trio
+
+from shardmesh.coordinator.chain import Chain, Replica, choose_chain, pinned
+from shardmesh.coordinator.pace import Explanation, SeenPaces, TokenCosts, explain, token_costs
+from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
+from shardmesh.errors import ShardmeshError, UnreachableError
+from shardmesh.links.dial import LinkPool
+from shardmesh.links.link import Link
+
+LINK_TIMEOUT_S = 12.0
+"""For agreeing on a link with a stage and dialing it."""
+
+REPLACEMENT_LINK_TIMEOUT_S = 3.0
+"""The same for one that is to replace another: the next candidate is tried after it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """Which chain is wanted; nodes are named by a peer id or its end."""
+
+    model_name: str | None = None
+    via: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkedChain:
+    """A chain, the links to its stages in order, and why it was chosen."""
+
+    chain: Chain
+    links: list[Link]
+    explanation: Explanation
+
+
+class _UnlinkedError(Exception):
+    """A stage that no link could be had to."""
+
+    def __init__(self, stage: Replica, cause: ShardmeshError) -> None:
+        super().__init__(stage.peer_id, cause)
+        self.stage = stage
+        self.cause = cause
+
+
+class ChainLinker:
+    """Chooses chains and brings up their links; remembers who was slow and who failed."""
+
+    def __init__(self, pool: LinkPool, own_sessions: Callable[[], Mapping[str, int]]) -> None:
+        """`own_sessions` counts this coordinator's sessions on each node, by peer id."""
+        self._pool = pool
+        self._own_sessions = own_sessions
+        self._health = ReplicaHealth()
+        self._seen = SeenPaces()
+
+    async def link(self, replicas: Sequence[Replica], wish: Wish) -> LinkedChain:
+        """The best chain; whoever cannot be reached is passed over.
+
+        Raises what `choose_chain` and `pinned` raise, and the first error of a link if there is no
+        other chain.
+        """
+        allowed = pinned(replicas, via=wish.via, avoid=wish.avoid)
+        first_error: _UnlinkedError | None = None
+        while True:
+            costs = self._costs(allowed)
+            try:
+                chain = self._choose(allowed, wish, costs, only_well=first_error is not None)
+            except ShardmeshError as error:
+                raise (first_error.cause if first_error else error) from None
+            try:
+                links = await self._links(chain.stages)
+            except _UnlinkedError as error:
+                first_error = first_error or error
+                self._health.failed(error.stage, error.cause, trio.current_time())
+            else:
+                return LinkedChain(chain, links, explain(chain.stages, allowed, costs))
+
+    def finder(
+        self,
+        known: Callable[[], Sequence[Replica]],
+        refresh: Callable[[], Awaitable[None]],
+        timeout_s: float,
+        unwanted: frozenset[str] = frozenset(),
+    ) -> ReplicaFinder:
+        """Replacements for one session; never those whose peer ids are `unwanted`."""
+
+        async def connect(replica: Replica) -> Link:
+            try:
+                return await self._link_to(replica, REPLACEMENT_LINK_TIMEOUT_S)
+            except _UnlinkedError as error:
+                raise error.cause from None
+
+        return ReplicaFinder(
+            known=lambda: [r for r in known() if r.peer_id not in unwanted],
+            refresh=refresh,
+            connect=connect,
+            health=self._health,
+            timeout_s=timeout_s,
+            costs=self._costs,
+            seen=self._seen,
+        )
+
+    def _costs(self, replicas: Sequence[Replica]) -> TokenCosts:
+        now_s = trio.current_time()
+        return token_costs(
+            replicas,
+            seen_us=lambda peer_id: self._seen.stage_us(peer_id, now_s),
+            own_hops_us={p: us / 2 for p, us in self._pool.round_trips_us().items()},
+            own_sessions=self._own_sessions(),
+            jitter=random.random,
+        )
+
+    def _choose(
+        self, replicas: Sequence[Replica], wish: Wish, costs: TokenCosts, *, only_well: bool
+    ) -> Chain:
+        """A chain of replicas that did not fail of late; of all, if need be and allowed."""
+        now_s = trio.current_time()
+        well = [replica for replica in replicas if not self._health.is_aside(replica, now_s)]
+        try:
+            return choose_chain(well, model_name=wish.model_name, costs=costs)
+        except ShardmeshError:
+            if only_well:
+                raise
+            return choose_chain(replicas, model_name=wish.model_name, costs=costs)
+
+    async def _links(self, stages: Sequence[Replica]) -> list[Link]:
+        """The links to all stages, brought up at once; raises the first _UnlinkedError."""
+        links: dict[int, Link] = {}
+
+        async def bring_up(number: int, stage: Replica) -> None:
+            links[number] = await self._link_to(stage, LINK_TIMEOUT_S)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number, stage in enumerate(stages):
+                    nursery.start_soon(bring_up, number, stage)
+        except ExceptionGroup as group:
+            unlinked, others = group.split(_UnlinkedError)
+            if others is not None or unlinked is None:
+                raise
+            raise _first(unlinked) from None
+        return [links[number] for number in range(len(stages))]
+
+    async def _link_to(self, stage: Replica, timeout_s: float) -> Link:
+        try:
+            link = await self._pool.get(stage.peer_id, stage.addresses, timeout_s)
+        except ShardmeshError as error:
+            raise _UnlinkedError(stage, error) from error
+        if link.is_suspected:
+            silent = UnreachableError(f"{stage.peer_id} is silent", code="LINK_SILENT")
+            raise _UnlinkedError(stage, silent)
+        return link
+
+
+def _first(group: BaseExceptionGroup[_UnlinkedError]) -> _UnlinkedError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,133 @@
+"""The expected time of a token: what nodes publish, what was seen, and how many sessions wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardmesh.coordinator.chain import Chain, Replica, choose_chain
+from shardmesh.coordinator.pace import (
+    FULL_US,
+    HOP_US_DEFAULT,
+    LAYER_US_DEFAULT,
+    OTHER_ENGINE_US,
+    SEEN_FOR_S,
+    SeenPaces,
+    TokenCosts,
+    explain,
+    token_costs,
+)
+from shardmesh.wire.messages import StageTiming
+
+
+def replica(peer_id: str, layer_start: int, layer_end: int, **changes: object) -> Replica:
+    fields: dict[str, object] = {
+        "addresses": (),
+        "model_name": "m",
+        "manifest_digest": "d",
+        "shard_id": 0,
+        "n_layer": 4,
+        "n_ctx": 64,
+        "shard_loaded": True,
+        "fingerprint": "f",
+        "n_parallel": 4,
+    }
+    return Replica(
+        peer_id=peer_id,
+        layer_start=layer_start,
+        layer_end=layer_end,
+        **{**fields, **changes},  # type: ignore[arg-type]
+    )
+
+
+def costs_of(replicas: list[Replica], **known: object) -> TokenCosts:
+    nothing: dict[str, object] = {
+        "seen_us": lambda peer_id: None,
+        "own_hops_us": {},
+        "own_sessions": {},
+    }
+    return token_costs(replicas, **{**nothing, **known})  # type: ignore[arg-type]
+
+
+def chosen(replicas: list[Replica], **known: object) -> list[str]:
+    return [r.peer_id for r in choose_chain(replicas, costs=costs_of(replicas, **known)).stages]
+
+
+def test_the_faster_replica_is_taken() -> None:
+    pair = [replica("slow", 0, 4, token_us=10_000), replica("fast", 0, 4, token_us=1_000)]
+    assert chosen(pair) == ["fast"]
+
+
+def test_what_was_seen_is_believed_more_than_what_is_published() -> None:
+    pair = [replica("a", 0, 4, token_us=1_000), replica("b", 0, 4, token_us=2_000)]
+    assert chosen(pair, seen_us={"a": 20_000.0}.get) == ["b"]
+
+
+def test_sessions_spread_over_equal_replicas_and_a_full_one_is_the_last_choice() -> None:
+    pair = [
+        replica("a", 0, 4, token_us=1_000, n_sessions=1),
+        replica("b", 0, 4, token_us=1_000, n_sessions=0),
+    ]
+    assert chosen(pair) == ["b"]
+    assert chosen(pair, own_sessions={"b": 2}) == ["a"]  # not yet told by the node
+    full = [replica("a", 0, 4, token_us=1, n_sessions=4), replica("b", 0, 4, token_us=100_000)]
+    assert chosen(full) == ["b"]
+    assert costs_of(full).stage(full[0]) > FULL_US
+
+
+def test_measured_hops_count_in_both_directions_and_unknown_ones_as_the_median() -> None:
+    first = replica("f", 0, 2, token_us=1_000, round_trips_us=(("near", 400), ("far", 90_000)))
+    near, far = replica("near", 2, 4, token_us=3_000), replica("far", 2, 4, token_us=1_000)
+    assert chosen([first, near, far]) == ["f", "near"]
+    costs = costs_of([first, near, far], own_hops_us={"f": 7.0})
+    assert (costs.hop(first, near), costs.hop(near, first)) == (200.0, 200.0)
+    assert (costs.hop(None, first), costs.hop(near, far)) == (7.0, (200.0 + 45_000.0) / 2)
+    assert costs_of([near]).hop(None, near) == HOP_US_DEFAULT
+
+
+def test_who_has_said_nothing_is_taken_for_average() -> None:
+    silent = replica("s", 0, 2)
+    assert costs_of([silent]).stage(silent) == 2 * LAYER_US_DEFAULT
+    assert costs_of([silent, replica("o", 2, 4, token_us=600)]).stage(silent) == 600
+
+
+def test_neighbours_that_compute_alike_are_preferred() -> None:
+    replicas = [
+        replica("f", 0, 2, token_us=1_000),
+        replica("other", 2, 4, token_us=1, fingerprint="g"),
+        replica("same", 2, 4, token_us=50_000),
+    ]
+    assert chosen(replicas) == ["f", "same"]
+    assert costs_of(replicas).hop(replicas[0], replicas[1]) > OTHER_ENGINE_US
+
+
+def timing(compute_us: int) -> StageTiming:
+    return StageTiming(layer_start=0, layer_end=4, queue_us=0, compute_us=compute_us, next_hop_us=0)
+
+
+def test_a_replica_that_becomes_slow_is_known_after_some_tokens_and_forgotten_later() -> None:
+    seen, stages = SeenPaces(), [replica("a", 0, 4)]
+    for number in range(20):
+        seen.note(stages, [timing(1_000)], 0.1 * number)
+    assert seen.stage_us("a", 2.0) == pytest.approx(1_000)
+    for number in range(20):
+        seen.note(stages, [timing(10_000)], 2.0 + 0.1 * number)
+    assert seen.stage_us("a", 4.0) > 9_000  # type: ignore[operator]
+    assert seen.stage_us("a", 4.0 + SEEN_FOR_S) is None
+    assert seen.stage_us("b", 4.0) is None
+
+
+def test_an_explanation_adds_up_and_has_the_others_beside_the_chosen() -> None:
+    replicas = [
+        replica("a", 0, 2, token_us=1_000),
+        replica("b", 0, 2, token_us=2_000),
+        replica("c", 2, 4, token_us=500, n_sessions=1),
+    ]
+    costs = costs_of(replicas)
+    chain = Chain((replicas[0], replicas[2]))
+    found = explain(chain.stages, replicas, costs)
+    assert [(c.replica.peer_id, c.is_chosen) for c in found.considered] == [
+        ("a", True),
+        ("b", False),
+        ("c", True),
+    ]
+    assert found.token_us == 1_000 + 2 * 500 + 3 * HOP_US_DEFAULT
