@@ -164,7 +164,6 @@ class World:
         self.coordinators: dict[str, SimulatedCoordinator] = {}
         self.log: list[str] = []
         self._n_parallel = n_parallel
-        self._n_starts = itertools.count(1)
         self._listed: dict[str, Replica] = {}
         self.engines: list[SimulatedEngine] = []  # of the dead as well
 
@@ -178,7 +177,7 @@ class World:
         number = int(name.split("-")[1])
         engine = SimulatedEngine(number, self._n_parallel)
         self.engines.append(engine)
-        node = Node(name, _replica(name, number, engine, next(self._n_starts)), engine)
+        node = Node(name, _replica(name, number, engine), engine)
         self.nodes[name] = node
 
         async def work() -> None:
@@ -312,7 +311,7 @@ async def _greet_and_run(link: Link) -> None:
     await link.run()
 
 
-def _replica(name: str, number: int, engine: SimulatedEngine, sequence: int) -> Replica:
+def _replica(name: str, number: int, engine: SimulatedEngine) -> Replica:
     return Replica(
         peer_id=name,
         addresses=(),
@@ -325,7 +324,6 @@ def _replica(name: str, number: int, engine: SimulatedEngine, sequence: int) -> 
         n_ctx=N_CTX,
         shard_loaded=True,
         fingerprint=engine.info.fingerprint,
-        sequence=sequence,
     )
 
 
