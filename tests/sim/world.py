@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -254,9 +254,9 @@ class World:
         now_s = trio.current_time()
         well = [r for r in self.known() if not coordinator.health.is_aside(r, now_s)]
         try:
-            chain = choose_chain(well, cost=cost)
+            chain = choose_chain(well, costs=_Preference(cost))
         except ShardmeshError:
-            chain = choose_chain(self.known(), cost=cost)
+            chain = choose_chain(self.known(), costs=_Preference(cost))
         links = []
         for stage in chain.stages:
             try:
@@ -309,6 +309,19 @@ async def _greet_and_run(link: Link) -> None:
     except ShardmeshError:
         return  # as an acceptor of connections does
     await link.run()
+
+
+class _Preference:
+    """Costs of nodes; hops are free."""
+
+    def __init__(self, cost: Mapping[str, float]) -> None:
+        self._cost = cost
+
+    def stage(self, replica: Replica) -> float:
+        return self._cost.get(replica.peer_id, 0.0)
+
+    def hop(self, before: Replica | None, after: Replica | None) -> float:
+        return 0.0
 
 
 def _replica(name: str, number: int, engine: SimulatedEngine) -> Replica:
