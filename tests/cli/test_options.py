@@ -7,7 +7,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from shardmesh.cli.options import bootstrap_option, cluster_option, config_option, state_dir_option
+from shardmesh.cli.options import (
+    bootstrap_option,
+    cluster_option,
+    config_option,
+    naming,
+    naming_options,
+    state_dir_option,
+)
 
 
 @click.command("listen")
@@ -70,3 +77,26 @@ def test_missing_file_is_said(tmp_path: Path) -> None:
     code, output = run(tmp_path, None, "--config", "nowhere.toml")
     assert code == 2
     assert "nowhere.toml" in output
+
+
+@click.command("listen")
+@naming_options
+@config_option
+def show_names(node_name: str, node_location: str, node_tags: tuple[str, ...]) -> None:
+    wanted = naming(node_name, node_location, node_tags)
+    click.echo(f"{wanted.name}|{wanted.location}|{','.join(wanted.tags)}|{wanted.old_id}")
+
+
+def names(tmp_path: Path, toml: str, *flags: str, **variables: str) -> str:
+    (tmp_path / "shardmesh.toml").write_text(toml)
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(show_names, flags, env=variables, prog_name="listen")
+    return result.output.strip()
+
+
+def test_names_of_a_node(tmp_path: Path) -> None:
+    toml = '[node.identity]\nname = "cellar"\nlocation = "Ulm"\ntags = ["gpu", "old"]\n'
+    assert names(tmp_path, toml, NODE_ID="node-7") == "cellar|Ulm|gpu,old|node-7"
+    assert names(tmp_path, toml, NODE_NAME="attic", NODE_TAGS="a, b") == "attic|Ulm|a,b|"
+    assert names(tmp_path, toml, "--name", "roof", "--tag", "c", NODE_NAME="x") == "roof|Ulm|c|"
+    assert "unknown key 'nmae'" in names(tmp_path, '[node.identity]\nnmae = "x"\n')

@@ -23,7 +23,6 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from support.processes import Running, Workspace, workspace
 
 from shardmesh.demo_model import DEMO_MODEL
 
@@ -36,28 +35,8 @@ pytestmark = [
 
 PROMPT = "Once upon a time there was a king who"
 MODEL = "Shardmesh fairy tales"
-START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
 N_EXAMPLES = 3  # of each route; the same each time
-
-
-@pytest.fixture(scope="module")
-def space() -> Iterator[Workspace]:
-    with workspace() as space:
-        yield space
-
-
-@pytest.fixture(scope="module")
-def gateway(space: Workspace) -> Running:
-    arguments = ("demo", "--shards", "2", "--max-tokens", "4", "--web", "--port", "0")
-    started = space.start(*arguments)
-    started.wait_line(r"base_url=", START_TIMEOUT_S)
-    return started
-
-
-@pytest.fixture(scope="module")
-def url(gateway: Running) -> str:
-    return gateway.wait_line(r"base_url=(http://\S+)/v1")[1]
 
 
 @pytest.fixture(scope="module")
