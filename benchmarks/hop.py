@@ -1,15 +1,19 @@
 """`hop`: hidden states one way between two processes, over a real link and over a bare socket.
 
+Then the same over a libp2p stream between two control processes, and over a relay between these.
+
 Half of a round trip: the other process sends back what it gets.  The bare socket (blocking, no
 encryption, no messages) says what this machine's kernel takes of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Final
 
 import trio
@@ -20,11 +24,16 @@ from benchmarks.results import Result
 from shardmesh.errors import OurError, ShardmeshError
 from shardmesh.links.dial import dial
 from shardmesh.links.link import Link
-from shardmesh.wire.link_agreement import LinkRequester
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester
 from shardmesh.wire.messages import HiddenBatch, Message
 
 FRAMES: Final = {"hop-16k": 4, "hop-64k": 16, "hop-1m": 256}
 """Name -> rows of N_EMBD numbers in f32."""
+
+WAYS: Final = ("stream", "relay")
+"""Ways of a link that is not direct; measured with the smaller frames of these names."""
+
+FRAMES_OF_WAYS: Final = ("hop-16k", "hop-64k")
 
 N_EMBD: Final = 1024
 N_WARM_UP: Final = 50
@@ -63,18 +72,42 @@ class Pitcher:
 
 
 async def measure_hops(*, runs: int, progress: Callable[[str], None]) -> list[Result]:
-    """One result for each size of FRAMES."""
-    async with open_child("benchmarks.hop_echo") as child, trio.open_nursery() as nursery:
-        pitcher = Pitcher()
-        link = await _open_link(child, pitcher)
-        nursery.start_soon(link.run)
-        with await _open_bare(child) as bare:
-            results = [
-                await _measure(name, link, pitcher, bare, runs=runs, progress=progress)
-                for name in FRAMES
+    """One result for each size of FRAMES over a direct link, then those of WAYS."""
+    results: list[Result] = []
+    for way in (None, *WAYS):
+        async with AsyncExitStack() as stack:
+            child = await stack.enter_async_context(open_child("benchmarks.hop_echo"))
+            pitcher = Pitcher()
+            controls = [
+                await stack.enter_async_context(open_child("benchmarks.hop_control"))
+                for _ in range(3 if way is not None else 0)
             ]
-        link.close()
+            for control in controls:  # a link is offered for some seconds only: all must be up
+                await control.ask({"ready": True})
+            grant = await _agree(child)
+            if way is not None:
+                grant = await _led_over(way, grant, controls)
+            link = await dial(grant, pitcher)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            nursery.start_soon(link.run)
+            bare = stack.enter_context(await _open_bare(child))
+            for name in FRAMES if way is None else FRAMES_OF_WAYS:
+                measured = await _measure(name, link, pitcher, bare, runs=runs, progress=progress)
+                label = name if way is None else f"{name}-{way}"
+                results.append(dataclasses.replace(measured, name=label))
+            link.close()
     return results
+
+
+async def _led_over(way: str, grant: LinkGrant, controls: list[Child]) -> LinkGrant:
+    """The grant without direct endpoints: control processes carry it, a relay between them."""
+    relay, accepting, dialing = controls
+    through = (await relay.ask({"relay": True}))["addresses"] if way == "relay" else []
+    accept = {"accept": grant.endpoints[0].port, "through": through}
+    addresses = (await accepting.ask(accept))["addresses"]
+    dialed = await dialing.ask({"dial": addresses, "link_id": grant.link_id.hex()})
+    stream = Endpoint(host="127.0.0.1", port=dialed["port"])
+    return dataclasses.replace(grant, endpoints=(), stream=stream)
 
 
 async def _measure(
@@ -125,11 +158,11 @@ def _batch(n_tokens: int) -> tuple[HiddenBatch, bytes]:
     return message, bytes(4 * n_tokens * N_EMBD)
 
 
-async def _open_link(child: Child, pitcher: Pitcher) -> Link:
+async def _agree(child: Child) -> LinkGrant:
     """Agrees on a link as two nodes do, with the child's pipes in place of a libp2p stream."""
     requester = LinkRequester("benchmark", "echo")
     answer = await child.ask({"link": requester.request().hex()})
-    return await dial(requester.grant(bytes.fromhex(answer["offer"])), pitcher)
+    return requester.grant(bytes.fromhex(answer["offer"]))
 
 
 async def _open_bare(child: Child) -> socket.socket:

@@ -76,16 +76,21 @@ class LinkStreams:
             response_bytes_max=LINK_AGREEMENT_BYTES_MAX,
         )
         grant = requester.grant(answer)
-        self._expect(grant)
+        stream = self.expect(grant.link_id, peer_id)
         endpoints = grant.endpoints if self._is_direct_allowed else ()
-        return dataclasses.replace(grant, endpoints=endpoints, stream=self._endpoint)
+        return dataclasses.replace(grant, endpoints=endpoints, stream=stream)
 
-    def _expect(self, grant: LinkGrant) -> None:
+    def expect(self, link_id: bytes, peer_id: str) -> Endpoint:
+        """Where on this machine this link leads to that node, once and within ten seconds.
+
+        Raises BusyError (the moment's) when too many are expected already.
+        """
         now_s = trio.current_time()
         self._expected = {k: e for k, e in self._expected.items() if e.until_s > now_s}
         if len(self._expected) >= EXPECTED_LINKS_MAX:
             raise BusyError("too many links are being set up")
-        self._expected[grant.link_id] = _Expected(grant.peer_id, now_s + _EXPECTED_LIFETIME_S)
+        self._expected[link_id] = _Expected(peer_id, now_s + _EXPECTED_LIFETIME_S)
+        return self._endpoint
 
     async def handle(self, near: trio.SocketStream) -> None:
         """Serves one connection from the own data process to its end."""
