@@ -159,3 +159,22 @@ def test_a_stopped_listener(replicated: Replicated, when: str) -> None:
     assert text == replicated.text
     assert [repair.code for repair in repairs] == ["STAGE_LOST"]
     replicated.wait_complete()
+
+
+def test_a_drained_listener_leaves_when_its_last_session_is_over(replicated: Replicated) -> None:
+    drained: list[Node] = []
+
+    async def drain(completion: Completion) -> None:
+        drained.append(replicated.node(completion.chain.stages[0].peer_id))
+        command = ("drain", drained[0].peer_id, *replicated.mesh.where)
+        done = await trio.to_thread.run_sync(lambda: replicated.mesh.space.run(*command))
+        assert (done.code, "takes no new sessions" in done.out) == (0, True), done.err
+        assert drained[0].running.process.poll() is None
+
+    text, repairs = write(replicated, IN_DECODE, drain)
+    assert (text, repairs) == (replicated.text, [])
+    drained[0].running.wait_line("drained: leaving")
+    assert drained[0].running.wait_end() == 0
+    assert write(replicated) == (replicated.text, [])
+    replicated.start_again(drained[0].peer_id)
+    replicated.wait_complete()
