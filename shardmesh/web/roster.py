@@ -67,8 +67,11 @@ class Node:
     report: Report | None  # None: not asked yet
     state: str  # online, busy, loading, downloading, waiting, failed, suspect, offline
     since_s: float  # in this state, wall clock
-    name: str = ""
-    location: str = ""
+
+    @property
+    def name(self) -> str:
+        """What its owner calls it; may be empty, and others may have the same."""
+        return self.announcement.identity.name
 
     @property
     def is_offline(self) -> bool:
@@ -117,8 +120,6 @@ def look(
             report=report,
             state=state,
             since_s=known.since_s if known is not None and same else now_s,
-            name=announcement.identity.name,
-            location=announcement.identity.location,
         )
     lost = [n for p, n in before.items() if p not in after and p not in left]
     for node in _still_shown(lost, now_s):
@@ -255,7 +256,8 @@ def json_of(node: Node) -> dict[str, Any]:
     a, c, r = node.announcement, node.announcement.capabilities, node.report
     shown: dict[str, Any] = {
         "name": node.name or None,
-        "location": node.location or None,
+        "location": a.identity.location or None,
+        "tags": list(a.identity.tags) or None,
         "state": node.state,
         "since_s": round(node.since_s, 1),
         "model": a.manifest_digest if a.total_layers else None,

@@ -7,6 +7,7 @@ itself never holds null.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,12 +25,21 @@ def state_document(roster: Roster, *, gateway: Json, sessions: Mapping[str, Json
     document: Json = {
         "gateway": gateway,
         "models": models,
-        "nodes": {peer_id: json_of(node) for peer_id, node in roster.items()},
+        "nodes": nodes_json(roster),
         "sessions": dict(sessions),
     }
     if (needed := needed_shard(models)) is not None:
         document["needed"] = needed
     return document
+
+
+def nodes_json(roster: Roster) -> dict[str, Json]:
+    """All nodes; names that several have are marked, so that the page tells them apart."""
+    names = Counter(node.name for node in roster.values() if node.name)
+    return {
+        peer_id: json_of(node) | ({"name_clash": True} if names[node.name] > 1 else {})
+        for peer_id, node in roster.items()
+    }
 
 
 def models_json(roster: Roster) -> dict[str, Json]:

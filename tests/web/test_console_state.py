@@ -8,6 +8,7 @@ from support.roster import announced, peer_id_of_number, roster_of
 
 from shardmesh.web.roster import Download, Report
 from shardmesh.web.state import changes, merged, needed_shard, state_document
+from shardmesh.wire.node_identity import NodeIdentity
 
 values = st.recursive(
     st.booleans() | st.integers(0, 9) | st.text("ab", max_size=2) | st.lists(st.integers(0, 3)),
@@ -78,3 +79,10 @@ def test_layers_of_an_unserved_shard_come_from_who_waits_with_it() -> None:
     roster = roster_of(announced(0), announced(1, loaded=False))
     needed = state_document(roster, gateway={}, sessions={})["needed"]
     assert (needed["shard_id"], needed["layer_start"], needed["layer_end"]) == (1, 1, 4)
+
+
+def test_nodes_with_one_name_are_told_apart() -> None:
+    named = [announced(n, identity=NodeIdentity(name=name)) for n, name in enumerate("aab")]
+    nodes = state_document(roster_of(*named), gateway={}, sessions={})["nodes"]
+    assert [node.get("name_clash", False) for node in nodes.values()] == [True, True, False]
+    assert [node["name"] for node in nodes.values()] == ["a", "a", "b"]

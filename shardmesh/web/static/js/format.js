@@ -47,7 +47,11 @@ export const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}
 export const range = (start, end) => `[${start}, ${end})`;
 
 /** A node's name, or the end of its peer id, which is never alike. */
-export const nodeName = (peerId, node) => node?.name || peerId.slice(-8);
+export function nodeName(peerId, node) {
+  const end = peerId.slice(-8);
+  if (!node?.name) return end;
+  return node.name_clash ? `${node.name} ${end}` : node.name;
+}
 
 export function list(words) {
   if (words.length < 2) return words.join("");

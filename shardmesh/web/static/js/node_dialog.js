@@ -61,6 +61,8 @@ export class NodeDialog {
     this.show("Sessions", node.n_parallel ? `${node.n_sessions ?? 0} of ${node.n_parallel}, ${node.n_ctx} tokens each` : undefined);
     this.show("Memory", `${gib(node.memory_mb - node.memory_available_mb)} of ${gib(node.memory_mb)} GiB used${node.process_memory_mb ? `, ${node.process_memory_mb} MiB by the shard` : ""}`);
     this.show("Machine", `${node.cpu_cores} cores${node.gpu ? ", GPU" : ""}${node.location ? `, ${node.location}` : ""}`);
+    this.show("Tags", node.tags?.join(", "));
+    this.show("Trouble with its name", node.name_clash ? "another node has the same one" : undefined);
     this.show("Computes with", node.fingerprint);
     this.show("Addresses", node.addresses.join("\n"), "mono");
     this.show("Peer id", this.peerId, "mono");
