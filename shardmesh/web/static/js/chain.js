@@ -152,7 +152,7 @@ export class ChainView {
       text(column.parts.name, `Stage ${number + 1}`);
       text(column.parts.range, range(stage.start, stage.end));
       text(column.parts.count, stage.isGap ? "" : isDense ? String(stage.nServing) : stage.replicas.length > 1 ? count(stage.replicas.length, "replica") : "");
-      arrange(column, stage.isGap ? [column.parts.gap] : stage.replicas.map(([peerId, node]) => this.renderCard(peerId, node)), column.parts.header);
+      arrange(column, stage.isGap ? [column.parts.gap] : stage.replicas.map(([peerId, node]) => this.renderCard(peerId, node, isDense)), column.parts.header);
       return column;
     });
     arrange(this.body, [byId("motion"), this.gateway, ...columns]);
@@ -172,10 +172,9 @@ export class ChainView {
     return column;
   }
 
-  renderCard(peerId, node) {
+  renderCard(peerId, node, isDense) {
     const card = this.cards.get(peerId) ?? this.makeCard(peerId);
-    const { dot, name, word, cardRate, progress, meters, memory, memoryText, kv, kvName, kvText, foot, speed, trip, note } = card.parts;
-    const sessions = node.n_sessions ?? 0;
+    const { dot, name, word, cardRate } = card.parts;
     const own = nodeName(peerId, node);
     attribute(dot, "data-state", node.state);
     attribute(card, "data-state", node.state);
@@ -184,6 +183,14 @@ export class ChainView {
     text(cardRate, node.tokens_per_s ? rate(node.tokens_per_s) : "");
     attribute(card, "aria-label", `${own}, ${stateWord(node)}, layers ${range(node.layer_start, node.layer_end)}. Details`);
     card.classList.toggle("loading-bar", node.state === "loading");
+    if (!isDense) this.renderMeters(card, node); // with hundreds of nodes a line each must do
+    return card;
+  }
+
+  renderMeters(card, node) {
+    if (!card.parts.meters) this.makeMeters(card);
+    const { progress, meters, memory, memoryText, kv, kvName, kvText, foot, speed, trip, note } = card.parts;
+    const sessions = node.n_sessions ?? 0;
     const hasShard = ["online", "busy", "suspect"].includes(node.state);
     hide(meters, !hasShard);
     hide(foot, !hasShard);
@@ -203,29 +210,27 @@ export class ChainView {
     const said = noteOf(node);
     text(note, said);
     hide(note, !said);
-    return card;
   }
 
   makeCard(peerId) {
-    const bar = () => h("span", { class: "bar" }, h("i"));
-    const parts = {
-      dot: h("i", { class: "dot" }), name: h("span"), word: h("span", { class: "card-state" }), cardRate: h("span", { class: "card-rate" }),
-      memory: bar(), memoryText: h("span", { class: "num" }), kv: bar(), kvName: h("span"), kvText: h("span", { class: "num" }),
-      speed: h("b"), trip: h("b"), note: h("div", { class: "card-note" }),
-    };
-    parts.progress = h("span", { class: "bar way card-progress" }, h("i"));
-    parts.meters = h("div", { class: "meters" }, h("span", {}, "Memory"), parts.memoryText, parts.memory, parts.kvName, parts.kvText, parts.kv);
-    parts.foot = h("div", { class: "card-foot" }, h("span", {}, parts.speed, " tok/s"), h("span", {}, parts.trip));
-    const card = h(
-      "button",
-      { type: "button", class: "card", data: { peer: peerId } },
-      h("div", { class: "card-name" }, parts.dot, parts.name, parts.word, parts.cardRate),
-      parts.progress, parts.meters, parts.foot, parts.note,
-    );
+    const parts = { dot: h("i", { class: "dot" }), name: h("span"), word: h("span", { class: "card-state" }), cardRate: h("span", { class: "card-rate" }) };
+    const card = h("button", { type: "button", class: "card", data: { peer: peerId } }, h("div", { class: "card-name" }, parts.dot, parts.name, parts.word, parts.cardRate));
     card.parts = parts;
     card.addEventListener("click", () => this.openNode(peerId));
     this.cards.set(peerId, card);
     return card;
+  }
+
+  makeMeters(card) {
+    const bar = () => h("span", { class: "bar" }, h("i"));
+    const parts = Object.assign(card.parts, {
+      memory: bar(), memoryText: h("span", { class: "num" }), kv: bar(), kvName: h("span"), kvText: h("span", { class: "num" }),
+      speed: h("b"), trip: h("b"), note: h("div", { class: "card-note" }),
+    });
+    parts.progress = h("span", { class: "bar way card-progress" }, h("i"));
+    parts.meters = h("div", { class: "meters" }, h("span", {}, "Memory"), parts.memoryText, parts.memory, parts.kvName, parts.kvText, parts.kv);
+    parts.foot = h("div", { class: "card-foot" }, h("span", {}, parts.speed, " tok/s"), h("span", {}, parts.trip));
+    card.append(parts.progress, parts.meters, parts.foot, parts.note);
   }
 
   renderWaiting(all) {

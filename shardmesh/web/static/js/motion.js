@@ -19,7 +19,12 @@ export class Motion {
     this.frame = 0;
     this.still = matchMedia("(prefers-reduced-motion: reduce)");
     const again = () => { this.isStale = true; this.wake(); };
-    new ResizeObserver(again).observe(canvas.parentElement);
+    // The canvas is as wide as what is seen of the chain and goes along when that is scrolled.
+    this.frameElement = canvas.parentElement.parentElement;
+    const resized = new ResizeObserver(again);
+    resized.observe(canvas.parentElement);
+    resized.observe(this.frameElement);
+    this.frameElement.addEventListener("scroll", again, { passive: true });
     addEventListener("themechange", again);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
     this.still.addEventListener("change", again);
@@ -62,7 +67,7 @@ export class Motion {
     this.frame = 0;
     if (this.isStale) this.measure();
     const { context } = this;
-    context.clearRect(0, 0, this.width, this.height);
+    context.clearRect(this.left, 0, this.width, this.height);
     for (const [id, lane] of this.lanes) {
       if (now >= lane.endsMs || !lane.chain.every((peer) => this.cards.has(peer))) this.lanes.delete(id);
       else lane.segments ??= this.segmentsOf(lane.chain);
@@ -80,13 +85,18 @@ export class Motion {
 
   measure() {
     this.isStale = false;
-    const { clientWidth, clientHeight } = this.canvas;
+    const { clientWidth, scrollLeft } = this.frameElement;
+    const { clientHeight } = this.canvas.parentElement;
+    const left = Math.min(scrollLeft, Math.max(0, this.canvas.parentElement.clientWidth - clientWidth));
+    this.canvas.style.left = `${left}px`;
+    this.canvas.style.width = `${clientWidth}px`;
     const scale = Math.min(2, devicePixelRatio || 1);
     this.width = clientWidth;
     this.height = clientHeight;
     this.canvas.width = Math.round(clientWidth * scale);
     this.canvas.height = Math.round(clientHeight * scale);
-    this.context.setTransform(scale, 0, 0, scale, 0, 0);
+    this.left = left;
+    this.context.setTransform(scale, 0, 0, scale, -left * scale, 0);
     this.isVertical = getComputedStyle(this.canvas.parentElement).gridAutoFlow.startsWith("row");
     const colourOf = (name) => getComputedStyle(document.querySelector(`#legend i.${name}`)).backgroundColor;
     this.colours = { wire: colourOf("way"), queue: colourOf("wait"), compute: colourOf("go") };

@@ -1,6 +1,6 @@
 // Where a token's time goes: the mean decode step of one request, stage after stage.
 
-import { arrange, byId, h, text } from "./dom.js";
+import { arrange, byId, h, hide, text, variable } from "./dom.js";
 import { count, ms, nodeName, range, rate, timeOfDay } from "./format.js";
 
 const ENDS = { running: "running", stop: "finished", length: "finished", cancelled: "stopped", failed: "failed" };
@@ -126,9 +126,9 @@ export class WaterfallView {
     for (const part of ["queue", "compute", "wire"]) {
       const value = row[part];
       text(cells[part], value ? ms(value) : "");
-      bars[part].hidden = value <= 0;
-      bars[part].style.left = `${(100 * at) / whole}%`;
-      bars[part].style.width = `${(100 * value) / whole}%`;
+      hide(bars[part], value <= 0);
+      variable(bars[part], "left", `${((100 * at) / whole).toFixed(1)}%`);
+      variable(bars[part], "width", `${((100 * value) / whole).toFixed(1)}%`);
       at += value;
     }
     text(cells.all, ms(row.queue + row.compute + row.wire));
