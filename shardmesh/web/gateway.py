@@ -15,6 +15,7 @@ import shardmesh
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.errors import InputError, ungrouped
+from shardmesh.listener.seeder import bootstraps_for_others
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.identity import Identity, load_identity, new_identity
@@ -118,6 +119,8 @@ class Gateway:
         Listeners tell each other and the bootstraps of changes, not a client; a person who looks
         on does not want to wait for the usual time.
         """
+        found = await bootstraps_for_others(self.client.host, tuple(self.options.bootstraps))
+        self.console.about["join"] = joining_line(self.options, found)
         while True:
             n_known, is_seen = len(self.directory.all()), self.console.feed.n_subscribers > 0
             await trio.sleep(pull_interval_s(n_known, is_seen=is_seen))
@@ -138,15 +141,22 @@ class Gateway:
     def _about(self) -> dict[str, object]:
         """What the console shows of the gateway itself."""
         options = self.options
-        where = " ".join(f"--bootstrap {address}" for address in options.bootstraps)
         return {
             "node_id": self.client.host.peer_id,
             "name": self.node.identity.name,
             "uuid": self.node.identity.uuid,
             "cluster": options.cluster,
             "version": shardmesh.__version__,
-            "join": f"shardmesh listen --cluster {options.cluster} {where}",
+            "private": options.admission.secret is not None,
+            "join": joining_line(options, options.bootstraps),
         }
+
+
+def joining_line(options: GatewayOptions, bootstraps: Sequence[str]) -> str:
+    """What a person types on the next machine; never with the secret in it."""
+    where = " ".join(f"--bootstrap {address}" for address in bootstraps)
+    secret = "--public" if options.admission.secret is None else "--secret-file cluster.secret"
+    return f"shardmesh listen --cluster {options.cluster} {where} {secret}"
 
 
 def pull_interval_s(n_known: int, *, is_seen: bool) -> float:

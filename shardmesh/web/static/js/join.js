@@ -1,6 +1,6 @@
 // The line for the next machine, with the shard that is needed most.
 
-import { byId, copyLine, h, text } from "./dom.js";
+import { byId, copyLine, h, hide, text } from "./dom.js";
 import { count, range } from "./format.js";
 
 /** The line to copy, and why it names the shard that it names. */
@@ -22,12 +22,14 @@ export class JoinView {
     this.line = copyLine("");
     this.why = h("p", { class: "join-text" });
     const more = h("p", { class: "join-more" }, "Run it in the folder that holds the shard’s files, or add ", h("code", {}, "--shards-dir"), ". Without ", h("code", {}, "--shard-id"), " a listener takes the shard that is served least by itself.");
-    byId("join-body").append(this.why, this.line, more);
+    this.secret = h("p", { class: "join-more", hidden: true }, "This mesh is private. ", h("code", {}, "cluster.secret"), " is a file with the secret that the bootstrap printed when it was first started.");
+    byId("join-body").append(this.why, this.line, this.secret, more);
   }
 
   render(state) {
     const [line, why] = joining(state);
     this.line.setLine(line);
+    hide(this.secret, !state.gateway.private);
     text(this.why, why);
   }
 }
