@@ -77,7 +77,7 @@ class Gateway:
         self.sessions = SessionBoard()
         self.node_reports = NodeReports(
             client.host,
-            listed=lambda: [a.peer_id for a in client.directory.all()],
+            listed=client.directory.all,
             is_seen=lambda: self.console.feed.n_subscribers > 0,
             on_change=lambda: self.watch.touch(),
         )

@@ -14,6 +14,7 @@ from shardmesh.errors import ShardmeshError
 from shardmesh.swarm.commands import get_metrics
 from shardmesh.swarm.host import Host
 from shardmesh.web.roster import Download, Report
+from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.codec import convert
 from shardmesh.wire.limits import TEXT_BYTES_MAX
 
@@ -101,7 +102,7 @@ class NodeReports:
         self,
         host: Host,
         *,
-        listed: Callable[[], Iterable[str]],
+        listed: Callable[[], Iterable[Announcement]],
         is_seen: Callable[[], bool],
         on_change: Callable[[], None],
     ) -> None:
@@ -120,9 +121,11 @@ class NodeReports:
             while True:
                 due = self._next_due()
                 if due is not None and len(self._waiting) < QUESTIONS_WAITING_MAX:
-                    self._asked_s[due] = trio.current_time()
-                    self._waiting.add(due)
-                    nursery.start_soon(self.ask, due)
+                    self._asked_s[due.peer_id] = trio.current_time()
+                    self._waiting.add(due.peer_id)
+                    # Whoever comes back has other addresses than before.
+                    self._host.learn(due.peer_id, due.addresses)
+                    nursery.start_soon(self.ask, due.peer_id)
                 await trio.sleep(1 / QUESTIONS_PER_S_MAX)
 
     async def ask(self, peer_id: str) -> None:
@@ -140,10 +143,11 @@ class NodeReports:
         self.reports[peer_id] = report
         self._on_change()
 
-    def _next_due(self) -> str | None:
+    def _next_due(self) -> Announcement | None:
         """The node that has waited longest for its turn, if it is time; forgets those gone."""
         interval_s = ASK_INTERVAL_S if self._is_seen() else ASK_INTERVAL_UNSEEN_S
-        listed = set(self._listed())
+        announced = {announcement.peer_id: announcement for announcement in self._listed()}
+        listed = announced.keys()
         for known in (self.reports, self._asked_s, self._counted):
             for peer_id in known.keys() - listed:
                 del known[peer_id]
@@ -152,7 +156,7 @@ class NodeReports:
             return None
         due = min(idle, key=lambda peer_id: self._asked_s.get(peer_id, -1.0))
         is_time = trio.current_time() - self._asked_s.get(due, -1e9) >= interval_s
-        return due if is_time else None
+        return announced[due] if is_time else None
 
     def _rate(self, peer_id: str, now_s: float, n_tokens: int) -> float:
         """Tokens per second since the last answer; a counter that fell was started anew."""
