@@ -124,6 +124,7 @@ async def start_mesh(
             [
                 *("listen", "--shard-id", str(shard_id), "--shards-dir", str(folder / "shards")),
                 *("--state-dir", str(folder / "state"), "--bootstrap", address),
+                *("--models-dir", str(folder / "models")),  # not what else lies on this disk
                 *("--threads", str(n_threads), *common, *listen_options),
             ],
         )
