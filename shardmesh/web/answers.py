@@ -36,6 +36,7 @@ class ChoiceTimes(pydantic.BaseModel):
     tokens_per_s: float | None
     first_hop_ms: float
     stages: list[StageTime]
+    repairs: list[dict[str, Any]]  # stages that were replaced while it was generated
 
 
 class CompletionChoice(pydantic.BaseModel):

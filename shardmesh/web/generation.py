@@ -15,6 +15,7 @@ from shardmesh.coordinator.chain import choose_model
 from shardmesh.coordinator.coordinator import Completion, replica_of
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.request import CompletionRequest
+from shardmesh.coordinator.session import Repair
 from shardmesh.coordinator.timings import Timings
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import BusyError, ShardmeshError
@@ -38,7 +39,8 @@ class Outcome:
     n_prompt_tokens: int
     n_tokens: int
     timings: Timings
-    peer_ids: tuple[str, ...]  # of the chain's stages
+    peer_ids: tuple[str, ...]  # of the chain's stages, as it was in the end
+    repairs: tuple[Repair, ...] = ()  # stages that were replaced meanwhile
 
 
 def new_id(prefix: str) -> str:
@@ -141,6 +143,7 @@ class _Run:
                 n_tokens=finished.timings.n_tokens,
                 timings=finished.timings,
                 peer_ids=tuple(stage.peer_id for stage in completion.chain.stages),
+                repairs=tuple(completion.repairs),
             )
 
     async def _pass_on(self, completion: Completion, on_piece: OnPiece) -> Finished | None:
@@ -181,6 +184,8 @@ class _Run:
             **timings_json(outcome.timings),
         }
         self.gateway.events.publish("request.finished", is_lasting=False, data=data)
+        for _ in outcome.repairs:
+            self.gateway.metrics.repaired(self.model_name)
         self.gateway.metrics.finished(self.model_name, outcome.n_prompt_tokens, outcome.timings)
 
     def ended(self, how: str, after_s: float, cause: str = "") -> None:
@@ -226,6 +231,10 @@ def usage_json(outcomes: Sequence[Outcome], n_choices_per_prompt: int) -> dict[s
 def mesh_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """What Shardmesh adds to an answer: which nodes served it and where the time went."""
     return [
-        {"peer_ids": list(outcome.peer_ids), **timings_json(outcome.timings)}
+        {
+            "peer_ids": list(outcome.peer_ids),
+            **timings_json(outcome.timings),
+            "repairs": [dataclasses.asdict(repair) for repair in outcome.repairs],
+        }
         for outcome in outcomes
     ]
