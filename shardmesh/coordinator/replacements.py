@@ -47,8 +47,10 @@ class ReplicaHealth:
         self._failures: dict[str, _Failures] = {}
 
     def failed(self, replica: Replica, error: ShardmeshError, now_s: float) -> None:
-        """Notes a failure."""
+        """Notes a failure; several sessions may report the same one."""
         known = self._failures.get(replica.peer_id)
+        if known is not None and known.n_in_a_row and self.is_aside(replica, now_s):
+            return  # all its sessions tell of the same failure, one after the other
         is_first = known is None or now_s - known.failed_s > FORGIVEN_AFTER_S
         n_in_a_row = 1 if known is None or is_first else known.n_in_a_row + 1
         aside_s = min(ASIDE_MIN_S * 2.0 ** min(n_in_a_row - 1, 16), ASIDE_MAX_S)

@@ -15,6 +15,7 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
+from shardmesh.coordinator.replacements import ASIDE_MIN_S
 from shardmesh.coordinator.session import Session, SessionSettings
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
@@ -384,3 +385,12 @@ async def test_a_request_at_fault_is_not_tried_again(
                 await session.receive()
             assert caught.value.blame == "theirs"
             assert session.epoch == 0
+
+
+async def test_many_sessions_that_tell_of_one_failure_set_a_replica_aside_once() -> None:
+    async with replicated() as mesh:
+        replica, gone = mesh.chain.stages[0], UnreachableError("gone")
+        for session in range(8):
+            mesh.health.failed(replica, gone, 100.0 + session / 100)
+        assert mesh.health.is_aside(replica, 101.0)
+        assert not mesh.health.is_aside(replica, 100.0 + ASIDE_MIN_S)

@@ -25,6 +25,11 @@ ROWS = (
         ("faults/test_kills.py::test_kill_of_a_stage",),
     ),
     Row(
+        "kill -9 of a stage behind a long prompt",
+        "same tokens; the pause grows with what is computed again",
+        ("faults/test_kills.py::test_kill_behind_a_long_prompt",),
+    ),
+    Row(
         "two stages killed; a kill during recovery",
         "same tokens, < 5 s",
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 
@@ -27,6 +28,7 @@ from shardmesh.errors import ShardmeshError
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 
 N_ROUNDS = 4
+CONTEXTS = (64, 256, 512, 960)
 MIDDLE = N_TOKENS // 2
 WHENS = ("prefill", "decode", "between send and reply")
 
@@ -78,6 +80,30 @@ def test_kill_of_a_stage(fortress: Fortress, measured: Measured, when: str) -> N
     measured(f"{len(pauses_s)} kills in {when}: p50 {percentile(pauses_s, 0.5):.2f} s")
     measured(f"p99 {worst_s:.2f} s")
     assert worst_s < 2.0
+
+
+@pytest.mark.parametrize("n_prompt", CONTEXTS)
+def test_kill_behind_a_long_prompt(fortress: Fortress, measured: Measured, n_prompt: int) -> None:
+    """The replacement computes all that the lost stage had computed."""
+    asked = dataclasses.replace(
+        request(n_tokens=20), prompt=None, prompt_tokens=tuple(20 + i % 99 for i in range(n_prompt))
+    )
+    gaps_s: list[float] = []
+
+    async def use(client: Client) -> None:
+        async def kill(completion: Completion) -> None:
+            fortress.signal_data(completion.chain.stages[1].peer_id)
+
+        undisturbed = await write(client, asked)
+        written = await write(client, asked, at_piece=10, disturb=kill)
+        assert written.text == undisturbed.text
+        assert written.repairs
+        gaps_s.append(written.longest_gap_s)
+
+    for _ in range(N_ROUNDS):
+        fortress.run(use)
+        fortress.wait_whole()
+    measured(f"{n_prompt} tokens: {percentile(gaps_s, 0.5):.2f} s")
 
 
 def test_two_stages_killed_at_once(fortress: Fortress, measured: Measured) -> None:
