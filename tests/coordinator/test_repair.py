@@ -389,7 +389,7 @@ async def test_a_request_at_fault_is_not_tried_again(
 
 async def test_many_sessions_that_tell_of_one_failure_set_a_replica_aside_once() -> None:
     async with replicated() as mesh:
-        replica, gone = mesh.chain.stages[0], UnreachableError("gone")
+        replica, gone = mesh.chain.stages[0], UnreachableError("gone", code="STAGE_LOST")
         for session in range(8):
             mesh.health.failed(replica, gone, 100.0 + session / 100)
         assert mesh.health.is_aside(replica, 101.0)
