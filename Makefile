@@ -29,7 +29,7 @@ lint: $(INSTALLED_DEV) ## Lint, format, types and import rules
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED) ## Measure the mesh against one llama.cpp process
-	$(BIN)/python -m benchmarks all
+	$(BIN)/shardmesh bench all
 
 fuzz: $(INSTALLED_DEV) ## Altered inputs to every parser, and many more examples of the property tests: half an hour
 	$(BIN)/python tests/fuzz/fuzz.py --seconds 300

@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "drain": "End a listener once its sessions are over.",
     "command": "Send one JSON command to a node.",
     "cluster": "Show the members of a mesh, and remove some.",
+    "bench": "Measure a mesh on this machine against llama.cpp.",
 }
 """Subcommand -> its line in --help; the code is `command` in shardmesh.cli.<subcommand>."""
 

@@ -1,0 +1,108 @@
+"""`shardmesh bench`: which measurements to make, and how to show them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from benchmarks.results import Result
+
+NAMES = ("decode", "aggregate", "prefill", "hop", "torrent", "swarm")
+
+
+@click.command()
+@click.argument("name", type=click.Choice([*NAMES, "all"]))
+@click.option(
+    "--model",
+    default="big",
+    show_default=True,
+    help="A GGUF file; `big`: a random llama of 254 M parameters; `demo`: the fairy-tale model.",
+)
+@click.option("--shards", "n_shards", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--tokens", "n_tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def command(name: str, model: str, n_shards: int, runs: int, n_tokens: int, as_json: bool) -> None:
+    """Measure a mesh of real processes on this machine against llama.cpp in one process.
+
+    Both sides are measured in turn, one thread in each process; the figures are medians.
+    """
+    import trio
+    from rich.console import Console
+
+    from benchmarks.results import machine, table
+    from shardmesh.logs import configure_logging
+
+    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
+    facts = machine()
+    names = NAMES if name == "all" else (name,)
+    run = functools.partial(_measure, names, model, n_shards=n_shards, runs=runs, n_tokens=n_tokens)
+    results = trio.run(run)
+    if as_json:
+        for result in results:
+            click.echo(result.to_json(facts))
+    else:
+        console = Console()
+        console.print(table(results))
+        console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
+
+
+async def _measure(
+    names: tuple[str, ...], model: str, *, n_shards: int, runs: int, n_tokens: int
+) -> list[Result]:
+    import trio
+    from rich.console import Console
+
+    from benchmarks.against_llama import measure_decode, measure_prefill
+    from benchmarks.hop import measure_hops
+    from benchmarks.many import measure_aggregate
+    from benchmarks.torrent import measure_swarm, measure_torrents
+
+    results: list[Result] = []
+    with Console(stderr=True).status("") as status:
+        if set(names) & {"decode", "aggregate", "prefill"}:
+            status.update("making the model")
+            path = await trio.to_thread.run_sync(_model_path, model)
+        if "decode" in names:
+            results.append(
+                await measure_decode(
+                    path,
+                    n_shards=n_shards,
+                    n_tokens=n_tokens,
+                    runs=runs,
+                    progress=lambda what: status.update(f"decode: {what}"),
+                )
+            )
+        if "aggregate" in names:
+            results.append(
+                await measure_aggregate(
+                    path, runs=runs, progress=lambda what: status.update(f"aggregate: {what}")
+                )
+            )
+        if "prefill" in names:
+            results.append(
+                await measure_prefill(
+                    path, runs=runs, progress=lambda what: status.update(f"prefill: {what}")
+                )
+            )
+        if "hop" in names:
+            results += await measure_hops(runs=runs, progress=status.update)
+        if "torrent" in names:
+            results += await measure_torrents(runs=runs, progress=status.update)
+        if "swarm" in names:
+            results += await measure_swarm(runs=runs, progress=status.update)
+    return results
+
+
+def _model_path(model: str) -> Path:
+    from benchmarks.models import big_model
+    from shardmesh.demo_model import DEMO_MODEL
+
+    if model == "big":
+        return big_model()
+    return DEMO_MODEL if model == "demo" else Path(model)
