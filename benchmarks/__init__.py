@@ -1,1 +1,1 @@
-"""How fast a mesh is beside llama.cpp alone: `python -m benchmarks --help`."""
+"""How fast a mesh is beside llama.cpp alone: `shardmesh bench --help`."""
