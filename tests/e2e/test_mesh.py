@@ -142,7 +142,12 @@ FAILURES = {
     "prompt too long": (["run", "king " * N_CTX], 2, "PROMPT_TOO_LONG", str(N_CTX)),
     "unknown model": (["run", PROMPT, "--model", "nix"], 2, "UNKNOWN_MODEL", "nix"),
     "other cluster": (["run", PROMPT, "--cluster", "nix"], 1, "OTHER_CLUSTER", "nix"),
-    "no bootstrap": (["run", PROMPT, "--bootstrap", "/ip4/127.0.0.1/tcp/9"], 1, "NO_BOOTSTRAP", ""),
+    "no bootstrap": (  # of a cluster of which no node is remembered
+        ["run", PROMPT, "--cluster", "nix", "--bootstrap", "/ip4/127.0.0.1/tcp/9"],
+        1,
+        "NO_BOOTSTRAP",
+        "",
+    ),
     "not an address": (["run", PROMPT, "--bootstrap", "nix"], 2, "BAD_INPUT", "nix"),
     "empty stop": (["run", PROMPT, "--stop", ""], 2, "BAD_INPUT", "stop string"),
 }
