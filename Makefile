@@ -17,7 +17,8 @@ demo: $(INSTALLED) ## Start a mesh of real processes on this machine and let it 
 	$(BIN)/shardmesh demo
 
 test: lint ## Lint, types, import rules and all tests, the quick ones first
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not (processes or browser)" -n 2
+	$(BIN)/python -m pytest -m "processes or browser"
 
 test-fast: $(INSTALLED_DEV) ## Only the tests that take no more than moments
 	$(BIN)/python -m pytest -m "not slow and not processes"
