@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench fuzz sim faults siege archs clean
+.PHONY: help demo test test-fast test-slow lint bench fuzz sim faults siege archs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -16,9 +16,12 @@ help: ## Show this list
 demo: $(INSTALLED) ## Start a mesh of real processes on this machine and let it write
 	$(BIN)/shardmesh demo
 
-test: lint ## Lint, types, import rules and all tests, the quick ones first
+test: lint ## Lint, types, import rules and the tests, the quick ones first: about 8 minutes
 	$(BIN)/python -m pytest -m "not (processes or browser)" -n 2
-	$(BIN)/python -m pytest -m "processes or browser"
+	$(BIN)/python -m pytest -m "(processes or browser) and not slow or recovery" --reruns 1
+
+test-slow: $(INSTALLED_DEV) ## The process tests that take long: faults, siege, crowds, relays, weights
+	$(BIN)/python -m pytest -m "(processes or browser) and slow" --reruns 1
 
 test-fast: $(INSTALLED_DEV) ## Only the tests that take no more than moments
 	$(BIN)/python -m pytest -m "not slow and not processes"

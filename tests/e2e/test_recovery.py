@@ -22,7 +22,7 @@ from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.coordinator.session import Repair
 from shardmesh.engine.base import SamplingSettings
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.recovery]
 
 N_CTX = 1024
 N_TOKENS = 60
