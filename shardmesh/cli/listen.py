@@ -90,6 +90,16 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     help="Seconds between announcements.",
 )
 @click.option(
+    "--rebalance-interval",
+    "rebalance_interval_s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    envvar="LLAMA_REBALANCE_INTERVAL",
+    help="Without --shard-id: seconds between looks whether another shard needs this node more; "
+    "0 for never.",
+)
+@click.option(
     "--ctx-size",
     "n_ctx",
     type=click.IntRange(0),
@@ -180,6 +190,7 @@ def command(
     port: int,
     data_port: int,
     refresh_interval_s: float,
+    rebalance_interval_s: float,
     n_ctx: int,
     n_parallel: int,
     n_threads: int,
@@ -260,6 +271,7 @@ def command(
         port=port,
         data_port=data_port,
         refresh_interval_s=refresh_interval_s,
+        rebalance_interval_s=rebalance_interval_s,
         engine=EngineOptions(
             n_ctx=n_ctx,
             n_parallel=n_parallel,

@@ -85,6 +85,71 @@ def least_served(
     return min(range(total_shards), key=lambda i: (n_replicas[i], i not in here, i))
 
 
+MOVE_GAIN_MIN = 0.25
+"""A move must raise what the weaker of both shards carries by so much: it costs a new start."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A listener of the same split, as one that may move sees it."""
+
+    peer_id: str
+    shard_id: int
+    n_parallel: int  # sequences at once; 0: not known yet
+    is_loaded: bool
+    is_draining: bool = False
+    wants_to_leave: bool = False  # it takes sessions still, and waits whether others object
+
+    @property
+    def strength(self) -> int:
+        """What it adds to what its shard carries."""
+        return max(self.n_parallel, 1)
+
+
+def better_shard(
+    own: Serving, others: Iterable[Serving], total_shards: int, not_to: Collection[int] = ()
+) -> int | None:
+    """The shard that this node should serve instead of its own, if that clearly helps.
+
+    That is the one that carries least, if with this node it carries clearly more and so does what
+    is left behind.  While another replica of the own shard leaves or wants to, this one does not.
+    """
+    known = list(others)
+    left = staying(own, known)
+    if not own.is_loaded or own.is_draining or not left:
+        return None
+    if any(o.shard_id == own.shard_id and (o.is_draining or _goes_before(o, own)) for o in known):
+        return None
+    # One that is still loading will carry soon, so that not everybody comes to help.
+    carried = Counter(dict.fromkeys(range(total_shards), 0))
+    for other in known:
+        carried[other.shard_id] += 0 if other.is_draining else other.strength
+    weakest = min(
+        (i for i in range(total_shards) if i != own.shard_id and i not in not_to),
+        key=lambda i: (carried[i], i),
+        default=None,
+    )
+    if weakest is None:
+        return None
+    weaker_after = min(sum(o.strength for o in left), carried[weakest] + own.strength)
+    is_clear = weaker_after > carried[weakest] * (1 + MOVE_GAIN_MIN)
+    return weakest if is_clear else None
+
+
+def staying(own: Serving, others: Iterable[Serving]) -> list[Serving]:
+    """Who goes on serving the shard of a node when that leaves it; with none it must not."""
+    return [
+        other
+        for other in others
+        if other.shard_id == own.shard_id and other.is_loaded and not other.is_draining
+    ]
+
+
+def _goes_before(other: Serving, own: Serving) -> bool:
+    """Of those that want to leave a shard at once, the one with the lowest peer id goes."""
+    return other.wants_to_leave and (not own.wants_to_leave or other.peer_id < own.peer_id)
+
+
 def _check_same(flag: str, given: int | str | None, known: int | str) -> None:
     if given is not None and given != known:
         raise InputError(

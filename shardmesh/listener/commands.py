@@ -102,6 +102,7 @@ class NodeCommands:
         }
 
     async def _load_shard(self, params: LoadShardParams) -> object:
+        self._node.was_told = True
         with trio.move_on_after(LOAD_TIMEOUT_S) as scope:
             loaded = await self._node.load_shard(params.shard_id, params.model)
         if scope.cancelled_caught:

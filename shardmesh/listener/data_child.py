@@ -108,9 +108,9 @@ class DataChild:
         """Has the process end its links with these nodes; raises UnreachableError if gone."""
         await self._living_channel().send(CutOff(peer_ids=tuple(sorted(peer_ids))))
 
-    async def drain(self) -> None:
-        """Has the process take no further sessions; raises UnreachableError if gone."""
-        await self._living_channel().send(Drain())
+    async def drain(self, is_draining: bool) -> None:
+        """Has the process take no further sessions, or take them again; raises UnreachableError."""
+        await self._living_channel().send(Drain(is_draining=is_draining))
 
     async def metrics(self) -> Metrics:
         """The process's own figures; raises UnreachableError (the moment's) if it is gone."""

@@ -110,7 +110,7 @@ class DataProcess:
                 case AskMetrics():
                     nursery.start_soon(self._channel.send, self._metrics(message.number))
                 case Drain():
-                    self.stage.is_draining = True
+                    self.stage.is_draining = message.is_draining
                 case Stop():
                     return
                 case _:

@@ -167,7 +167,9 @@ class Metrics(_Message, frozen=True, tag="metrics"):
 
 
 class Drain(_Message, frozen=True, tag="drain"):
-    """To the data process: take no further sessions."""
+    """To the data process: take no further sessions, or take them again."""
+
+    is_draining: bool
 
 
 class Stop(_Message, frozen=True, tag="stop"):

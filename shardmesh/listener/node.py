@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
@@ -56,6 +56,9 @@ FIRST_LOAD_TIMEOUT_S = 600.0
 """For loading a shard of tens of GB from a slow disk before joining."""
 
 
+Intention = Literal["stays", "wants_to_leave", "leaves"]
+
+
 class ServeHttp(Protocol):
     """What a listener serves over HTTP; this package knows nothing of it."""
 
@@ -89,6 +92,8 @@ class NodeOptions:
     """Where a link's model goes that is not here yet; else into a folder of its own."""
     link: ModelLink | None
     """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
+    rebalance_interval_s: float = 0.0
+    """How often the node looks whether another shard needs it more; 0: never."""
     naming: Naming = dataclasses.field(default_factory=Naming)
     serve_http: ServeHttp | None = None
     """Runs beside everything else once the node is on the network, until it leaves."""
@@ -110,6 +115,9 @@ class Node:
         self.supervisor = Supervisor(self.agree, self._on_shard)
         self.load = self._told_load = Load()
         self.is_draining = False
+        self.intention: Intention = "stays"
+        self.was_told = False
+        """Somebody said which shard to serve, so the node does not choose another by itself."""
         self.drained = trio.Event()
         self._host: Host | None = None
         self._link_streams: LinkStreams | None = None
@@ -138,6 +146,16 @@ class Node:
         Its file is taken from the disk, or else fetched from other nodes.  Raises InputError or
         GgufError (theirs) if it is neither there nor published, or cannot be kept.
         """
+        store, assignment = await self.provide_shard(shard_id, model)
+        self.store, self.assignment = store, assignment
+        self.intention = "stays"
+        self.supervisor.serve(self._start(assignment))
+        return assignment
+
+    async def provide_shard(
+        self, shard_id: int, model: str | None = None
+    ) -> tuple[ShardStore, Assignment]:
+        """Has a shard's file here, and changes nothing else; raises what `load_shard` raises."""
         store = self.store
         assigned = self.assignment
         if model is not None and (assigned is None or model != assigned.model_name):
@@ -154,9 +172,7 @@ class Node:
                 "listener with `--model LINK`",
             )
         await provide_shard(store, manifest, shard_id, self.files, self.options.link)
-        self.store, self.assignment = store, assignment
-        self.supervisor.serve(self._start(assignment))
-        return assignment
+        return store, assignment
 
     def unload_shard(self) -> None:
         """Stops serving; the node stays in the mesh."""
@@ -251,7 +267,8 @@ class Node:
                 n_ctx=ready.n_ctx if ready else 0,
                 n_parallel=ready.n_parallel if ready else 0,
                 has_tokenizer=self.store.tokenizer_path().exists(),
-                is_draining=self.is_draining,
+                is_draining=self.takes_none,
+                wants_to_leave=self.intention == "wants_to_leave",
                 n_sessions=self.load.n_sessions,
                 token_us=self.load.token_us,
                 round_trips_us=self.load.round_trips_us,
@@ -265,13 +282,25 @@ class Node:
     def shard_state(self) -> str:
         """What is told of the shard: that of the supervisor, or `draining` while it is loaded."""
         state = self.supervisor.status.state
-        return "draining" if self.is_draining and state == "loaded" else state
+        return "draining" if self.takes_none and state == "loaded" else state
 
     async def drain(self) -> None:
         """Takes no further sessions; `drained` is set once the last one is over."""
         self.is_draining = True
         await self.supervisor.drain()
         self._changed()
+
+    @property
+    def takes_none(self) -> bool:
+        """Whether no further session is taken: the node is to end, or to serve another shard."""
+        return self.is_draining or self.intention == "leaves"
+
+    async def intend(self, intention: Intention) -> None:
+        """Tells the mesh whether the node is about to serve another shard."""
+        if intention != self.intention:
+            self.intention = intention
+            await self.supervisor.drain(self.takes_none)
+            self._changed()
 
     async def watch_load(self, membership: Membership, n_coordinated: Callable[[], int]) -> None:
         """Tells the mesh how busy the node is, whenever that has changed; for ever."""

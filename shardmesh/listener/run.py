@@ -17,6 +17,7 @@ from shardmesh.coordinator.model_files import ModelFiles, serve_model_info
 from shardmesh.errors import UnreachableError
 from shardmesh.listener.assignment import least_served
 from shardmesh.listener.commands import NodeCommands
+from shardmesh.listener.moving import NodeMoves, keep_useful
 from shardmesh.listener.node import Node, NodeOptions
 from shardmesh.listener.published import with_manifest
 from shardmesh.shards.library import Library
@@ -113,6 +114,8 @@ async def _take_part(
                 await membership.announced.wait()
             logger.info("✅ Shard listener started! Waiting for connections...")
             nursery.start_soon(node.watch_load, membership, lambda: coordinator.n_sessions)
+            if node.options.wanted.shard_id is None:
+                nursery.start_soon(keep_useful, NodeMoves(node, membership))
             await node.drained.wait()
             logger.info("drained: leaving")
             nursery.cancel_scope.cancel()

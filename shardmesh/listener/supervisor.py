@@ -99,11 +99,11 @@ class Supervisor:
             with contextlib.suppress(UnreachableError):  # it is gone, and its links with it
                 await self._child.cut_off(peer_ids)
 
-    async def drain(self) -> None:
-        """Has the data process take no further sessions, if there is one."""
+    async def drain(self, is_draining: bool = True) -> None:
+        """Has the data process take no further sessions, or take them again, if there is one."""
         if self._child is not None and self.status.ready is not None:
             with contextlib.suppress(UnreachableError):  # it is gone, and its sessions with it
-                await self._child.drain()
+                await self._child.drain(is_draining)
 
     async def metrics(self) -> Metrics | None:
         """The data process's figures, None while there is none to ask."""

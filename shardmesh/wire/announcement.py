@@ -58,6 +58,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     n_parallel: Count
     has_tokenizer: bool
     is_draining: bool = False  # takes no new sessions
+    wants_to_leave: bool = False  # for another shard, unless others leave this one; takes sessions
     n_sessions: Count = 0  # sequences in use when this was said
     token_us: Microseconds = 0  # computing one token, of late; 0: not known
     round_trips_us: Annotated[
