@@ -41,8 +41,11 @@ def test_a_spare_replica_serves_what_a_dead_node_has_served(
     expected = {told[0].peer_id: 0, mesh.listeners[2].peer_id: 2, spare.peer_id: 1}
     wait_status(
         mesh,
-        lambda models: len(models) == 1
-        and {r.peer_id: r.shard_id for r in models[0].replicas if r.state == "loaded"} == expected,
+        lambda models: (
+            len(models) == 1
+            and {r.peer_id: r.shard_id for r in models[0].replicas if r.state == "loaded"}
+            == expected
+        ),
     )
     options = ("--temperature", "0", "--max-tokens", str(N_TOKENS), *mesh.where)
     answered = space.run("run", PROMPT, *options)
