@@ -146,7 +146,10 @@ class Engine(Protocol):
         ...
 
     def n_held(self, sequence: int) -> int:
-        """Tokens that the sequence holds: the position that must come next."""
+        """Tokens that the sequence holds: the position that must come next.
+
+        May be asked from another thread, for a figure that is about right.
+        """
         ...
 
     def trim_sequence(self, sequence: int, n_keep: int) -> None:

@@ -134,11 +134,12 @@ class DataProcess:
         )
 
     def _metrics(self, number: int) -> Metrics:
+        n_kv_tokens = sum(map(self._engine.n_held, range(self._engine.info.n_parallel)))
         return Metrics(
             number=number,
             n_sessions=self.stage.n_sessions,
             memory_bytes=psutil.Process().memory_info().rss,
-            counters=dataclasses.asdict(self.stage.counters),
+            counters={**dataclasses.asdict(self.stage.counters), "n_kv_tokens": n_kv_tokens},
             links=tuple(
                 LinkState(
                     peer_id=link.peer_id,

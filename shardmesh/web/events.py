@@ -46,10 +46,15 @@ class EventHub:
         self._wall_clock = wall_clock
         self._n_published = 0
         self._readers: dict[Subscription, trio.MemorySendChannel[Event]] = {}
+        self._on_event: list[Callable[[Event], None]] = []
 
     @property
     def n_readers(self) -> int:
         return len(self._readers)
+
+    def tell(self, on_event: Callable[[Event], None]) -> None:
+        """Calls this for every event from now on; it must be quick."""
+        self._on_event.append(on_event)
 
     def publish(
         self,
@@ -69,6 +74,8 @@ class EventHub:
             is_lasting=is_lasting,
             data=data or {},
         )
+        for on_event in self._on_event:
+            on_event(event)
         for reader, channel in self._readers.items():
             try:
                 channel.send_nowait(event)

@@ -24,6 +24,7 @@ from shardmesh.swarm.state_file import locked_folder
 from shardmesh.web.console import Console
 from shardmesh.web.event_store import EventStore, open_event_store
 from shardmesh.web.events import EventHub
+from shardmesh.web.mesh_figures import MeshFigures
 from shardmesh.web.metrics import Metrics
 from shardmesh.web.node_facts import NodeFacts
 from shardmesh.web.node_reports import NodeReports
@@ -73,8 +74,12 @@ class Gateway:
         self.options = options
         self.client = client
         self.started_at_s = int(time.time())
+        self.metrics = Metrics(client.host.peer_id)
+        self.queues: dict[str, ModelQueue] = {}
         self.events = EventHub()
+        self.events.tell(self.metrics.event)
         self.sessions = SessionBoard()
+        self.sessions.tell_steps(self.metrics.step)
         self.node_reports = NodeReports(
             client.host,
             listed=client.directory.all,
@@ -102,8 +107,15 @@ class Gateway:
             },
         )
         self.console = Console(self.watch, self.sessions, self.events, store, about=self._about())
-        self.metrics = Metrics(client.host.peer_id)
-        self.queues: dict[str, ModelQueue] = {}
+        self.metrics.add(
+            MeshFigures(
+                client.host.peer_id,
+                identity,
+                announcements=client.directory.all,
+                reports=self.node_reports.reports,
+                queues=self.queues,
+            )
+        )
 
     @property
     def directory(self) -> Directory:

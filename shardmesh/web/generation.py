@@ -172,7 +172,7 @@ class _Run:
         if piece.token is None:
             return
         self._n_tokens += 1
-        self.gateway.metrics.token(self.model_name, piece.stages)
+        self.gateway.metrics.token(self.model_name)
 
     def finished(self, outcome: Outcome) -> None:
         """Tells of a choice that came to its end."""
@@ -184,8 +184,6 @@ class _Run:
             **timings_json(outcome.timings),
         }
         self.gateway.events.publish("request.finished", is_lasting=False, data=data)
-        for _ in outcome.repairs:
-            self.gateway.metrics.repaired(self.model_name)
         self.gateway.metrics.finished(self.model_name, outcome.n_prompt_tokens, outcome.timings)
 
     def ended(self, how: str, after_s: float, cause: str = "") -> None:

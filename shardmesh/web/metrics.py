@@ -1,129 +1,136 @@
-"""Figures for Prometheus; names of their own, and the `llm_model_*` names beside them."""
+"""What this gateway has counted, for Prometheus; and the `llm_model_*` names beside it.
+
+How the mesh stands is not counted but read at each scrape: `web.mesh_figures`.
+"""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
+from typing import Final
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
-from shardmesh.coordinator.timings import Timings
-from shardmesh.wire.messages import StageTiming
+from shardmesh.coordinator.timings import Step, Timings
+from shardmesh.web.events import Event
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside every counter, which nobody reads
 
+STAGES_COUNTED_MAX: Final = 1000
+"""Pairs of node and layers with figures of their own; those that served longest ago are dropped."""
+
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _LABELS = ("node", "model")
+_PARTS = ("compute", "queue", "wire")
+_DOWNLOADS = {"download.finished": "finished", "download.failed": "failed"}
 
 
 class Metrics:
-    """The counters of one gateway, in a registry of its own."""
+    """The counters of one gateway, in a registry of its own.
+
+    The label `node` is the node that a figure is about: a listener where it served a stage or
+    fetched a file, else the gateway.
+    """
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        self._requests = Counter(
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, (*_LABELS, *more), registry=registry)
+
+        def histogram(name: str, text: str, buckets_s: Sequence[float]) -> Histogram:
+            return Histogram(name, text, _LABELS, buckets=buckets_s, registry=registry)
+
+        self._requests = counter(
             "shardmesh_requests",
-            "Choices by how they ended",
-            (*_LABELS, "outcome"),
-            registry=registry,
+            "Choices that ended, by how: finished, failed or cancelled",
+            "outcome",
         )
-        self._errors = Counter(
-            "shardmesh_request_errors",
-            "Choices that failed",
-            (*_LABELS, "code"),
-            registry=registry,
-        )
+        self._errors = counter("shardmesh_request_errors", "Choices that failed, by error", "code")
         self._running = Gauge(
             "shardmesh_requests_running",
             "Choices that are generated now",
             _LABELS,
             registry=registry,
         )
-        self._prompt_tokens = Counter(
-            "shardmesh_prompt_tokens", "Tokens of prompts", _LABELS, registry=registry
-        )
-        self._tokens = Counter(
-            "shardmesh_generated_tokens", "Tokens generated", _LABELS, registry=registry
-        )
-        self._first_token = Histogram(
+        self._prompt_tokens = counter("shardmesh_prompt_tokens", "Tokens of prompts")
+        self._tokens = counter("shardmesh_generated_tokens", "Tokens that were generated")
+        self._first_token = histogram(
             "shardmesh_first_token_seconds",
             "From the request to its first token",
-            _LABELS,
-            buckets=_FIRST_TOKEN_BUCKETS_S,
-            registry=registry,
+            _FIRST_TOKEN_BUCKETS_S,
         )
-        self._token_time = Histogram(
+        self._token_time = histogram(
             "shardmesh_token_seconds",
-            "Mean time of a token behind the first, by choice",
-            _LABELS,
-            buckets=_TOKEN_BUCKETS_S,
-            registry=registry,
+            "Time of a token behind the first, the mean of each choice",
+            _TOKEN_BUCKETS_S,
         )
-        self._stage_seconds = Counter(
+        self._stage_seconds = counter(
             "shardmesh_stage_seconds",
-            "Where the time of tokens went",
-            (*_LABELS, "layers", "what"),
-            registry=registry,
+            "Where the time of tokens behind the first went: compute, queue, and the wire behind "
+            "the stage",
+            *("layers", "part"),
         )
-        self._repairs = Counter(
-            "shardmesh_recoveries", "Stages that were replaced", _LABELS, registry=registry
+        self._stages: collections.OrderedDict[tuple[str, ...], list[Counter]]
+        self._stages = collections.OrderedDict()
+        self._recoveries = counter(
+            "shardmesh_recoveries", "Stages that were replaced while a choice was generated"
         )
-        self._mesh = {
-            name: Gauge(f"shardmesh_{name}", text, labels, registry=registry)
-            for name, text, labels in (
-                ("requests_waiting", "Choices that wait for a place", _LABELS),
-                ("nodes", "Listeners known, by whether their shard is loaded", ("node", "loaded")),
-                ("model_complete", "1 if every layer is served", _LABELS),
-                ("kv_sequences", "Sequences that the stages of a model hold at most", _LABELS),
-                ("kv_sequences_used", "Sequences that this gateway uses", _LABELS),
-            )
-        }
+        self._downloads = counter(
+            "shardmesh_downloads", "Files that listeners fetched, by how that ended", "outcome"
+        )
         # The names of the specification, for dashboards that know them.
-        self._spec_requests = Counter("llm_model_requests", "Choices", _LABELS, registry=registry)
-        self._spec_errors = Counter(
-            "llm_model_errors", "Choices that failed", _LABELS, registry=registry
+        self._spec_requests = counter("llm_model_requests", "Choices that ended")
+        self._spec_errors = counter("llm_model_errors", "Choices that failed")
+        self._spec_tokens = counter("llm_model_tokens", "Tokens of prompts and answers")
+        self._spec_latency = histogram(
+            "llm_model_latency_seconds", "From the request to its last token", _LATENCY_BUCKETS_S
         )
-        self._spec_tokens = Counter(
-            "llm_model_tokens", "Tokens of prompts and answers", _LABELS, registry=registry
-        )
-        self._spec_latency = Histogram(
-            "llm_model_latency_seconds",
-            "From the request to its last token",
-            _LABELS,
-            buckets=_FIRST_TOKEN_BUCKETS_S,
-            registry=registry,
-        )
+        self._tokens_of: dict[str, Counter] = {}  # looked up for every token
+
+    def add(self, collector: Collector) -> None:
+        """Figures that are made when they are asked for."""
+        self.registry.register(collector)
 
     def started(self, model: str) -> None:
         """A choice has its session."""
         self._running.labels(self._node, model).inc()
-        self._spec_requests.labels(self._node, model).inc()
+        self._tokens_of[model] = self._tokens.labels(self._node, model)
 
-    def token(self, model: str, stages: Sequence[StageTiming]) -> None:
-        """A token came, and where its time went."""
-        self._tokens.labels(self._node, model).inc()
-        for stage in stages:
-            layers = f"{stage.layer_start}-{stage.layer_end}"
-            add = self._stage_seconds.labels
-            add(self._node, model, layers, "compute").inc(stage.compute_us / 1e6)
-            add(self._node, model, layers, "queue").inc(stage.queue_us / 1e6)
-            add(self._node, model, layers, "wire").inc(stage.next_hop_us / 1e6)
+    def token(self, model: str) -> None:
+        """A started choice has one more token."""
+        self._tokens_of[model].inc()
+
+    def step(
+        self, model: str, peer_ids: Sequence[str], step: Step, hops_ms: Sequence[float]
+    ) -> None:
+        """Where the time of a token went, stage by stage; the hops with the first one before."""
+        for peer_id, timing, hop_ms in zip(peer_ids, step.stages, hops_ms[1:], strict=False):
+            layers = f"{timing.layer_start}-{timing.layer_end}"
+            compute, queue, wire = self._counters_of_stage(peer_id, model, layers)
+            compute.inc(timing.compute_us / 1e6)
+            queue.inc(timing.queue_us / 1e6)
+            wire.inc(hop_ms / 1e3)
 
     def finished(self, model: str, n_prompt_tokens: int, timings: Timings) -> None:
         """A choice came to its end."""
         labels = (self._node, model)
-        self._requests.labels(*labels, "finished").inc()
+        self._ended(model, "finished")
         self._prompt_tokens.labels(*labels).inc(n_prompt_tokens)
         self._first_token.labels(*labels).observe(timings.first_token_s)
         if timings.decode_tokens_per_s:
@@ -133,26 +140,43 @@ class Metrics:
 
     def failed(self, model: str, code: str) -> None:
         """A choice failed."""
-        self._requests.labels(self._node, model, "failed").inc()
+        self._ended(model, "failed")
         self._errors.labels(self._node, model, code).inc()
         self._spec_errors.labels(self._node, model).inc()
 
     def cancelled(self, model: str) -> None:
         """Nobody waits for a choice any more."""
-        self._requests.labels(self._node, model, "cancelled").inc()
+        self._ended(model, "cancelled")
 
     def left(self, model: str) -> None:
         """A choice has given its session back, whatever its end."""
         self._running.labels(self._node, model).dec()
 
-    def repaired(self, model: str) -> None:
-        """A stage was replaced while a choice was generated."""
-        self._repairs.labels(self._node, model).inc()
-
-    def set(self, name: str, value: float, *labels: str) -> None:
-        """Sets a figure of the mesh as it is now; labels after the node."""
-        self._mesh[name].labels(self._node, *labels).set(value)
+    def event(self, event: Event) -> None:
+        """Something happened in the mesh."""
+        model = str(event.data.get("model_name", ""))
+        if event.kind == "session.recovered":
+            self._recoveries.labels(self._node, model).inc()
+        elif event.kind in _DOWNLOADS:
+            peer_id = str(event.data.get("peer_id", ""))
+            self._downloads.labels(peer_id, model, _DOWNLOADS[event.kind]).inc()
 
     def text(self) -> bytes:
         """All figures as Prometheus reads them."""
         return generate_latest(self.registry)
+
+    def _ended(self, model: str, outcome: str) -> None:
+        self._requests.labels(self._node, model, outcome).inc()
+        self._spec_requests.labels(self._node, model).inc()
+
+    def _counters_of_stage(self, *stage: str) -> list[Counter]:
+        """Kept at hand: looking a counter up by its labels costs more than counting."""
+        known = self._stages.get(stage)
+        if known is None:
+            known = [self._stage_seconds.labels(*stage, part) for part in _PARTS]
+            self._stages[stage] = known
+            if len(self._stages) > STAGES_COUNTED_MAX:
+                dropped, _ = self._stages.popitem(last=False)
+                for part in _PARTS:
+                    self._stage_seconds.remove(*dropped, part)
+        return known

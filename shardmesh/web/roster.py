@@ -196,18 +196,20 @@ def _kind_of_step(before: Node, after: Node) -> str | None:
 def _download_changes(before: Node, after: Node) -> list[Change]:
     if after.report is None or not after.report.answered:
         return []
+    knew = before.report is not None and before.report.answered
     had = {d.name: d for d in before.report.downloads} if before.report is not None else {}
     has = {d.name: d for d in after.report.downloads}
     told = []
     for name in sorted({*had, *has}):
         old, new = had.get(name), has.get(name)
         was_under_way = old is not None and old.is_under_way
+        has_ended = was_under_way or (knew and old is None)  # between two looks, if it was quick
         data = describe(after) | {"file": name}
         if new is not None and new.is_under_way and not was_under_way:
             told.append(Change("download.started", data | {"n_bytes": new.n_bytes}))
-        elif new is not None and new.state == "done" and was_under_way:
+        elif new is not None and new.state == "done" and has_ended:
             told.append(Change("download.finished", data | {"n_bytes": new.n_bytes}))
-        elif new is not None and new.state == "failed" and was_under_way:
+        elif new is not None and new.state == "failed" and has_ended:
             told.append(Change("download.failed", data, new.error))
         elif new is None and was_under_way:
             told.append(Change("download.ended", data))

@@ -51,6 +51,8 @@ class _StageSums:
 
 
 OnRepair = Callable[["LiveSession", Repair], None]
+OnStep = Callable[[str, Sequence[str], Step, Sequence[float]], None]
+"""Takes model, peer ids of the chain, a decode step and its hops in milliseconds."""
 
 
 class LiveSession:
@@ -66,6 +68,7 @@ class LiveSession:
         *,
         started_s: float,
         wall_started_s: float,
+        on_step: Sequence[OnStep] = (),
     ) -> None:
         self.session_id = session_id
         self.state = "running"
@@ -75,6 +78,7 @@ class LiveSession:
         self._n_prompt_tokens = n_prompt_tokens
         self._clock = clock
         self._on_change = on_change
+        self._on_step = on_step
         self._started_s = started_s
         self._wall_started_s = wall_started_s
         self._first_token_s: float | None = None
@@ -171,6 +175,9 @@ class LiveSession:
             sums.queue_us += timing.queue_us
             sums.compute_us += timing.compute_us
             sums.wire_us += hop_ms * 1e3
+        model_name = self.chain.stages[0].model_name
+        for tell in self._on_step:
+            tell(model_name, [stage.peer_id for stage in self.chain.stages], step, hops_ms)
 
     def _tokens_per_s(self) -> float | None:
         """Of the last window while it runs, of the whole decode phase afterwards."""
@@ -200,6 +207,11 @@ class SessionBoard:
         self._sessions: dict[str, LiveSession] = {}
         self._on_change: list[OnChange] = []
         self._on_repair: list[OnRepair] = []
+        self._on_step: list[OnStep] = []
+
+    def tell_steps(self, on_step: OnStep) -> None:
+        """Calls this for every token behind the first of a session."""
+        self._on_step.append(on_step)
 
     def tell_repairs(self, on_repair: OnRepair) -> None:
         """Calls this for every stage that is replaced in a running session."""
@@ -228,6 +240,7 @@ class SessionBoard:
             self._changed,
             started_s=started_s,
             wall_started_s=self._wall_clock() - (now_s - started_s),
+            on_step=self._on_step,
         )
         self._sessions[session_id] = session
         self._changed(is_new_work=True)

@@ -47,6 +47,22 @@ def test_state_of_a_node(loaded: bool, report: Report | None, is_busy: bool, sta
     assert state_of(announced(0, loaded=loaded), report, is_busy=is_busy) == state
 
 
+def test_a_download_that_was_over_between_two_looks_is_told_of() -> None:
+    def reported(*downloads: Download, answered: bool = True) -> dict[str, Report]:
+        return {PEERS[0]: Report(answered=answered, downloads=downloads)}
+
+    def told(first: dict[str, Report], then: dict[str, Report]) -> list[str]:
+        before = roster_of(*FOUR, reports=first)
+        after = look(before, FOUR, then, now_s=NOW_S + 1)
+        return [k for k in kinds(changes_between(before, after)) if k.startswith("download")]
+
+    assert told(reported(), reported(FETCHED)) == ["download.finished"]
+    assert told(reported(), reported(FAILED)) == ["download.failed"]
+    assert told(reported(FETCHED), reported(FETCHED)) == []
+    assert told({}, reported(FETCHED)) == [], "of before this gateway asked"
+    assert told(reported(answered=False), reported(FETCHED)) == []
+
+
 def test_a_lost_node_is_shown_offline_once_and_for_a_while() -> None:
     before = roster_of(*FOUR)
     after = look(before, FOUR[1:], {}, now_s=NOW_S + 5)

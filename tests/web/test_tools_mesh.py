@@ -7,15 +7,12 @@ made, the grammar on the last stage makes it write a right one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from support.processes import workspace
-from support.templated import write_templated
 
 from shardmesh.demo_model import DEMO_MODEL
 
@@ -24,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not DEMO_MODEL.exists(), reason="the demo model is not here"),
 ]
 
-START_TIMEOUT_S = 120.0
 TIMEOUT_S = 60.0
 MODEL = "Shardmesh fairy tales"
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Ulm?"}]
@@ -48,24 +44,6 @@ MAKES_A_CALL = (
     '"{\\"name\\": \\"weather\\", \\"arguments\\": {\\"city\\": \\"Ulm\\"}}" "\\n</tool_call>"'
 )
 """What the model would write had it been taught to."""
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a gateway to a model with a template answers."""
-    model = write_templated(tmp_path_factory.mktemp("model") / "tools.gguf")
-    with workspace() as space:
-        options = ("--shards", "2", "--max-tokens", "4", "--web", "--port", "0")
-        started = space.start("demo", "--model", str(model), *options)
-        yield started.wait_line(r"base_url=(http://\S+)/v1", START_TIMEOUT_S)[1]
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0
-    ) as client:
-        yield client
 
 
 def ask(client: openai.OpenAI, **settings: Any) -> ChatCompletion:
