@@ -153,6 +153,8 @@ def _batch(n_tokens: int) -> tuple[HiddenBatch, bytes]:
         dtype="f32",
         sample=False,
         embed=False,
+        branch=0,
+        check=b"",
         timings=(),
     )
     return message, bytes(4 * n_tokens * N_EMBD)

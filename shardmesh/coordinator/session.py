@@ -207,6 +207,8 @@ class Session:
             tokens=tuple(tokens),
             sample=sample,
             embed=embed,
+            branch=0,
+            check=b"",
         )
         self._stepped_s = trio.current_time()
         self.n_sent += len(tokens)
@@ -431,6 +433,7 @@ class Session:
                 epoch=self._epoch,
                 send_from=send_from,
                 n_replay=self.n_sent,
+                n_keep=held[number].n_received,
             )
             self._send(number, resume)
         with self._first_hop():
@@ -511,6 +514,7 @@ class Session:
             sampling=None if following is not None else self._settings.sampling,
             history=() if following is not None else self._settings.history,
             adapter=self._settings.adapter,
+            draft_key=b"",
         )
 
     def _halt(self, number: int) -> RepairSession:

@@ -497,6 +497,7 @@ def _repaired(session: StageSession) -> SessionRepaired:
         n_received=session.n_received,
         n_computed=session.outgoing.n_computed,
         kept_from=session.outgoing.kept_from,
+        branch=0,
     )
 
 

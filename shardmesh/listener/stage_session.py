@@ -179,6 +179,8 @@ def result_message(
             sample=batch.sample,
             timings=timings,
             embed=batch.want_embedding,
+            branch=0,
+            check=b"",
         )
         return hidden_batch, hidden_to_body(output.hidden)
     chosen = output.sampled

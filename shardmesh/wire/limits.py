@@ -52,6 +52,12 @@ TOP_LOGPROBS_MAX: Final = 64
 SESSION_BATCHES_WAITING_MAX: Final = 64
 """Micro-batches of one session that wait in a stage; a coordinator keeps 8 under way."""
 
+DRAFT_KEY_BYTES: Final = 16
+"""The key of the checks of drafts, new for each session; BLAKE2b takes any length up to 64."""
+
+DRAFT_CHECK_BYTES: Final = 8
+"""A draft's check: one wrong draft in 2**64 would pass."""
+
 REPLAY_KEPT_BYTES_MAX: Final = 512 * MIB
 """What a stage keeps of what it sent, over all its sessions; 32,768 tokens at n_embd 4,096."""
 

@@ -17,6 +17,8 @@ from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    DRAFT_CHECK_BYTES,
+    DRAFT_KEY_BYTES,
     EMBEDDING_BYTES_MAX,
     GRAMMAR_BYTES_MAX,
     LOGIT_BIASES_MAX,
@@ -34,6 +36,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Tokens = Annotated[tuple[Token, ...], msgspec.Meta(min_length=1, max_length=MICRO_BATCH_TOKENS_MAX)]
+DraftKey = Annotated[bytes, msgspec.Meta(max_length=DRAFT_KEY_BYTES)]
+Check = Annotated[bytes, msgspec.Meta(max_length=DRAFT_CHECK_BYTES)]
 Addresses = Annotated[tuple[Text, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
 
 
@@ -114,6 +118,7 @@ class OpenSession(_Message, frozen=True, tag="open"):
     sampling: Sampling | None  # on the last stage
     history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
     adapter: Text  # name of the LoRA adapter in the manifest; empty: none
+    draft_key: DraftKey  # of the checks of drafts, for the last stage; empty: no drafts
 
 
 class SessionOpened(_Message, frozen=True, tag="opened"):
@@ -141,6 +146,7 @@ class SessionRepaired(_Message, frozen=True, tag="repaired"):
     n_received: Count  # the position that must come next
     n_computed: Count  # what waits for the engine lies between this and n_received
     kept_from: Count  # from this position on the stage can send what it computed again
+    branch: Count  # the newest that came
 
 
 class ResumeSession(_Message, frozen=True, tag="resume"):
@@ -150,6 +156,7 @@ class ResumeSession(_Message, frozen=True, tag="resume"):
     epoch: Count
     send_from: Count  # the next hop lacks what was computed from this position on
     n_replay: Count  # positions below are acknowledged by BatchTaken
+    n_keep: Count  # what this stage received from this position on is void
 
 
 class BatchTaken(_Message, frozen=True, tag="taken"):
@@ -188,6 +195,8 @@ class TokenBatch(_Message, frozen=True, tag="tokens"):
     tokens: Tokens
     sample: bool
     embed: bool  # the last stage gives an embedding of these tokens
+    branch: Count  # a higher one takes the place of all that came from `position` on
+    check: Check  # of a draft: it counts only if the last stage sampled just this token
 
 
 class HiddenBatch(_Message, frozen=True, tag="hidden"):
@@ -202,6 +211,8 @@ class HiddenBatch(_Message, frozen=True, tag="hidden"):
     sample: bool
     timings: Timings
     embed: bool
+    branch: Count
+    check: Check
 
 
 class Sampled(_Message, frozen=True):

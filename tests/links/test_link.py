@@ -42,6 +42,8 @@ HIDDEN = HiddenBatch(
     dtype="f32",
     sample=False,
     embed=False,
+    branch=0,
+    check=b"",
     timings=(),
 )
 

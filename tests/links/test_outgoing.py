@@ -38,6 +38,8 @@ def add(outgoing: Outgoing, position: int, n_tokens: int = 1) -> None:
         tokens=(1,) * n_tokens,
         sample=False,
         embed=False,
+        branch=0,
+        check=b"",
     )
     outgoing.add(position, n_tokens, batch)
 

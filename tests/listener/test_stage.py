@@ -133,6 +133,8 @@ async def test_a_position_out_of_order_ends_the_session() -> None:
                 tokens=(4,),
                 sample=True,
                 embed=False,
+                branch=0,
+                check=b"",
             )
             mesh.links[0].send(late)
             with pytest.raises(ShardmeshError) as caught:
@@ -160,6 +162,8 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
                 tokens=(1,),
                 sample=True,
                 embed=False,
+                branch=0,
+                check=b"",
             )
             mesh.links[0].send(late)
             assert await mesh_tokens(session, [5], 3) == whole_tokens([5], 3)
@@ -195,6 +199,8 @@ async def test_hidden_states_from_a_stranger_close_the_link() -> None:
                 dtype="f32",
                 sample=True,
                 embed=False,
+                branch=0,
+                check=b"",
                 timings=(),
             )
             mesh.links[1].send(forged, bytes(4 * 8))
@@ -217,6 +223,8 @@ async def test_hidden_states_that_are_not_finite_end_the_session() -> None:
                 dtype="f32",
                 sample=True,
                 embed=False,
+                branch=0,
+                check=b"",
                 timings=(),
             )
             body = np.full((1, 8), np.nan, dtype="<f4").tobytes()

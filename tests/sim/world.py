@@ -298,6 +298,8 @@ class World:
                 sample=True,
                 timings=(),
                 embed=False,
+                branch=0,
+                check=b"",
             )
             link.send(wrong, bytes(4 * n_embd))
             return

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from shardmesh.wire.limits import SAMPLING_HISTORY_TOKENS_MAX
+from shardmesh.wire.limits import (
+    DRAFT_CHECK_BYTES,
+    DRAFT_KEY_BYTES,
+    SAMPLING_HISTORY_TOKENS_MAX,
+)
 from shardmesh.wire.messages import (
     BatchDone,
     BatchTaken,
@@ -69,6 +73,7 @@ sampled = st.builds(
     logprob=numbers,
     top_logprobs=st.lists(st.tuples(counts, numbers), max_size=3).map(tuple),
 )
+checks = st.binary(max_size=DRAFT_CHECK_BYTES)
 _session = {"session": session_ids, "epoch": counts}
 
 KINDS: dict[type, st.SearchStrategy[Message]] = {
@@ -87,6 +92,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         sampling=st.none() | samplings,
         history=st.lists(counts, max_size=5).map(tuple),
         adapter=texts,
+        draft_key=st.binary(max_size=DRAFT_KEY_BYTES),
     ),
     SessionOpened: st.builds(SessionOpened, **_session),
     RepairSession: st.builds(
@@ -96,9 +102,16 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         next_stage=st.none() | next_stages,
     ),
     SessionRepaired: st.builds(
-        SessionRepaired, **_session, n_received=counts, n_computed=counts, kept_from=counts
+        SessionRepaired,
+        **_session,
+        n_received=counts,
+        n_computed=counts,
+        kept_from=counts,
+        branch=counts,
     ),
-    ResumeSession: st.builds(ResumeSession, **_session, send_from=counts, n_replay=counts),
+    ResumeSession: st.builds(
+        ResumeSession, **_session, send_from=counts, n_replay=counts, n_keep=counts
+    ),
     BatchTaken: st.builds(BatchTaken, **_session, n_taken=counts),
     HopFailed: st.builds(
         HopFailed,
@@ -116,6 +129,8 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         tokens=st.lists(counts, min_size=1, max_size=5).map(tuple),
         sample=st.booleans(),
         embed=st.booleans(),
+        branch=counts,
+        check=checks,
     ),
     HiddenBatch: st.builds(
         HiddenBatch,
@@ -127,6 +142,8 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         sample=st.booleans(),
         timings=timings,
         embed=st.booleans(),
+        branch=counts,
+        check=checks,
     ),
     BatchDone: st.builds(
         BatchDone,

@@ -17,6 +17,8 @@ from shardmesh.wire.codec import encode_cbor
 from shardmesh.wire.framing import LENGTH, RecordReader, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    DRAFT_CHECK_BYTES,
+    DRAFT_KEY_BYTES,
     EMBEDDING_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
@@ -43,6 +45,8 @@ TOKENS: dict[str, Any] = {
     "tokens": [1],
     "sample": True,
     "embed": False,
+    "branch": 0,
+    "check": b"",
 }
 HIDDEN: dict[str, Any] = {
     "type": "hidden",
@@ -54,6 +58,8 @@ HIDDEN: dict[str, Any] = {
     "dtype": "f32",
     "sample": False,
     "embed": False,
+    "branch": 0,
+    "check": b"",
     "timings": [],
 }
 SAMPLING: dict[str, Any] = {
@@ -83,6 +89,7 @@ OPEN: dict[str, Any] = {
     "sampling": SAMPLING,
     "history": [],
     "adapter": "",
+    "draft_key": b"",
 }
 DONE: dict[str, Any] = {
     "type": "done",
@@ -178,6 +185,8 @@ def repeated(item: Any, n: int) -> list[Any]:
         (TOKENS, "tokens", [0], [-1]),
         (TOKENS, "position", 2**31 - 1, 2**31),
         (DONE, "embedding", bytes(EMBEDDING_BYTES_MAX), bytes(EMBEDDING_BYTES_MAX + 1)),
+        (TOKENS, "check", bytes(DRAFT_CHECK_BYTES), bytes(DRAFT_CHECK_BYTES + 1)),
+        (OPEN, "draft_key", bytes(DRAFT_KEY_BYTES), bytes(DRAFT_KEY_BYTES + 1)),
         (TOKENS, "epoch", 0, -1),
         (TOKENS, "session", ID, bytes(15)),
         (TOKENS, "session", ID, bytes(17)),
