@@ -29,9 +29,8 @@ async def _fetch(
 ) -> Answer:
     """Seconds until the file is whole, written and its SHA-256 computed."""
     started_s = time.perf_counter()
-    torrent = await torrents.add(file, folder, is_whole=False)
-    for port in ports:
-        torrents.connect(torrent, "127.0.0.1", port)
+    sources = [("127.0.0.1", port) for port in ports]
+    torrent = await torrents.add(file, folder, is_whole=False, sources=sources)
     await torrent.finished.wait()
     torrent.raise_error()
     await torrents.flush(torrent)

@@ -13,7 +13,7 @@ from shardmesh.errors import InputError, OurError, ShardmeshError, ungrouped
 from shardmesh.shards.partial import PartialFile
 from shardmesh.shards.publication import PublishedFile
 from shardmesh.swarm.host import Host
-from shardmesh.swarm.torrents.exchange import Source, connect_with
+from shardmesh.swarm.torrents.exchange import Source, connect_with, endpoints_of
 from shardmesh.swarm.torrents.progress import (
     DownloadProgress,
     DownloadState,
@@ -145,7 +145,10 @@ class Download:
     ) -> TorrentFile:
         async with trio.open_nursery() as nursery:
             found = await self._find_torrent(torrents, sources)
-            self._torrent = await torrents.add(found, self._partial.folder, is_whole=False)
+            known = [e for source in self._found.values() for e in endpoints_of(host, source)]
+            self._torrent = await torrents.add(
+                found, self._partial.folder, is_whole=False, sources=known
+            )
             self._state = "downloading"
             nursery.start_soon(self._keep_connecting, host, torrents, sources)
             nursery.start_soon(self._keep_reporting)
@@ -208,8 +211,6 @@ class Download:
         def connect(source: Source) -> None:
             connect_with(host, torrents, self.file.info_hash, source)
 
-        for source in self._found.values():  # who handed over the torrent
-            connect(source)
         pause_s = _ASK_INTERVAL_MIN_S
         while True:
             await self._ask(torrents, sources, wants_torrent=False, on_source=connect)

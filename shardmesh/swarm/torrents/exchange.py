@@ -11,7 +11,7 @@ import trio
 from shardmesh.errors import ProtocolError
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
-from shardmesh.swarm.torrents.session import TorrentSession
+from shardmesh.swarm.torrents.session import Endpoint, TorrentSession
 from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.limits import (
     REQUEST_READ_TIMEOUT_S,
@@ -100,12 +100,19 @@ async def ask_for_model(host: Host, peer_id: str, manifest_digest: str) -> bytes
     return decode_cbor(await _ask(host, peer_id, request), ModelResponse).publication
 
 
+def endpoints_of(host: Host, source: Source) -> list[Endpoint]:
+    """Where a source gives pieces: at the addresses that its node is known by and at no others."""
+    if not source.port:
+        return []
+    return [(address, source.port) for address in host.hosts_of(source.peer_id)[:_HOSTS_DIALED_MAX]]
+
+
 def connect_with(host: Host, torrents: TorrentSession, info_hash: bytes, source: Source) -> None:
-    """Dials a source's BitTorrent, at the addresses that its node is known by and at no others."""
+    """Dials a source's BitTorrent."""
     torrent = torrents.get(info_hash)
-    if torrent is not None and source.port:
-        for address in host.hosts_of(source.peer_id)[:_HOSTS_DIALED_MAX]:
-            torrents.connect(torrent, address, source.port)
+    if torrent is not None:
+        for address, port in endpoints_of(host, source):
+            torrents.connect(torrent, address, port)
 
 
 async def _ask(host: Host, peer_id: str, request: TorrentRequest) -> bytes:

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,9 @@ _PEER_FLAGS: Final = (
     | lt.torrent_flags.disable_pex
     | lt.torrent_flags.duplicate_is_error
 )
+
+Endpoint = tuple[str, int]
+"""An IP address and a port."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +91,20 @@ class TorrentSession:
     def all(self) -> list[Torrent]:
         return list(self._torrents.values())
 
-    async def add(self, file: TorrentFile, folder: Path, *, is_whole: bool) -> Torrent:
+    async def add(
+        self,
+        file: TorrentFile,
+        folder: Path,
+        *,
+        is_whole: bool,
+        sources: Sequence[Endpoint] = (),
+    ) -> Torrent:
         """Takes part with the file of that name in `folder`.
 
         One that `is_whole` was just hashed and is only given, never written.  Another one is
-        checked, as far as there, and completed.  Raises OurError or StorageError (ours).  After a
-        cancellation the torrent is in the session or not; `remove` it.
+        checked, as far as there, and completed; from the `sources` that are known already, at once.
+        Raises OurError or StorageError (ours).  After a cancellation the torrent is in the session
+        or not; `remove` it.
         """
         info_hash = file.info_hash()
         if info_hash in self._torrents:
@@ -104,6 +115,8 @@ class TorrentSession:
         params.max_connections = TORRENT_SOURCES_MAX
         if is_whole:
             params.flags |= lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
+        if sources:
+            params.flags |= lt.torrent_flags.paused
         torrent = self._torrents[info_hash] = Torrent(file)
         self._session.async_add_torrent(params)
         with trio.move_on_after(_ADD_TIMEOUT_S):
@@ -113,7 +126,16 @@ class TorrentSession:
         if torrent.error is not None:
             self._torrents.pop(info_hash, None)
         torrent.raise_error()
+        if sources:
+            self._begin_with(torrent, sources)
         return torrent
+
+    def _begin_with(self, torrent: Torrent, sources: Sequence[Endpoint]) -> None:
+        """Dials now: libtorrent does so when it resumes a torrent, otherwise once a second."""
+        for host, port in sources:
+            self.connect(torrent, host, port)
+        if torrent._handle is not None:
+            torrent._handle.resume()
 
     def connect(self, torrent: Torrent, host: str, port: int) -> None:
         """Connects with a node that is said to have pieces; nothing happens if it is known."""
