@@ -30,12 +30,14 @@ class Console:
         store: EventStore,
         *,
         about: Mapping[str, object],
+        links: Mapping[str, str],  # of published models, by manifest digest
     ) -> None:
         self.store = store
         self.feed = Feed(self._document)
         self._watch = watch
         self._sessions = sessions
         self._hub = hub
+        self._links = links
         self.about: Json = {key: value for key, value in about.items() if value is not None}
         watch.tell(self.feed.touch)
         sessions.tell(self._sessions_changed)
@@ -50,7 +52,10 @@ class Console:
 
     def _document(self) -> Json:
         return state_document(
-            self._watch.nodes, gateway=dict(self.about), sessions=self._sessions.document()
+            self._watch.nodes,
+            gateway=dict(self.about),
+            sessions=self._sessions.document(),
+            links=self._links,
         )
 
     def _sessions_changed(self, *, is_new_work: bool) -> None:

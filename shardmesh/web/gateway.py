@@ -26,6 +26,7 @@ from shardmesh.web.event_store import EventStore, open_event_store
 from shardmesh.web.events import EventHub
 from shardmesh.web.mesh_figures import MeshFigures
 from shardmesh.web.metrics import Metrics
+from shardmesh.web.model_links import ModelLinks
 from shardmesh.web.node_facts import NodeFacts
 from shardmesh.web.node_reports import NodeReports
 from shardmesh.web.queue import ModelQueue
@@ -106,7 +107,20 @@ class Gateway:
                 for peer_id, report in self.node_reports.reports.items()
             },
         )
-        self.console = Console(self.watch, self.sessions, self.events, store, about=self._about())
+        self.model_links = ModelLinks(
+            client.host,
+            listed=client.directory.all,
+            is_seen=lambda: self.console.feed.n_subscribers > 0,
+            on_change=lambda: self.console.feed.touch(),
+        )
+        self.console = Console(
+            self.watch,
+            self.sessions,
+            self.events,
+            store,
+            about=self._about(),
+            links=self.model_links.links,
+        )
         self.metrics.add(
             MeshFigures(
                 client.host.peer_id,
@@ -133,6 +147,7 @@ class Gateway:
         """
         found = await bootstraps_for_others(self.client.host, tuple(self.options.bootstraps))
         self.console.about["join"] = joining_line(self.options, found)
+        self.model_links.bootstraps = found
         while True:
             n_known, is_seen = len(self.directory.all()), self.console.feed.n_subscribers > 0
             await trio.sleep(pull_interval_s(n_known, is_seen=is_seen))
@@ -161,14 +176,15 @@ class Gateway:
             "version": shardmesh.__version__,
             "private": options.admission.secret is not None,
             "join": joining_line(options, options.bootstraps),
+            "join_by_link": joining_line(options, ()),  # a model's link names the bootstraps
         }
 
 
 def joining_line(options: GatewayOptions, bootstraps: Sequence[str]) -> str:
     """What a person types on the next machine; never with the secret in it."""
-    where = " ".join(f"--bootstrap {address}" for address in bootstraps)
+    where = [f"--bootstrap {address}" for address in bootstraps]
     secret = "--public" if options.admission.secret is None else "--secret-file cluster.secret"
-    return f"shardmesh listen --cluster {options.cluster} {where} {secret}"
+    return " ".join([f"shardmesh listen --cluster {options.cluster}", *where, secret])
 
 
 def pull_interval_s(n_known: int, *, is_seen: bool) -> float:
@@ -220,6 +236,7 @@ async def _opened(options: GatewayOptions, key: Identity) -> AsyncIterator[Gatew
                 nursery.start_soon(gateway.node_reports.run)
                 nursery.start_soon(gateway.console.run)
                 nursery.start_soon(gateway.follow_mesh)
+                nursery.start_soon(gateway.model_links.run)
                 yield gateway
                 nursery.cancel_scope.cancel()
         finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import trio
 
+from shardmesh.confinement import allow_files
 from shardmesh.errors import InputError
 from shardmesh.web.app import create_app
 from shardmesh.web.gateway import GatewayOptions, open_gateway
@@ -56,6 +57,7 @@ async def serve_web(options: WebOptions, on_ready: Callable[[str], None] | None 
             code="NO_API_TOKEN",
             next_step="give --api-token-file, or listen on 127.0.0.1",
         )
+    allow_files()
     wanted = [port for port in (options.port, options.ws_port) if port is not None]
     sockets = bind_sockets(options.host, wanted)
     try:

@@ -16,12 +16,18 @@ from shardmesh.web.roster import Node, Roster, gaps, json_of
 Json = dict[str, Any]
 
 
-def state_document(roster: Roster, *, gateway: Json, sessions: Mapping[str, Json]) -> Json:
+def state_document(
+    roster: Roster, *, gateway: Json, sessions: Mapping[str, Json], links: Mapping[str, str]
+) -> Json:
     """Everything that the console shows, but the events and the chat.
+
+    `links` are those of published models, by manifest digest.
 
     `needed` is the shard that a further listener should take; absent while no model is known.
     """
     models = models_json(roster)
+    for digest in models.keys() & links.keys():
+        models[digest]["link"] = links[digest]
     document: Json = {
         "gateway": gateway,
         "models": models,

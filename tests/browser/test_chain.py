@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.console_server import ConsoleServer, large_mesh
+from support.console_server import ConsoleServer, SyntheticMesh, large_mesh
 from support.pages import OpenPage, wait_until
 from support.roster import LAYERS, peer_id_of_number
 
@@ -65,6 +65,27 @@ def test_a_lost_node_is_shown_offline_and_comes_back(
     page.wait_for_selector(event("node.returned"))
     assert page.locator("#headline").inner_text() == "fairy tales is ready."
     assert page.locator(".card[data-peer]").count() == 4, "nobody is counted twice"
+
+
+def test_the_line_to_join_has_the_link_of_a_published_model(
+    four: ConsoleServer, open_page: OpenPage
+) -> None:
+    page = open_page(four.url)
+    line = page.locator("#join-body code").first
+    page.wait_for_selector(card(3, "online"))
+    assert "--bootstrap" in line.inner_text()
+    assert "--model" not in line.inner_text()
+
+    def publish(mesh: SyntheticMesh) -> None:
+        mesh.links["ab" * 32] = "shardmesh:fairy%20tales?m=abab&k=cdcd&b=/ip4/10.0.0.1/tcp/51820"
+        mesh.lose(2)
+
+    four.call(publish)
+    page.wait_for_selector("#join-body code:has-text('--shard-id 2')")
+    assert line.inner_text() == (
+        "shardmesh listen --cluster demo --model "
+        "'shardmesh:fairy%20tales?m=abab&k=cdcd&b=/ip4/10.0.0.1/tcp/51820' --shard-id 2"
+    )
 
 
 def test_a_goodbye_is_no_failure(four: ConsoleServer, open_page: OpenPage) -> None:

@@ -78,6 +78,7 @@ class SyntheticMesh:
         self.nursery = nursery
         self.directory = Announced()
         self.reports: dict[str, Report] = {}
+        self.links: dict[str, str] = {}  # of published models, by manifest digest
         self.hub = EventHub()
         self.sessions = SessionBoard(clock=trio.current_time)
         self.watch = MeshWatch(
@@ -267,7 +268,10 @@ class ConsoleServer:
             self.mesh = mesh = SyntheticMesh(nursery)
             join = "shardmesh listen --cluster demo --bootstrap /ip4/192.168.1.10/tcp/51820"
             about = {"node_id": "me", "cluster": "demo", "version": "0", "join": join}
-            console = Console(mesh.watch, mesh.sessions, mesh.hub, store, about=about)
+            about |= {"join_by_link": "shardmesh listen --cluster demo"}
+            console = Console(
+                mesh.watch, mesh.sessions, mesh.hub, store, about=about, links=mesh.links
+            )
             app = FastAPI()
             app.state.gateway = SimpleNamespace(console=console)
             app.include_router(router)

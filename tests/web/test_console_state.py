@@ -31,10 +31,10 @@ def test_nothing_changes_between_equals(document: dict[str, Any]) -> None:
 
 
 def test_a_patch_holds_only_what_changed() -> None:
-    before = state_document(roster_of(*map(announced, range(4))), gateway={}, sessions={})
+    before = state_document(roster_of(*map(announced, range(4))), gateway={}, sessions={}, links={})
     report = {peer_id_of_number(2): Report(round_trip_ms=3.0)}
     roster = roster_of(*map(announced, range(4)), reports=report)
-    patch = changes(before, state_document(roster, gateway={}, sessions={}))
+    patch = changes(before, state_document(roster, gateway={}, sessions={}, links={}))
     assert patch.keys() == {"nodes"}
     assert patch["nodes"].keys() == {peer_id_of_number(2)}
     assert patch["nodes"][peer_id_of_number(2)]["round_trip_ms"] == 3.0
@@ -52,12 +52,12 @@ def test_the_document_never_holds_null() -> None:
         )
     }
     roster = roster_of(*map(announced, range(3)), reports=reports)
-    assert no_null(state_document(roster, gateway={}, sessions={}))
+    assert no_null(state_document(roster, gateway={}, sessions={}, links={}))
 
 
 def test_models_tell_what_is_missing_and_how_often_each_shard_is_served() -> None:
     roster = roster_of(announced(0), announced(4), announced(1), announced(3, loaded=False))
-    (model,) = state_document(roster, gateway={}, sessions={})["models"].values()
+    (model,) = state_document(roster, gateway={}, sessions={}, links={})["models"].values()
     assert (model["complete"], model["missing"]) == (False, [[4, 8]])
     served = {shard_id: shard["n_serving"] for shard_id, shard in model["shards"].items()}
     assert served == {"0": 2, "1": 1, "3": 0}
@@ -65,7 +65,9 @@ def test_models_tell_what_is_missing_and_how_often_each_shard_is_served() -> Non
 
 def test_the_shard_needed_most_is_one_that_nobody_has() -> None:
     def needed(*numbers: int) -> object:
-        document = state_document(roster_of(*map(announced, numbers)), gateway={}, sessions={})
+        document = state_document(
+            roster_of(*map(announced, numbers)), gateway={}, sessions={}, links={}
+        )
         return document.get("needed", {}).get("shard_id")
 
     assert needed() is None
@@ -77,12 +79,19 @@ def test_the_shard_needed_most_is_one_that_nobody_has() -> None:
 
 def test_layers_of_an_unserved_shard_come_from_who_waits_with_it() -> None:
     roster = roster_of(announced(0), announced(1, loaded=False))
-    needed = state_document(roster, gateway={}, sessions={})["needed"]
+    needed = state_document(roster, gateway={}, sessions={}, links={})["needed"]
     assert (needed["shard_id"], needed["layer_start"], needed["layer_end"]) == (1, 1, 4)
 
 
 def test_nodes_with_one_name_are_told_apart() -> None:
     named = [announced(n, identity=NodeIdentity(name=name)) for n, name in enumerate("aab")]
-    nodes = state_document(roster_of(*named), gateway={}, sessions={})["nodes"]
+    nodes = state_document(roster_of(*named), gateway={}, sessions={}, links={})["nodes"]
     assert [node.get("name_clash", False) for node in nodes.values()] == [True, True, False]
     assert [node["name"] for node in nodes.values()] == ["a", "a", "b"]
+
+
+def test_a_published_model_has_its_link() -> None:
+    roster = roster_of(*map(announced, range(4)))
+    links = {"ab" * 32: "shardmesh:fairy%20tales?m=...", "cd" * 32: "of a model that is gone"}
+    models = state_document(roster, gateway={}, sessions={}, links=links)["models"]
+    assert [model["link"] for model in models.values()] == ["shardmesh:fairy%20tales?m=..."]

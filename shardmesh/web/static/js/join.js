@@ -14,21 +14,27 @@ export function joining(state) {
     0: `Nobody serves shard ${needed.shard_id}${layers} of ${model} now: this is the one that is missing.`,
     1: `Shard ${needed.shard_id}${layers} of ${model} is on one machine only. With a second one, its loss would not stop an answer.`,
   }[needed.n_serving] ?? `Every shard of ${model} is on ${count(needed.n_serving, "machine")} or more. Shard ${needed.shard_id} is served least.`;
-  return [`${base} --shard-id ${needed.shard_id}`, why];
+  const link = state.models[needed.model]?.link;
+  const line = link ? `${state.gateway.join_by_link ?? base} --model '${link}'` : base;
+  return [`${line} --shard-id ${needed.shard_id}`, why];
 }
 
 export class JoinView {
   constructor() {
     this.line = copyLine("");
     this.why = h("p", { class: "join-text" });
-    const more = h("p", { class: "join-more" }, "Run it in the folder that holds the shard’s files, or add ", h("code", {}, "--shards-dir"), ". Without ", h("code", {}, "--shard-id"), " a listener takes the shard that is served least by itself.");
+    this.files = h("p", { class: "join-more" }, "Run it in the folder that holds the shard’s files, or add ", h("code", {}, "--shards-dir"), ". Where the model is published (", h("code", {}, "shardmesh publish"), "), the line fetches them.");
+    this.fetched = h("p", { class: "join-more", hidden: true }, "The machine fetches its shard from the others and checks it. Nothing has to be copied.");
     this.secret = h("p", { class: "join-more", hidden: true }, "This mesh is private. ", h("code", {}, "cluster.secret"), " is a file with the secret that the bootstrap printed when it was first started.");
-    byId("join-body").append(this.why, this.line, this.secret, more);
+    byId("join-body").append(this.why, this.line, this.fetched, this.files, this.secret);
   }
 
   render(state) {
     const [line, why] = joining(state);
     this.line.setLine(line);
+    const isFetched = state.models[state.needed?.model]?.link !== undefined;
+    hide(this.fetched, !isFetched);
+    hide(this.files, isFetched);
     hide(this.secret, !state.gateway.private);
     text(this.why, why);
   }
