@@ -433,7 +433,6 @@ class Session:
                 epoch=self._epoch,
                 send_from=send_from,
                 n_replay=self.n_sent,
-                n_keep=held[number].n_received,
             )
             self._send(number, resume)
         with self._first_hop():
@@ -524,6 +523,7 @@ class Session:
             epoch=self._epoch,
             previous_stage=previous,
             next_stage=following,
+            branches=(),
         )
 
     def _neighbours(self, number: int) -> tuple[str | None, NextStage | None]:

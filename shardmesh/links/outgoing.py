@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from shardmesh.errors import ProtocolError
+from shardmesh.links.branches import Branches
 from shardmesh.wire.limits import REPLAY_BATCHES_IN_FLIGHT_MAX
 from shardmesh.wire.messages import BatchDone, HiddenBatch, Message, TokenBatch
 
@@ -40,6 +41,11 @@ class _Kept:
         return len(self.body) + 64 * self.n_tokens  # the header, roughly
 
 
+def _branch_of(message: SentMessage) -> int:
+    """Results have none: the last stage computes only what is right."""
+    return 0 if isinstance(message, BatchDone) else message.branch
+
+
 class Outgoing:
     """The micro-batches of one session on their way to the next hop; from any thread."""
 
@@ -58,6 +64,7 @@ class Outgoing:
         self._next_index = 0  # and its place among what is kept
         self._n_replay = 0
         self._unacknowledged: deque[int] = deque()  # ends of replayed micro-batches
+        self._branches = Branches()
 
     @property
     def hop(self) -> Hop | None:
@@ -90,6 +97,10 @@ class Outgoing:
         Raises what the link's `send` raises; the micro-batch is kept then, and held.
         """
         with self._lock:
+            branch = _branch_of(message)
+            if self._branches.is_void(branch, position):
+                return  # it was being computed when a newer branch took its place
+            self._branches.forget_until(branch)
             if position > self._end:
                 raise ProtocolError(f"position {position} is sent before {self._end}")
             if position < self._end:
@@ -131,6 +142,17 @@ class Outgoing:
                 self._unacknowledged.popleft()
             self._pump()
 
+    def is_void(self, branch: int, position: int) -> bool:
+        """Whether a newer branch began there or before: `add` would ignore it."""
+        with self._lock:
+            return self._branches.is_void(branch, position)
+
+    def begin_branch(self, branch: int, position: int) -> None:
+        """Forgets what older branches put at this position and behind, or have yet to."""
+        with self._lock:
+            self._branches.begin(branch, position)
+        self.forget_from(position)
+
     def forget_from(self, n_keep: int) -> None:
         """Forgets the positions from `n_keep` on, which were trimmed."""
         with self._lock:
@@ -141,7 +163,8 @@ class Outgoing:
                 self._kept.clear()
                 self._n_bytes, self._kept_from = 0, n_keep
             self._end = min(self._end, n_keep)
-            self._next = min(self._next, self._end)
+            self._kept_from = min(self._kept_from, n_keep)
+            self._next = min(self._next, n_keep)  # it may wait for what is still to be computed
             self._next_index = min(self._next_index, len(self._kept))
 
     def _index_of(self, position: int) -> int | None:

@@ -12,6 +12,7 @@ changes no bit (see `engine.at_once`), and the others one after the other.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from shardmesh.errors import ProtocolError
@@ -41,9 +42,14 @@ class Scheduler(Generic[Item]):
             )
         queue.append((n_tokens, item))
 
-    def remove(self, session: bytes) -> None:
-        """Forgets what waits of a session."""
-        self._waiting.pop(session, None)
+    def remove(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None:
+        """Forgets what waits of a session, or what of it is void."""
+        queue = self._waiting.get(session, deque())
+        kept = deque(each for each in queue if is_void is not None and not is_void(each[1]))
+        if kept:
+            self._waiting[session] = kept  # in its turn
+        else:
+            self._waiting.pop(session, None)
 
     def next_batch(self) -> list[Item]:
         """What to compute now; empty only when nothing waits."""

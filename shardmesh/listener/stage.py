@@ -7,26 +7,22 @@ stage.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import trio
 
-from shardmesh.engine.at_once import computations
-from shardmesh.engine.base import Engine, MicroBatch, Output
+from shardmesh.engine.base import Engine, MicroBatch
 from shardmesh.errors import (
     InputError,
-    OurError,
     ProtocolError,
     ShardmeshError,
     UnreachableError,
 )
 from shardmesh.links.link import Link
+from shardmesh.listener.computing import Computing
 from shardmesh.listener.stage_session import (
     StageCounters,
     StageIdentity,
@@ -37,7 +33,6 @@ from shardmesh.listener.stage_session import (
     failure_message,
     hop_failure_message,
     new_session,
-    result_message,
     sampling_settings,
 )
 from shardmesh.listener.worker import Computes, Worker
@@ -52,7 +47,6 @@ from shardmesh.wire.messages import (
     ResumeSession,
     SessionOpened,
     SessionRepaired,
-    StageTiming,
     TokenBatch,
     TrimSession,
     body_to_hidden,
@@ -60,15 +54,10 @@ from shardmesh.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 Side = Literal["previous", "next"]
 
 GetLink = Callable[[NextStage], Awaitable[Link]]
 MakeWorker = Callable[[Callable[[list[Work]], None]], "Computes[Work]"]
-
-
-PACE_WEIGHT = 0.1
-"""Of a new token in the time that is told of one: some twenty tokens make a change known."""
 
 
 class Stage:
@@ -89,7 +78,8 @@ class Stage:
         self._get_link = get_link
         self._sessions: dict[bytes, StageSession] = {}
         self._free_sequences = list(range(engine.info.n_parallel))
-        self._worker = make_worker(self._compute)
+        self._computing = Computing(engine, identity, self.counters, self)
+        self._worker = make_worker(self._computing.compute)
         self._trio_token = trio.lowlevel.current_trio_token()
         self.is_draining = False
         """No further session is taken; those that are here go on."""
@@ -196,6 +186,9 @@ class Stage:
             return
         self.counters.n_sessions_repaired += 1
         session.move_to(message.epoch, message.previous_stage, message.next_stage)
+        missed = next((each for each in message.branches if each[0] > session.branch), None)
+        if missed is not None and missed[1] < session.n_received:
+            self._begin_branch(session, *missed)
         self._start_connecting(session, lambda: _repaired(session))
 
     def _start_connecting(self, session: StageSession, answer: Callable[[], Message]) -> None:
@@ -218,7 +211,7 @@ class Stage:
         except ShardmeshError as error:
             self._report_hop(session, "next", error, epoch)
             return
-        if not self._is_current(session) or session.epoch != epoch:
+        if not self.is_current(session) or session.epoch != epoch:
             return
         session.next_link = link
         self._tell(session, answer())
@@ -237,7 +230,7 @@ class Stage:
         except ShardmeshError as error:
             self._report_hop(session, "next", error)
         else:
-            self._acknowledge(session)
+            session.acknowledge()
 
     def _on_taken(self, link: Link, message: BatchTaken) -> None:
         session = self._session_of(message.session, message.epoch)
@@ -248,7 +241,7 @@ class Stage:
         except ShardmeshError as error:
             self._report_hop(session, "next", error)
         else:
-            self._acknowledge(session)
+            session.acknowledge()
 
     def _trim(self, link: Link, message: TrimSession) -> None:
         session = self._session_of(message.session, message.epoch)
@@ -278,7 +271,7 @@ class Stage:
         self._free_sequences.append(session.sequence)
 
     def _fail(self, session: StageSession, error: ShardmeshError) -> None:
-        if not self._is_current(session):
+        if not self.is_current(session):
             return
         self.counters.n_sessions_failed += 1
         self._release(session)
@@ -296,7 +289,7 @@ class Stage:
 
         The session waits for its repair.
         """
-        if not self._is_current(session) or epoch not in (None, session.epoch):
+        if not self.is_current(session) or epoch not in (None, session.epoch):
             return
         if hop == "previous":
             if session.is_deaf:
@@ -342,7 +335,7 @@ class Stage:
             want_embedding=message.embed,
         )
         try:
-            self._enqueue(session, link, batch, ())
+            self._enqueue(session, link, batch, message)
         except ShardmeshError as error:
             self._fail(session, error)
 
@@ -364,16 +357,22 @@ class Stage:
                 sample=message.sample,
                 want_embedding=message.embed,
             )
-            self._enqueue(session, link, batch, message.timings)
+            self._enqueue(session, link, batch, message)
         except InputError as error:
             self._fail(session, error)
         except ShardmeshError as error:
             self._report_hop(session, "previous", error)
 
     def _enqueue(
-        self, session: StageSession, link: Link, batch: MicroBatch, timings: tuple[StageTiming, ...]
+        self,
+        session: StageSession,
+        link: Link,
+        batch: MicroBatch,
+        message: TokenBatch | HiddenBatch,
     ) -> None:
         """Queues a micro-batch; raises ProtocolError for one that cannot be right, InputError."""
+        if message.branch > session.branch and batch.position <= session.n_received:
+            self._begin_branch(session, message.branch, batch.position)
         if batch.position != session.n_received:
             raise ProtocolError(
                 f"position {batch.position} came, {session.n_received} was due",
@@ -382,112 +381,42 @@ class Stage:
         if batch.position + batch.n_tokens > session.opened_by.n_ctx:
             raise InputError("the session's context is full", code="CONTEXT_FULL")
         session.previous_link = link
-        work = Work(session, batch, timings, time.monotonic())
+        timings = message.timings if isinstance(message, HiddenBatch) else ()
+        work = Work(
+            session, batch, message.branch, message.check, timings, received_s=time.monotonic()
+        )
         self._worker.add(session.session_id, batch.n_tokens, work)
         session.n_received += batch.n_tokens
 
-    def _acknowledge(self, session: StageSession) -> None:
-        """In a replay: lets the previous hop send more, once what came is dealt with."""
-        if session.n_acknowledged >= session.n_replay:
+    def _begin_branch(self, session: StageSession, branch: int, position: int) -> None:
+        """Drops what older branches put at this position and behind."""
+        session.branch = branch
+        if position == session.n_received:
             return
-        n_taken, link = session.outgoing.n_done, session.previous_link
-        if link is None or session.n_acknowledged >= n_taken:
-            return
-        session.n_acknowledged = n_taken
-        taken = BatchTaken(session=session.session_id, epoch=session.epoch, n_taken=n_taken)
-        with contextlib.suppress(ShardmeshError):  # its end is noticed by the link itself
-            link.send(taken)
+        session.n_received = position
+        self._worker.forget(session.session_id, lambda work: work.batch.position >= position)
+        if self._engine.info.is_last:
+            return  # it computed nothing that was wrong
+        session.outgoing.begin_branch(branch, position)
+        self._run_in_engine(session, lambda: self._engine.trim_sequence(session.sequence, position))
 
-    # -- in the worker's thread -----------------------------------------------------------------
+    # -- from the worker's thread ----------------------------------------------------------------
 
-    def _run_in_engine(self, session: StageSession | None, job: Callable[[], None]) -> None:
-        """Has the worker do a job before its next batch; a failure ends the session."""
-
-        def run() -> None:
-            error = _guarded(job)
-            if isinstance(error, ShardmeshError):
-                logger.warning("engine: [%s] %s", error.code, error)
-                if session is not None:
-                    self._fail_from_worker(session, error)
-
-        self._worker.do(run)
-
-    def _compute(self, works: list[Work]) -> None:
-        """Computes micro-batches, some of them at once, and sends on what is ready."""
-        # Who left must be gone before they are divided: how many are at once decides the bits.
-        current = [work for work in works if self._is_current(work.session)]
-        works = sorted(current, key=lambda work: work.session.sequence)
-        parts = computations([work.batch for work in works], self._numbers_at_once())
-        for part in parts:
-            computed, works = works[: len(part)], works[len(part) :]
-            self._compute_part(computed)
-
-    def _numbers_at_once(self) -> list[int]:
-        """How many sequences to advance at once: not more than this stage's share of them.
-
-        A stage that took all that waits would leave the others of the chain with nothing to do.
-        """
-        info = self._engine.info
-        n_share = math.ceil(len(self._sessions) * info.n_layer / info.n_layer_model)
-        return [number for number in info.numbers_at_once if number <= n_share]
-
-    def _compute_part(self, works: list[Work]) -> None:
-        if not works:
-            return
-        started_s = time.monotonic()
-        results = _guarded(partial(self._engine.compute, [work.batch for work in works]))
-        if isinstance(results, InputError) and len(works) > 1:  # nothing was computed yet
-            for work in works:
-                self._compute_part([work])
-            return
-        compute_us = int((time.monotonic() - started_s) * 1e6)
-        self.counters.compute_us += compute_us
-        if works[0].batch.n_tokens == 1:
-            self._note_pace(compute_us)
-        for number, work in enumerate(works):
-            result = results if isinstance(results, ShardmeshError) else results[number]
-            self._deliver(work, result, started_s, compute_us)
-
-    def _note_pace(self, compute_us: int) -> None:
-        """Keeps the time of one token, which several sessions that go at once all take."""
-        known_us = self.counters.token_us or compute_us
-        self.counters.token_us = max(1, int(known_us + PACE_WEIGHT * (compute_us - known_us)))
-
-    def _deliver(
-        self, work: Work, result: Output | ShardmeshError, started_s: float, compute_us: int
-    ) -> None:
-        session = work.session
-        if not self._is_current(session):
-            return
-        if isinstance(result, ShardmeshError):
-            self._fail_from_worker(session, result)
-            return
-        queue_us = int((started_s - work.received_s) * 1e6)
-        next_hop = session.next_link or session.coordinator
-        timing = StageTiming(
-            layer_start=self._identity.layer_start,
-            layer_end=self._identity.layer_end,
-            queue_us=queue_us,
-            compute_us=compute_us,
-            next_hop_us=next_hop.half_round_trip_us,
-        )
-        self.counters.n_batches += 1
-        self.counters.n_tokens += work.batch.n_tokens
-        self.counters.queue_us += queue_us
-        message, body = result_message(work, result, (*work.timings, timing))
-        epoch = session.epoch
-        try:
-            session.outgoing.add(message.position, work.batch.n_tokens, message, body)
-        except ShardmeshError as error:
-            self._trio_token.run_sync_soon(self._report_hop, session, "next", error, epoch)
-        else:
-            self._acknowledge(session)
-
-    def _is_current(self, session: StageSession) -> bool:
+    def is_current(self, session: StageSession) -> bool:
+        """See `computing.Sessions`."""
         return self._sessions.get(session.session_id) is session
 
-    def _fail_from_worker(self, session: StageSession, error: ShardmeshError) -> None:
+    def fail_soon(self, session: StageSession, error: ShardmeshError) -> None:
+        """See `computing.Sessions`."""
         self._trio_token.run_sync_soon(self._fail, session, error)
+
+    def report_next_soon(self, session: StageSession, error: ShardmeshError, epoch: int) -> None:
+        """See `computing.Sessions`."""
+        self._trio_token.run_sync_soon(self._report_hop, session, "next", error, epoch)
+
+    def _run_in_engine(self, session: StageSession | None, call: Callable[[], None]) -> None:
+        """Has the worker make a call before its next batch; a failure ends the session."""
+        self._worker.do(self._computing.job(session, call))
 
 
 def _repaired(session: StageSession) -> SessionRepaired:
@@ -497,20 +426,8 @@ def _repaired(session: StageSession) -> SessionRepaired:
         n_received=session.n_received,
         n_computed=session.outgoing.n_computed,
         kept_from=session.outgoing.kept_from,
-        branch=0,
     )
 
 
 def _no_session() -> UnreachableError:
     return UnreachableError("this stage does not hold the session", code="NO_SESSION")
-
-
-def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:
-    """What a call into the engine gives, or the error that it ends the session with."""
-    try:
-        return call()
-    except ShardmeshError as error:
-        return error
-    except Exception as error:
-        logger.exception("the engine raised something unexpected")
-        return OurError(f"the engine failed: {type(error).__name__}")

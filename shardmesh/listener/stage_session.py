@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -11,9 +12,11 @@ from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettin
 from shardmesh.errors import BusyError, InputError, ShardmeshError
 from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
+from shardmesh.listener.drafts import DraftChecks
 from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
 from shardmesh.wire.messages import (
     BatchDone,
+    BatchTaken,
     HiddenBatch,
     HopFailed,
     NextStage,
@@ -48,8 +51,10 @@ class StageSession:
     epoch: int
     previous_stage: str | None  # peer id; None on the first stage, which the coordinator feeds
     next_stage: NextStage | None  # None on the last stage, which reports to the coordinator
+    checks: DraftChecks  # used on the last stage, in the worker's thread
     previous_link: Link | None = None  # where micro-batches came from last
     next_link: Link | None = None
+    branch: int = 0  # the newest that came
     n_received: int = 0  # the position that must come next
     n_replay: int = 0  # positions below are acknowledged to the previous hop
     n_acknowledged: int = 0  # in this epoch
@@ -59,6 +64,18 @@ class StageSession:
     @property
     def session_id(self) -> bytes:
         return self.opened_by.session
+
+    def acknowledge(self) -> None:
+        """In a replay: lets the previous hop send more, once what came is dealt with."""
+        if self.n_acknowledged >= self.n_replay:
+            return
+        n_taken, link = self.outgoing.n_done, self.previous_link
+        if link is None or self.n_acknowledged >= n_taken:
+            return
+        self.n_acknowledged = n_taken
+        taken = BatchTaken(session=self.session_id, epoch=self.epoch, n_taken=n_taken)
+        with contextlib.suppress(ShardmeshError):  # its end is noticed by the link itself
+            link.send(taken)
 
     def move_to(self, epoch: int, previous: str | None, following: NextStage | None) -> None:
         """Stops sending and takes frames of the new epoch only, from the new neighbour."""
@@ -86,6 +103,7 @@ def new_session(message: OpenSession, sequence: int, link: Link, info: EngineInf
         epoch=message.epoch,
         previous_stage=message.previous_stage,
         next_stage=message.next_stage,
+        checks=DraftChecks(message.draft_key),
     )
 
 
@@ -95,6 +113,8 @@ class Work:
 
     session: StageSession
     batch: MicroBatch
+    branch: int
+    check: bytes
     timings: tuple[StageTiming, ...]
     received_s: float
 
@@ -179,8 +199,8 @@ def result_message(
             sample=batch.sample,
             timings=timings,
             embed=batch.want_embedding,
-            branch=0,
-            check=b"",
+            branch=work.branch,
+            check=work.check,
         )
         return hidden_batch, hidden_to_body(output.hidden)
     chosen = output.sampled

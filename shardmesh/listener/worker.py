@@ -19,16 +19,15 @@ from shardmesh.listener.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Taken = TypeVar("Taken", contravariant=True)
 Job = Callable[[], None]
 
 
-class Computes(Protocol[Taken]):
+class Computes(Protocol[Item]):
     """Whatever does a stage's work: the thread below, or a simulation of it."""
 
-    def add(self, session: bytes, n_tokens: int, item: Taken) -> None: ...
+    def add(self, session: bytes, n_tokens: int, item: Item) -> None: ...
 
-    def forget(self, session: bytes) -> None: ...
+    def forget(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None: ...
 
     def do(self, job: Job) -> None: ...
 
@@ -54,10 +53,10 @@ class Worker(Generic[Item]):
             self._scheduler.add(session, n_tokens, item)
             self._changed.notify()
 
-    def forget(self, session: bytes) -> None:
-        """Drops what waits of a session; what is computed now is not stopped."""
+    def forget(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None:
+        """Drops what waits of a session, or what of it is void; what is computed is not stopped."""
         with self._changed:
-            self._scheduler.remove(session)
+            self._scheduler.remove(session, is_void)
 
     def do(self, job: Job) -> None:
         """Has the thread do a job before its next batch."""

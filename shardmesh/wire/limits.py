@@ -58,6 +58,12 @@ DRAFT_KEY_BYTES: Final = 16
 DRAFT_CHECK_BYTES: Final = 8
 """A draft's check: one wrong draft in 2**64 would pass."""
 
+DRAFTS_MAX: Final = 32
+"""Drafts of a session whose tokens are not known yet; half of what may wait in a stage."""
+
+BRANCHES_TOLD_MAX: Final = 64
+"""Branches that a repair names; a stage has missed at most one for each draft under way."""
+
 REPLAY_KEPT_BYTES_MAX: Final = 512 * MIB
 """What a stage keeps of what it sent, over all its sessions; 32,768 tokens at n_embd 4,096."""
 

@@ -17,6 +17,7 @@ from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    BRANCHES_TOLD_MAX,
     DRAFT_CHECK_BYTES,
     DRAFT_KEY_BYTES,
     EMBEDDING_BYTES_MAX,
@@ -37,6 +38,11 @@ Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Tokens = Annotated[tuple[Token, ...], msgspec.Meta(min_length=1, max_length=MICRO_BATCH_TOKENS_MAX)]
 DraftKey = Annotated[bytes, msgspec.Meta(max_length=DRAFT_KEY_BYTES)]
+BranchStarts = Annotated[
+    tuple[tuple[Count, Count], ...], msgspec.Meta(max_length=BRANCHES_TOLD_MAX)
+]
+"""Pairs of a branch and the position at which it began, both rising."""
+
 Check = Annotated[bytes, msgspec.Meta(max_length=DRAFT_CHECK_BYTES)]
 Addresses = Annotated[tuple[Text, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
 
@@ -136,6 +142,7 @@ class RepairSession(_Message, frozen=True, tag="repair"):
     epoch: Count  # the new one; frames of older ones are refused from now on
     previous_stage: Text | None
     next_stage: NextStage | None
+    branches: BranchStarts  # the newest ones; what older ones put at these positions is void
 
 
 class SessionRepaired(_Message, frozen=True, tag="repaired"):
@@ -146,7 +153,6 @@ class SessionRepaired(_Message, frozen=True, tag="repaired"):
     n_received: Count  # the position that must come next
     n_computed: Count  # what waits for the engine lies between this and n_received
     kept_from: Count  # from this position on the stage can send what it computed again
-    branch: Count  # the newest that came
 
 
 class ResumeSession(_Message, frozen=True, tag="resume"):
@@ -156,7 +162,6 @@ class ResumeSession(_Message, frozen=True, tag="resume"):
     epoch: Count
     send_from: Count  # the next hop lacks what was computed from this position on
     n_replay: Count  # positions below are acknowledged by BatchTaken
-    n_keep: Count  # what this stage received from this position on is void
 
 
 class BatchTaken(_Message, frozen=True, tag="taken"):

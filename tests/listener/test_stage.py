@@ -180,6 +180,7 @@ async def test_two_repairs_that_are_read_at_once_leave_the_stage_well() -> None:
                     epoch=epoch,
                     previous_stage=None,
                     next_stage=following,
+                    branches=(),
                 )
                 mesh.links[0].send(repair)
             await until(lambda: mesh.stages[0].counters.n_sessions_repaired == 2)

@@ -28,8 +28,8 @@ class LoopWorker:
         self._scheduler.add(session, n_tokens, item)
         self._changed.set()
 
-    def forget(self, session: bytes) -> None:
-        self._scheduler.remove(session)
+    def forget(self, session: bytes, is_void: Callable[[Work], bool] | None = None) -> None:
+        self._scheduler.remove(session, is_void)
 
     def do(self, job: Callable[[], None]) -> None:
         self._jobs.append(job)

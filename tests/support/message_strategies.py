@@ -100,6 +100,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         **_session,
         previous_stage=st.none() | texts,
         next_stage=st.none() | next_stages,
+        branches=st.lists(st.tuples(counts, counts), max_size=3).map(tuple),
     ),
     SessionRepaired: st.builds(
         SessionRepaired,
@@ -107,11 +108,8 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         n_received=counts,
         n_computed=counts,
         kept_from=counts,
-        branch=counts,
     ),
-    ResumeSession: st.builds(
-        ResumeSession, **_session, send_from=counts, n_replay=counts, n_keep=counts
-    ),
+    ResumeSession: st.builds(ResumeSession, **_session, send_from=counts, n_replay=counts),
     BatchTaken: st.builds(BatchTaken, **_session, n_taken=counts),
     HopFailed: st.builds(
         HopFailed,

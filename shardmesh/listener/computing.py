@@ -1,0 +1,174 @@
+"""A stage's part in the worker's thread: micro-batches through the engine, results on their way."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+from shardmesh.engine.at_once import computations
+from shardmesh.engine.base import Engine, Output
+from shardmesh.errors import InputError, OurError, ShardmeshError
+from shardmesh.listener.stage_session import (
+    StageCounters,
+    StageIdentity,
+    StageSession,
+    Work,
+    result_message,
+)
+from shardmesh.wire.messages import StageTiming
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PACE_WEIGHT = 0.1
+"""Of a new token in the time that is told of one: some twenty tokens make a change known."""
+
+
+class Sessions(Protocol):
+    """What the thread asks and tells the stage; all of it may be called from any thread."""
+
+    @property
+    def n_sessions(self) -> int: ...
+
+    def is_current(self, session: StageSession) -> bool:
+        """Whether the session is still on this stage."""
+        ...
+
+    def fail_soon(self, session: StageSession, error: ShardmeshError) -> None:
+        """The engine failed it: it is over."""
+        ...
+
+    def report_next_soon(self, session: StageSession, error: ShardmeshError, epoch: int) -> None:
+        """The link to the next stage failed."""
+        ...
+
+
+class Computing:
+    """What the worker's thread does; nothing of it may raise."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        identity: StageIdentity,
+        counters: StageCounters,
+        sessions: Sessions,
+    ) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._counters = counters
+        self._sessions = sessions
+
+    def job(self, session: StageSession | None, call: Callable[[], None]) -> Callable[[], None]:
+        """A call into the engine as a job of the worker; a failure ends the session."""
+
+        def run() -> None:
+            error = _guarded(call)
+            if isinstance(error, ShardmeshError):
+                logger.warning("engine: [%s] %s", error.code, error)
+                if session is not None:
+                    self._sessions.fail_soon(session, error)
+
+        return run
+
+    def compute(self, works: list[Work]) -> None:
+        """Computes micro-batches, some of them at once, and sends on what is ready."""
+        # Who left must be gone before they are divided: how many are at once decides the bits.
+        current = [work for work in works if self._is_wanted(work)]
+        works = sorted(current, key=lambda work: work.session.sequence)
+        parts = computations([work.batch for work in works], self._numbers_at_once())
+        for part in parts:
+            computed, works = works[: len(part)], works[len(part) :]
+            self._compute_part(computed)
+
+    def _is_wanted(self, work: Work) -> bool:
+        session, position = work.session, work.batch.position
+        if not self._sessions.is_current(session):
+            return False
+        if self._engine.info.is_last:
+            return session.checks.is_due(
+                position,
+                work.branch,
+                work.check,
+                n_computed=self._engine.n_held(session.sequence),
+                n_sure=session.n_replay,
+            )
+        return not session.outgoing.is_void(work.branch, position)
+
+    def _numbers_at_once(self) -> list[int]:
+        """How many sequences to advance at once: not more than this stage's share of them.
+
+        A stage that took all that waits would leave the others of the chain with nothing to do.
+        """
+        info = self._engine.info
+        n_share = math.ceil(self._sessions.n_sessions * info.n_layer / info.n_layer_model)
+        return [number for number in info.numbers_at_once if number <= n_share]
+
+    def _compute_part(self, works: list[Work]) -> None:
+        if not works:
+            return
+        started_s = time.monotonic()
+        results = _guarded(partial(self._engine.compute, [work.batch for work in works]))
+        if isinstance(results, InputError) and len(works) > 1:  # nothing was computed yet
+            for work in works:
+                self._compute_part([work])
+            return
+        compute_us = int((time.monotonic() - started_s) * 1e6)
+        self._counters.compute_us += compute_us
+        if works[0].batch.n_tokens == 1:
+            self._note_pace(compute_us)
+        for number, work in enumerate(works):
+            result = results if isinstance(results, ShardmeshError) else results[number]
+            self._deliver(work, result, started_s, compute_us)
+
+    def _note_pace(self, compute_us: int) -> None:
+        """Keeps the time of one token, which several sessions that go at once all take."""
+        known_us = self._counters.token_us or compute_us
+        self._counters.token_us = max(1, int(known_us + PACE_WEIGHT * (compute_us - known_us)))
+
+    def _deliver(
+        self, work: Work, result: Output | ShardmeshError, started_s: float, compute_us: int
+    ) -> None:
+        session = work.session
+        if not self._sessions.is_current(session):
+            return
+        if isinstance(result, ShardmeshError):
+            self._sessions.fail_soon(session, result)
+            return
+        if result.sampled is not None:
+            session.checks.sampled(work.batch.position + work.batch.n_tokens, result.sampled.token)
+        queue_us = int((started_s - work.received_s) * 1e6)
+        next_hop = session.next_link or session.coordinator
+        timing = StageTiming(
+            layer_start=self._identity.layer_start,
+            layer_end=self._identity.layer_end,
+            queue_us=queue_us,
+            compute_us=compute_us,
+            next_hop_us=next_hop.half_round_trip_us,
+        )
+        self._counters.n_batches += 1
+        self._counters.n_tokens += work.batch.n_tokens
+        self._counters.queue_us += queue_us
+        message, body = result_message(work, result, (*work.timings, timing))
+        epoch = session.epoch
+        try:
+            session.outgoing.add(message.position, work.batch.n_tokens, message, body)
+        except ShardmeshError as error:
+            self._sessions.report_next_soon(session, error, epoch)
+        else:
+            session.acknowledge()
+
+
+def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:
+    """What a call into the engine gives, or the error that it ends the session with."""
+    try:
+        return call()
+    except ShardmeshError as error:
+        return error
+    except Exception as error:
+        logger.exception("the engine raised something unexpected")
+        return OurError(f"the engine failed: {type(error).__name__}")
