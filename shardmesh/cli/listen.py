@@ -30,6 +30,7 @@ from shardmesh.cli.options import (
 )
 from shardmesh.cli.reach import listener_reach
 from shardmesh.confinement import allow_files
+from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 
 if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
@@ -117,6 +118,15 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     help="Sequences at once.",
 )
 @click.option(
+    "--sessions-per-node",
+    "sessions_per_node_max",
+    type=click.IntRange(1, SESSIONS_PER_NODE_MAX),
+    default=SESSIONS_PER_NODE_MAX,
+    show_default=True,
+    envvar="LLAMA_SESSIONS_PER_NODE",
+    help="Sequences that one coordinator may use at once.",
+)
+@click.option(
     "--threads",
     "n_threads",
     type=click.IntRange(0),
@@ -193,6 +203,7 @@ def command(
     rebalance_interval_s: float,
     n_ctx: int,
     n_parallel: int,
+    sessions_per_node_max: int,
     n_threads: int,
     n_gpu_layers: int,
     cache_type_k: str,
@@ -271,6 +282,7 @@ def command(
         port=port,
         data_port=data_port,
         refresh_interval_s=refresh_interval_s,
+        sessions_per_node_max=sessions_per_node_max,
         rebalance_interval_s=rebalance_interval_s,
         engine=EngineOptions(
             n_ctx=n_ctx,

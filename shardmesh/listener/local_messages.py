@@ -20,7 +20,7 @@ from shardmesh.errors import (
 )
 from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import LENGTH, RecordReader
-from shardmesh.wire.limits import MIB
+from shardmesh.wire.limits import MIB, SESSIONS_PER_NODE_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant
 from shardmesh.wire.sealing import DirectionKey, LinkKeys
 
@@ -56,6 +56,7 @@ class Start(_Message, frozen=True, tag="start"):
     flash_attention: bool | None
     log_format: Literal["pretty", "json"]
     log_verbosity: int
+    sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
     vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
 
 

@@ -38,7 +38,12 @@ from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions
 from shardmesh.wire.announcement import Capabilities
-from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, LINK_AGREEMENT_BYTES_MAX, LOAD_INTERVAL_S
+from shardmesh.wire.limits import (
+    HANDSHAKE_TIMEOUT_S,
+    LINK_AGREEMENT_BYTES_MAX,
+    LOAD_INTERVAL_S,
+    SESSIONS_PER_NODE_MAX,
+)
 from shardmesh.wire.link_agreement import (
     LinkGrant,
     LinkRequester,
@@ -92,6 +97,8 @@ class NodeOptions:
     """Where a link's model goes that is not here yet; else into a folder of its own."""
     link: ModelLink | None
     """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
+    sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
+    """Sequences that one coordinator may use at once."""
     rebalance_interval_s: float = 0.0
     """How often the node looks whether another shard needs it more; 0: never."""
     naming: Naming = dataclasses.field(default_factory=Naming)
@@ -224,6 +231,7 @@ class Node:
             layer_end=assignment.layer_end,
             listen_hosts=self.options.listen_hosts,
             data_port=self.options.data_port,
+            sessions_per_node_max=self.options.sessions_per_node_max,
             log_format=self.options.log_format,
             log_verbosity=self.options.log_verbosity,
             **dataclasses.asdict(engine),

@@ -30,12 +30,14 @@ from shardmesh.listener.stage_session import (
     Work,
     check_neighbours,
     check_request,
+    check_share,
     failure_message,
     hop_failure_message,
     new_session,
     sampling_settings,
 )
 from shardmesh.listener.worker import Computes, Worker
+from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 from shardmesh.wire.messages import (
     BatchTaken,
     CloseSession,
@@ -83,6 +85,7 @@ class Stage:
         self._trio_token = trio.lowlevel.current_trio_token()
         self.is_draining = False
         """No further session is taken; those that are here go on."""
+        self.sessions_per_node_max = SESSIONS_PER_NODE_MAX
 
     @property
     def n_sessions(self) -> int:
@@ -153,6 +156,7 @@ class Stage:
             if self.is_draining:
                 raise UnreachableError("this node takes no new sessions", code="NODE_LEAVING")
             check_request(message, self._identity, info, len(self._free_sequences))
+            check_share(self._n_sessions_of(link.peer_id), self.sessions_per_node_max)
         except ShardmeshError as error:
             self.counters.n_sessions_refused += 1
             self._refuse(link, message.session, message.epoch, error)
@@ -169,6 +173,9 @@ class Stage:
         )
         opened = SessionOpened(session=message.session, epoch=message.epoch)
         self._start_connecting(session, lambda: opened)
+
+    def _n_sessions_of(self, peer_id: str) -> int:
+        return sum(s.coordinator.peer_id == peer_id for s in self._sessions.values())
 
     def _repair(self, link: Link, message: RepairSession) -> None:
         """Lets go of the old neighbours; what waits for the engine is computed all the same."""

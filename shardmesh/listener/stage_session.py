@@ -163,6 +163,15 @@ def check_request(
         )
 
 
+def check_share(n_of_node: int, n_max: int) -> None:
+    """Raises BusyError (the moment's) for a coordinator that has its share of the sequences."""
+    if n_of_node >= n_max:
+        raise BusyError(
+            f"{n_of_node} sessions of one coordinator are all that this node takes at once",
+            next_step="wait until one of yours is over, or raise --sessions-per-node",
+        )
+
+
 def check_neighbours(message: OpenSession | RepairSession, info: EngineInfo) -> None:
     """Raises InputError (theirs) unless the stage's place in the chain is that of its shard."""
     is_first, is_last = message.previous_stage is None, message.next_stage is None

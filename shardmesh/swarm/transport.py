@@ -370,6 +370,7 @@ def new_libp2p_host(identity: Identity, admission: Admission) -> MeshHost:
             low_watermark=0,
             min_connections=0,
             max_connections_per_peer=CONNECTIONS_PER_NODE_MAX,
+            grace_period=0.0,  # else as many of one node as it opens within that time
             inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
             outbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
             inbound_stream_protocol_negotiation_timeout=STREAM_OPEN_TIMEOUT_S,

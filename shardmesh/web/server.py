@@ -106,7 +106,11 @@ async def serve_app(app: Any, sockets: Sequence[socket.socket]) -> None:
 
 
 class _Connection(TCPServer):
-    """Hypercorn's connection, except that a client that does not read is not waited for."""
+    """Hypercorn's connection, except that nobody is waited for who is gone or does not read."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()  # else it holds the place of the connection until it is over
 
     async def protocol_send(self, event: HttpEvent) -> None:
         if not isinstance(event, RawData):

@@ -40,6 +40,9 @@ MICRO_BATCH_TOKENS_MAX: Final = 1024
 SEQUENCES_MAX: Final = 256
 """Sequences of one llama.cpp context (LLAMA_MAX_SEQ)."""
 
+SESSIONS_PER_NODE_MAX: Final = 128
+"""Sequences of a stage that one coordinator may use at once: half of what there can be."""
+
 SAMPLING_HISTORY_TOKENS_MAX: Final = 4096
 """Prompt tokens that the penalties of the sampler may look back on."""
 

@@ -16,6 +16,7 @@ from shardmesh.coordinator.session import Session, SessionSettings
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
+from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 from shardmesh.wire.messages import HiddenBatch, NextStage, RepairSession, TokenBatch
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
@@ -100,6 +101,23 @@ async def test_busy_when_all_sequences_are_taken_and_free_again_after() -> None:
                 async with mesh.router.session(mesh.chain, mesh.links, SETTINGS):
                     pass
         await until(lambda: mesh.stages[0].n_sessions == 0)
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
+
+
+async def test_one_coordinator_gets_no_more_than_its_share() -> None:
+    n_most = SESSIONS_PER_NODE_MAX
+    async with memory_mesh([FakeEngine(fake_info(0, 4, 4, n_parallel=n_most + 1))]) as mesh:
+        async with AsyncExitStack() as stack:
+            for _ in range(n_most):
+                await stack.enter_async_context(
+                    mesh.router.session(mesh.chain, mesh.links, SETTINGS)
+                )
+            with pytest.raises(BusyError, match=str(n_most)):
+                async with mesh.router.session(mesh.chain, mesh.links, SETTINGS):
+                    pass
+        await until(lambda: mesh.stages[0].n_sessions == 0)
+        mesh.stages[0].sessions_per_node_max = 1
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
 
