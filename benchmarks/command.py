@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from benchmarks.results import Result
 
-NAMES = ("decode", "aggregate", "prefill", "hop", "torrent", "swarm")
+NAMES = ("decode", "aggregate", "prefill", "hop", "torrent", "swarm", "load-shard", "seeding")
 
 
 @click.command()
@@ -60,12 +60,14 @@ async def _measure(
 
     from benchmarks.against_llama import measure_decode, measure_prefill
     from benchmarks.hop import measure_hops
+    from benchmarks.load_shard import measure_load_shard
     from benchmarks.many import measure_aggregate
+    from benchmarks.seeding import measure_seeding
     from benchmarks.torrent import measure_swarm, measure_torrents
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
-        if set(names) & {"decode", "aggregate", "prefill"}:
+        if set(names) & {"decode", "aggregate", "prefill", "seeding"}:
             status.update("making the model")
             path = await trio.to_thread.run_sync(_model_path, model)
         if "decode" in names:
@@ -96,6 +98,18 @@ async def _measure(
             results += await measure_torrents(runs=runs, progress=status.update)
         if "swarm" in names:
             results += await measure_swarm(runs=runs, progress=status.update)
+        if "load-shard" in names:
+            results.append(
+                await measure_load_shard(
+                    runs=runs, progress=lambda what: status.update(f"load-shard: {what}")
+                )
+            )
+        if "seeding" in names:
+            results.append(
+                await measure_seeding(
+                    path, runs=runs, progress=lambda what: status.update(f"seeding: {what}")
+                )
+            )
     return results
 
 

@@ -106,15 +106,17 @@ def _copy(folder: Path) -> float:
     return time.perf_counter() - started_s
 
 
-async def _give(child: Child, hashed: HashedFile, folder: Path) -> int:
+async def give(child: Child, hashed: HashedFile, folder: Path) -> int:
+    """Has a `torrent_node` give the file of the folder; its port."""
     torrent = hashed.torrent.encode().hex()
     answer = await child.ask({"do": "give", "torrent": torrent, "folder": str(folder)})
     return int(answer["port"])
 
 
-async def _take(
+async def take(
     child: Child, hashed: HashedFile, folder: Path, ports: list[int]
 ) -> tuple[float, float]:
+    """Has a `torrent_node` fetch it; seconds until it is there, and until it is checked too."""
     await trio.to_thread.run_sync(folder.mkdir)
     request = {"do": "fetch", "torrent": hashed.torrent.encode().hex(), "folder": str(folder)}
     answer = await child.ask({**request, "ports": ports})
@@ -131,10 +133,10 @@ async def _fetch_once(folder: Path, hashed: HashedFile, n_seeds: int) -> tuple[f
             await stack.enter_async_context(open_child("benchmarks.torrent_node", "0"))
             for _ in range(n_seeds)
         ]
-        ports = [await _give(seed, hashed, folder / "source") for seed in seeds]
+        ports = [await give(seed, hashed, folder / "source") for seed in seeds]
         taker = await stack.enter_async_context(open_child("benchmarks.torrent_node", "0"))
         await taker.ask({"memory": True})  # it has started
-        return await _take(taker, hashed, folder / "taken", ports)
+        return await take(taker, hashed, folder / "taken", ports)
 
 
 async def _fetch_at_once(folder: Path, hashed: HashedFile, n_takers: int) -> float:
@@ -142,7 +144,7 @@ async def _fetch_at_once(folder: Path, hashed: HashedFile, n_takers: int) -> flo
     rate = str(SWARM_UPLOAD_RATE)
     async with AsyncExitStack() as stack:
         seed = await stack.enter_async_context(open_child("benchmarks.torrent_node", rate))
-        ports = [await _give(seed, hashed, folder / "source")]
+        ports = [await give(seed, hashed, folder / "source")]
         takers = [
             await stack.enter_async_context(open_child("benchmarks.torrent_node", "0"))
             for _ in range(n_takers)
@@ -150,14 +152,14 @@ async def _fetch_at_once(folder: Path, hashed: HashedFile, n_takers: int) -> flo
         own = [int((await taker.ask({"memory": True}))["port"]) for taker in takers]
         times: list[float] = []
 
-        async def take(number: int) -> None:
+        async def take_one(number: int) -> None:
             others = [port for port in own if port != own[number]]
             target = folder / f"taken-{number}"
-            times.append((await _take(takers[number], hashed, target, ports + others))[0])
+            times.append((await take(takers[number], hashed, target, ports + others))[0])
 
         async with trio.open_nursery() as nursery:
             for number in range(n_takers):
-                nursery.start_soon(take, number)
+                nursery.start_soon(take_one, number)
         return max(times)
 
 
@@ -179,7 +181,7 @@ async def _measure_memory(folder: Path, hashed: HashedFile) -> Result:
             with path.open("ab") as file:
                 file.truncate(MEMORY_FILE_BYTES)
             torrent = dataclasses.replace(large, name=path.name)
-            port = await _give(seed, HashedFile("", torrent), source)
+            port = await give(seed, HashedFile("", torrent), source)
         (folder / "taken").mkdir()
         request = {"do": "fetch", "torrent": large.encode().hex(), "folder": str(folder / "taken")}
         await taker.ask({**request, "ports": [port]})

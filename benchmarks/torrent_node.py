@@ -1,4 +1,4 @@
-"""One end of `torrent` and `swarm`: a child with a torrent session of its own."""
+"""One end of `torrent`, `swarm` and `seeding`: a child with a torrent session of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import trio
 
 from benchmarks.child import Answer, serve_requests
 from shardmesh.shards.checked import sha256_of
-from shardmesh.swarm.torrents.session import TorrentSession, open_torrents
+from shardmesh.swarm.torrents.session import Torrent, TorrentSession, open_torrents
 from shardmesh.wire.torrent_file import TorrentFile, decode_torrent
 
 START_TIMEOUT_S = 30.0
@@ -24,13 +24,27 @@ async def _give(torrents: TorrentSession, file: TorrentFile, folder: Path) -> An
     return {"port": torrents.port}
 
 
+async def _begin(
+    torrents: TorrentSession, file: TorrentFile, folder: Path, ports: list[int]
+) -> Torrent:
+    sources = [("127.0.0.1", port) for port in ports]
+    return await torrents.add(file, folder, is_whole=False, sources=sources)
+
+
+async def _leave(torrents: TorrentSession, file: TorrentFile) -> Answer:
+    """Breaks a download off; how many bytes had come, whole pieces only."""
+    torrent = torrents.get(file.info_hash())
+    n_bytes = torrent.status.n_bytes_done if torrent is not None else 0
+    await torrents.remove(file.info_hash())
+    return {"n_bytes": n_bytes}
+
+
 async def _fetch(
     torrents: TorrentSession, file: TorrentFile, folder: Path, ports: list[int]
 ) -> Answer:
     """Seconds until the file is whole, written and its SHA-256 computed."""
     started_s = time.perf_counter()
-    sources = [("127.0.0.1", port) for port in ports]
-    torrent = await torrents.add(file, folder, is_whole=False, sources=sources)
+    torrent = await _begin(torrents, file, folder, ports)
     await torrent.finished.wait()
     torrent.raise_error()
     await torrents.flush(torrent)
@@ -46,6 +60,11 @@ async def _answer(torrents: TorrentSession, request: Answer) -> Answer:
     folder = Path(request["folder"])
     if request["do"] == "give":
         return await _give(torrents, file, folder)
+    if request["do"] == "leave":
+        return await _leave(torrents, file)
+    if request["do"] == "begin":
+        await _begin(torrents, file, folder, request["ports"])
+        return {}
     return await _fetch(torrents, file, folder, request["ports"])
 
 

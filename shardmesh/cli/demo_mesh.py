@@ -145,6 +145,23 @@ async def start_mesh(
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def start_process(node: DemoProcess) -> AsyncIterator[DemoProcess]:
+    """One more node, which is up; it has ended when the block is left.
+
+    Raises OurError with its last words if it dies, UnreachableError (the moment's) when it is not
+    up in time.
+    """
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_process, node, lambda: None)
+        with trio.move_on_after(START_TIMEOUT_S) as scope:
+            await node.ready.wait()
+        if scope.cancelled_caught:
+            raise UnreachableError(f"not up after {START_TIMEOUT_S:.0f} s: {node.name}")
+        yield node
+        nursery.cancel_scope.cancel()
+
+
 async def _run_process(node: DemoProcess, on_change: Callable[[], None]) -> None:
     """Runs one node until it is cancelled, then sees it out."""
     process = await trio.lowlevel.open_process(
