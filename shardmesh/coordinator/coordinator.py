@@ -95,7 +95,8 @@ class Coordinator:
     async def complete(self, request: CompletionRequest) -> AsyncIterator[Completion]:
         """A completion whose session is closed on all stages when the block is left.
 
-        A stage that fails meanwhile is replaced.  Raises InputError (theirs), IncompleteError,
+        A stage that fails meanwhile is replaced.  With `request.given` a text goes on whose
+        coordinator is gone.  Raises InputError (theirs), IncompleteError,
         BusyError or UnreachableError (the moment's) and whatever a stage reports; so does iterating
         over the items.
         """
@@ -125,6 +126,7 @@ class Coordinator:
                     decoder=TextDecoder(),
                     stops=stops,
                     ignore_end=request.ignore_end,
+                    given=request.given,
                     started_s=started_s,
                 )
                 try:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import trio
 
+from shardmesh.coordinator.resume import catch_up, reread
 from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.coordinator.timings import TimingRecorder, Timings
@@ -87,17 +88,22 @@ async def generate(
     decoder: Decoder,
     stops: StopScanner,
     ignore_end: bool = False,
+    given: Sequence[int] = (),
     started_s: float | None = None,
 ) -> AsyncGenerator[Piece | Finished, None]:
     """The text that follows a prompt, as it comes; a Finished is the last item.
 
+    Of a text that was begun elsewhere, `given` are the tokens so far, and what comes is the rest.
     Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far.
     """
     now_s = trio.current_time()
     recorder = TimingRecorder(len(prompt), now_s if started_s is None else started_s)
-    done = await prefill(session, prompt)
+    if reread(given, source=source, decoder=decoder, stops=stops, ignore_end=ignore_end):
+        yield Finished("stop", recorder.finish(now_s))
+        return
+    done = await catch_up(session, given, await prefill(session, prompt))
     reason: FinishReason = "length"
-    for n_so_far in range(1, n_tokens_max + 1):
+    for n_so_far in range(len(given) + 1, n_tokens_max + 1):
         sampled = done.sampled
         if sampled is None:
             raise ProtocolError("the last stage sampled no token")

@@ -30,6 +30,7 @@ class CompletionRequest:
     model: str | None = None  # None: the only one that the mesh serves
     adapter: str = ""  # LoRA adapter of the model; empty: none
     n_tokens_max: int = N_TOKENS_MAX_DEFAULT
+    given: tuple[int, ...] = ()  # tokens that this very request gave before; only the rest comes
     stop: tuple[str, ...] = ()
     sampling: SamplingSettings = dataclasses.field(default_factory=SamplingSettings)
     ignore_end: bool = False  # go on behind the model's end of text, for measurements
@@ -43,6 +44,10 @@ class CompletionRequest:
             raise InputError("give either a prompt or messages")
         if self.n_tokens_max < 1:
             raise InputError("at least one token has to be asked for")
+        if self.given and len(self.given) >= self.n_tokens_max:
+            raise InputError(
+                f"{len(self.given)} tokens were given already, {self.n_tokens_max} were asked for"
+            )
         if not 0 <= self.wait_s < float("inf"):
             raise InputError(f"a stage cannot be waited for {self.wait_s} s")
         n_bytes = len((self.prompt or "").encode("utf-8", "surrogatepass"))

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import pytest
 import trio
+from support.letters import Letters
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import Finished, Piece, generate
@@ -18,20 +19,6 @@ from shardmesh.engine.text import TextDecoder
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
 PROMPT = [3, 1, 4, 1, 5]
-
-
-class Letters:
-    """Token n is the n-th piece; `ends` end the text."""
-
-    def __init__(self, pieces: dict[int, bytes] | None = None, ends: frozenset[int] = frozenset()):
-        self._pieces = pieces or {}
-        self._ends = ends
-
-    def piece(self, token: int) -> bytes:
-        return self._pieces.get(token, b"<%d>" % token)
-
-    def is_end(self, token: int) -> bool:
-        return token in self._ends
 
 
 def expected_tokens(n_tokens: int) -> list[int]:
