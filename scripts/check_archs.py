@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from build_arch_fixture import build_architecture, build_models, models_folder
+from repeat_layers import write_repeated
 
 from shardmesh.engine.base import Engine, EngineOptions, MicroBatch
 from shardmesh.engine.llama import CANNOT_TRIM, load_engine
@@ -76,6 +78,12 @@ def check_model(path: Path) -> dict[str, Any]:
             before = row.get("reason", "")
             row["reason"] = f"{before} {','.join(map(str, counts))}: {result};".strip()
     return row
+
+
+def check_repeated(path: Path) -> dict[str, Any]:
+    """The row of a model of all layers twice over."""
+    with tempfile.TemporaryDirectory() as folder:
+        return check_model(write_repeated(path, Path(folder) / path.name, 2))
 
 
 def cuts_to_try(cuts: LegalCuts, legal: Sequence[int]) -> Iterator[tuple[LayerRange, ...]]:
@@ -190,6 +198,8 @@ def main() -> None:
             if row["state"] == NO_LEGAL_CUT:
                 build_architecture(row["architecture"], n_layers, arguments.seed)
                 row = check_model(models_folder(n_layers, arguments.seed) / path.name)
+        if row["state"] == NO_LEGAL_CUT and "architecture" in row:
+            row = check_repeated(models_folder(counts[0], arguments.seed) / path.name)
         rows.append(row)
         legal, reason = row.get("legal", ""), row.get("reason", "")
         print(f"{row['model']:24}{row['state']:14}{legal} {reason}", flush=True)

@@ -69,6 +69,12 @@ def cuts(rules: ArchitectureRules) -> str:
         parts.append(f"after every {rules.step} layers")
     if rules.step_key:
         parts.append(f"after every `{rules.step_key}` layers")
+    if rules.whole_step_everywhere:
+        parts.append(f"each shard has {rules.step} layers or more")
+    if rules.compressed_everywhere:
+        parts.append("each shard has a layer of each compression of the model")
+    if rules.tokens_key:
+        parts.append(f"the layers of `{rules.tokens_key}` are in the first shard")
     if rules.recurrent:
         parts.append("each shard has an attention and a recurrent layer")
     if rules.window_everywhere:
@@ -85,7 +91,9 @@ def cuts(rules: ArchitectureRules) -> str:
 def notes(rules: ArchitectureRules) -> str:
     """What the slicer or the engine does for it, and what it does not take."""
     parts = [rules.note] if rules.note else []
-    if rules.input_node:
+    if rules.streams_key:
+        parts.append("all hidden states of a token go on, side by side")
+    elif rules.input_node:
         parts.append("hidden states are put in behind what llama.cpp does to its input")
     if rules.keys_set_to_zero:
         parts.append("the scale of the input is switched off after the first shard")

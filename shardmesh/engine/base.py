@@ -59,7 +59,7 @@ class EngineInfo:
     is_last: bool  # gives tokens
     n_layer: int
     n_layer_model: int  # of all stages together
-    n_embd: int
+    n_embd: int  # of all hidden states of a token, if it has several side by side
     n_vocab: int  # 0 on stages that have no vocabulary
     n_ctx: int  # of one sequence
     n_parallel: int

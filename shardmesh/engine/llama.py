@@ -84,7 +84,7 @@ class LlamaEngine:
             is_last=facts.is_last,
             n_layer=model.n_layer,
             n_layer_model=facts.n_layer_model,
-            n_embd=model.n_embd,
+            n_embd=model.n_embd * facts.n_streams,
             n_vocab=model.n_vocab,
             n_ctx=n_ctx,
             n_parallel=options.n_parallel,
@@ -99,7 +99,7 @@ class LlamaEngine:
         self._tap = None
         if facts.input_node or facts.factors or not facts.is_last:
             self._tap = HiddenTap(
-                model.n_embd,
+                self._info.n_embd,
                 n_rows_max,
                 output_node="" if facts.is_last else f"{facts.output_node}-{model.n_layer - 1}",
                 input_node=facts.input_node,

@@ -81,6 +81,16 @@ class ArchitectureRules:
     output_node: str = "l_out"
     """The node with the hidden states behind a layer."""
 
+    streams_key: str = ""
+    """A token has several hidden states side by side, which all go on; the key says how many."""
+
+    tokens_key: str = ""
+    """Some layers look the tokens up, which only the first stage has; the key lists them, or says
+    how many of the first ones do."""
+
+    keys_of_first: str = ""
+    """The beginning of keys that only the first shard has."""
+
     window: WindowPattern | None = None
     """Counted from the first layer of a file: written out as a list, so that a cut can be
     anywhere."""
@@ -90,6 +100,9 @@ class ArchitectureRules:
 
     full_everywhere: bool = False
     """... and when it has no layer without one."""
+
+    compressed_everywhere: bool = False
+    """... and when it lacks one of the compressions (`attention.compress_ratios`) of the model."""
 
     recurrent: bool = False
     """Attention and recurrent layers alternate: each shard needs one of each."""
@@ -106,6 +119,9 @@ class ArchitectureRules:
     step: int = 1
     """Something repeats every so many layers, counted from the first of a file, and no key
     tells where it starts: a cut is legal only there."""
+
+    whole_step_everywhere: bool = False
+    """llama.cpp aborts when a file does not have all layers of a step."""
 
     step_key: str = ""
     """A key that holds a further such step."""
@@ -138,6 +154,9 @@ NEMOTRON_H: Final = dataclasses.replace(
     RECURRENT, one_part_a_layer=True, output_node="nemotron_h_block_out"
 )
 LISTED_WINDOWS: Final = ArchitectureRules(window_everywhere=True)
+STREAMS: Final = ArchitectureRules(
+    streams_key="hyper_connection.count", input_node="hc_init", fed_as_tokens=True, needs_head=True
+)
 
 
 def windows(
@@ -157,8 +176,6 @@ _ENCODERS: Final = (
     *("bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed"),
     *("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe"),
 )
-_STREAMS: Final = "several streams go from layer to layer, and only one can be handed on"
-
 _MANY: Final = frozenset(range(64, MODEL_LAYERS_MAX + 1))
 
 _ONLY_HEAD: Final = (
@@ -229,6 +246,7 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         "llama4": dataclasses.replace(
             windows(4),
             step=4,
+            whole_step_everywhere=True,
             step_key="interleave_moe_layer_step",
             keys_not_zero=frozenset({"attention.sliding_window"}),
         ),
@@ -254,6 +272,24 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         "qwen3next": INTERVAL,
         "qwen35": INTERVAL,
         "qwen35moe": INTERVAL,
+        # -- several hidden states for each token ------------------------------------------------
+        "deepseek4": dataclasses.replace(
+            STREAMS,
+            output_node="l_last",
+            tokens_key="hash_layer_count",
+            compressed_everywhere=True,
+            rolls_back=False,
+        ),
+        "hy_v4": STREAMS,
+        "glm5-next": dataclasses.replace(STREAMS, recurrent=True, rolls_back=False),
+        "qwen4exp": dataclasses.replace(
+            STREAMS,
+            output_node="l_last",
+            recurrent=True,
+            rolls_back=False,
+            tokens_key="ple.layers",
+            keys_of_first="ple.",
+        ),
         # -- something repeats, or depends on the number of layers ------------------------------
         "smollm3": ArchitectureRules(step=4),
         "ernie4_5-moe": ArchitectureRules(step_key="interleave_moe_layer_step"),
@@ -286,9 +322,8 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
         **dict.fromkeys(
             ["dream", "llada", "llada-moe", "rnd1"], ArchitectureRules(refusal=_DIFFUSION)
         ),
-        **dict.fromkeys(
-            ["deepseek4", "glm5-next", "hy_v4", "kimi-k3", "qwen4exp"],
-            ArchitectureRules(refusal=_STREAMS),
+        "kimi-k3": ArchitectureRules(
+            refusal="layers read what layers far before them gave, and only the last result goes on"
         ),
         **dict.fromkeys(_ENCODERS, ArchitectureRules(refusal=_ENCODER)),
         **dict.fromkeys(
@@ -315,14 +350,20 @@ RULES: Final[Mapping[str, ArchitectureRules]] = MappingProxyType(
 
 NEXTN_LEFT_OUT: Final = frozenset(
     {
-        *("bailingmoe2", "cohere2moe", "deepseek2", "deepseek32", "exaone4"),
-        *("glm-dsa", "glm4", "glm4moe", "hy_v3", "mimo2", "qwen35", "qwen35moe", "qwen3next"),
+        *("bailingmoe2", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "exaone4"),
+        *("glm-dsa", "glm4", "glm4moe", "glm5-next", "hy_v3", "mimo2", "qwen35", "qwen35moe"),
+        "qwen3next",
     }
 )
 """Layers for multi-token prediction stand behind the others and are left out, as llama.cpp leaves
 them out when it writes text; tried for these."""
 
-ARRAYS_NOT_PER_LAYER: Final = frozenset({"rope.dimension_sections", "classifier.output_labels"})
+ARRAYS_NOT_PER_LAYER: Final = frozenset(
+    {
+        *("rope.dimension_sections", "classifier.output_labels", "ple.layers"),
+        *("ple.layer_multipliers", "ple.head_offsets", "ple.head_vocab_sizes"),
+    }
+)
 """Arrays under the architecture's prefix whose length only by chance equals the layer count."""
 
 

@@ -82,7 +82,9 @@ def costs_of(model: GgufFile) -> ModelCosts:
         ),
         kv_bytes=_kv_bytes(model),
         every_bytes=sum(padded(tensor.n_bytes) for tensor in tensors.shared),
-        first_bytes=unused + padded(embedding.n_bytes) + n_bytes_of(tokenizer_contents(model)),
+        first_bytes=unused
+        + sum(padded(tensor.n_bytes) for tensor in (embedding, *tensors.of_first))
+        + n_bytes_of(tokenizer_contents(model)),
         last_bytes=unused + padded((head or embedding).n_bytes),
         is_tied=head is None,
         n_embd=embedding.shape[0],

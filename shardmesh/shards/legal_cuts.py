@@ -13,8 +13,10 @@ from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.patterns import (
     attention_layers,
+    compressed_layers,
     own_indexers,
     recurrent_layers,
+    token_layers,
     windowed_layers,
 )
 
@@ -27,11 +29,13 @@ class LegalCuts:
     step: int = 1  # a shard starts only at multiples of it
     needed: tuple[tuple[bool, ...], ...] = ()  # of each kind of layer: a shard has at least one
     starts: tuple[bool, ...] = ()  # empty: all; layers that do not lean on the one before
+    n_with_tokens: int = 0  # the last layer that looks tokens up, and all before, are in the first
     special_counts: frozenset[int] = frozenset()  # lengths that llama.cpp treats as another model
 
     @property
     def is_anywhere(self) -> bool:
-        return self.step == 1 and not (self.needed or self.starts or self.special_counts)
+        limits = (self.needed, self.starts, self.n_with_tokens, self.special_counts)
+        return self.step == 1 and not any(limits)
 
     def allows(self, layers: LayerRange) -> bool:
         """Whether a range may be a shard; the whole model always is one."""
@@ -41,6 +45,7 @@ class LegalCuts:
         return (
             start % self.step == 0
             and (not self.starts or self.starts[start])
+            and (start == 0 or start >= self.n_with_tokens)
             and (end % self.step == 0 or end == self.n_layer)
             and layers.n_layer not in self.special_counts
             and all(any(kind[start:end]) for kind in self.needed)
@@ -85,11 +90,17 @@ def legal_cuts(model: GgufFile) -> LegalCuts:
         needed.append(windowed)
     if rules.full_everywhere and not all(windowed):
         needed.append(tuple(not each for each in windowed))
+    if rules.whole_step_everywhere:
+        needed.append(tuple((layer + 1) % rules.step == 0 for layer in range(model.n_layer)))
+    if rules.compressed_everywhere:
+        needed += compressed_layers(model)
     if rules.recurrent:
         needed += [recurrent_layers(model), attention_layers(model)]
+    with_tokens = token_layers(model)
     return LegalCuts(
         n_layer=model.n_layer,
         step=step,
+        n_with_tokens=max((n for n, looks in enumerate(with_tokens, start=1) if looks), default=0),
         needed=tuple(needed),
         starts=own_indexers(model),
         special_counts=frozenset()
@@ -139,6 +150,8 @@ def _reason(cuts: LegalCuts, layers: LayerRange) -> str:
             return f"its layers repeat in steps of {cuts.step}"
     if cuts.starts and not cuts.starts[layers.layer_start]:
         return f"layer {layers.layer_start} uses what the layer before it chose"
+    if 0 < layers.layer_start < cuts.n_with_tokens:
+        return f"the first {cuts.n_with_tokens} layers need the tokens themselves"
     if layers.n_layer in cuts.special_counts:
         return f"llama.cpp takes {layers.n_layer} layers for another model of this family"
     return "each shard needs at least one layer of each kind"

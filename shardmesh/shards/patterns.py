@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from shardmesh.shards.architectures import rules_for
@@ -10,6 +11,7 @@ from shardmesh.shards.gguf_file import GgufFile
 WINDOW_PATTERN_KEY: Final = "attention.sliding_window_pattern"
 RECURRENT_KEY: Final = "attention.recurrent_layers"
 _INDEXER_KEY: Final = "attention.indexer.types"
+_COMPRESS_KEY: Final = "attention.compress_ratios"
 _INTERVAL_KEY: Final = "full_attention_interval"
 
 
@@ -67,6 +69,27 @@ def layers_with_nothing_else(model: GgufFile) -> tuple[bool, ...]:
 
 def _heads(model: GgufFile) -> tuple[int, ...]:
     return model.get_per_layer(f"{model.architecture}.attention.head_count_kv", model.n_layer, 1)
+
+
+def token_layers(model: GgufFile) -> tuple[bool, ...]:
+    """For each layer whether it looks tokens up; empty if none can."""
+    key = rules_for(model).tokens_key
+    if not key:
+        return ()
+    value = model.metadata.get(f"{model.architecture}.{key}")
+    if value is not None and value.is_array:
+        listed = {int(item) for item in value.items()}
+        return tuple(layer in listed for layer in range(model.n_layer))
+    n_first = model.get_int(f"{model.architecture}.{key}", 0)
+    return tuple(layer < n_first for layer in range(model.n_layer))
+
+
+def compressed_layers(model: GgufFile) -> Iterator[tuple[bool, ...]]:
+    """For each compression of the model, for each layer whether it compresses so."""
+    key = f"{model.architecture}.{_COMPRESS_KEY}"
+    ratios = model.get_per_layer(key, model.n_layer, 0)
+    for ratio in sorted(set(ratios) - {0}):
+        yield tuple(each == ratio for each in ratios)
 
 
 def own_indexers(model: GgufFile) -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ from shardmesh.shards.patterns import (
 
 NEXTN_KEY: Final = "nextn_predict_layers"
 HEADS_KEY: Final = "attention.head_count"
-LEADING_KEYS: Final = ("leading_dense_block_count", "n_deepstack_layers")
+LEADING_KEYS: Final = ("leading_dense_block_count", "n_deepstack_layers", "hash_layer_count")
 """So many of the first layers are special."""
 
 
@@ -49,8 +49,12 @@ def cut_metadata(model: GgufFile, layers: LayerRange) -> dict[str, MetadataValue
             n_leading = model.get_int(prefix + name) - layers.layer_start
             metadata[prefix + name] = uint32(max(0, n_leading))
     if layers.layer_start:
-        for name in rules_for(model).keys_set_to_zero:
+        rules = rules_for(model)
+        for name in rules.keys_set_to_zero:
             metadata[prefix + name] = float32(0.0)
+        if rules.keys_of_first:
+            of_first = prefix + rules.keys_of_first
+            metadata = {k: v for k, v in metadata.items() if not k.startswith(of_first)}
     heads = metadata.get(prefix + HEADS_KEY)
     if heads is not None and heads.is_array and not heads.items()[0]:
         # llama.cpp takes the width of a head from the first layer, recurrent or not.

@@ -36,8 +36,16 @@ SHARED: Final = frozenset(
         "token_embd_norm.weight",
         "token_embd_norm.bias",
         "position_embd.weight",
+        # Make one of the several hidden states of a token.
+        "output_hc_fn.weight",
+        "output_hc_base.weight",
+        "output_hc_scale.weight",
+        "output_hc_norm.weight",
+        "output_hc_down.weight",
+        "output_hc_up.weight",
     }
 )
+OF_FIRST: Final = frozenset({"per_layer_token_embd.weight"})
 HEAD_BIAS: Final = "output.bias"
 NOT_GENERATING: Final = frozenset({"cls.output.weight", "cls.output.bias"})
 """For ranking texts; a mesh writes them, and llama.cpp does without."""
@@ -78,6 +86,7 @@ class SortedTensors:
     embedding: Tensor
     head: Tensor | None  # None: the embedding is the head too
     shared: tuple[Tensor, ...]
+    of_first: tuple[Tensor, ...]  # looked up by tokens
     head_bias: Tensor | None
     needs_head: bool  # see `architectures`
 
@@ -105,7 +114,7 @@ def sort_tensors(model: GgufFile) -> SortedTensors:
             layers[int(block[1])].append((block[2], tensor))
         else:
             raise _unsuitable(f"has tensor {tensor.name}, but only {len(layers)} layers")
-    unknown = others.keys() - SHARED - NOT_GENERATING - {EMBEDDING, HEAD, HEAD_BIAS}
+    unknown = others.keys() - SHARED - OF_FIRST - NOT_GENERATING - {EMBEDDING, HEAD, HEAD_BIAS}
     if unknown:
         raise _unsuitable(f"has tensor {min(unknown)}, for which no rule is known")
     required = (EMBEDDING, HEAD) if rules.needs_head else (EMBEDDING,)
@@ -121,6 +130,7 @@ def sort_tensors(model: GgufFile) -> SortedTensors:
         embedding=others[EMBEDDING],
         head=others.get(HEAD),
         shared=tuple(tensor for name, tensor in others.items() if name in SHARED),
+        of_first=tuple(tensor for name, tensor in others.items() if name in OF_FIRST),
         head_bias=others.get(HEAD_BIAS),
         needs_head=rules.needs_head,
     )
@@ -202,7 +212,7 @@ def _shard_tensors(
     tensors: SortedTensors, layers: LayerRange, is_first: bool, is_last: bool
 ) -> Iterator[ShardTensor]:
     yield from _vocabulary_tensors(tensors, is_first, is_last)
-    for tensor in tensors.shared:
+    for tensor in (*tensors.shared, *(tensors.of_first if is_first else ())):
         yield copied(tensor, tensor.name)
     for layer in range(layers.layer_start, layers.layer_end):
         for name, tensor in tensors.layers[layer]:

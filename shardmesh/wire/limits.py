@@ -370,6 +370,9 @@ GGUF_PARTS_MAX: Final = 1024
 MODEL_LAYERS_MAX: Final = 512
 """Layers of a model (LLAMA_MAX_LAYERS), and so the most shards."""
 
+STREAMS_MAX: Final = 64
+"""Hidden states of a token side by side; models that have several have four."""
+
 MODEL_NAME_BYTES_MAX: Final = 128
 """A model's name in manifests and announcements."""
 

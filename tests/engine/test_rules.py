@@ -14,9 +14,10 @@ from support.rule_models import N_LAYER, read_model, replace_model, write_rule_m
 from shardmesh.engine.base import Engine
 from shardmesh.engine.llama_model import read_facts
 from shardmesh.engine.tap import HiddenTap
-from shardmesh.errors import EngineError
+from shardmesh.errors import EngineError, GgufError
 from shardmesh.shards.gguf_file import GgufFile, Tensor
 from shardmesh.shards.gguf_values import string, uint32
+from shardmesh.wire.limits import STREAMS_MAX
 
 PROMPT = [(7 * i + 3) % 250 for i in range(24)]  # three times the window of the models
 N_STEPS = 3
@@ -47,6 +48,7 @@ def logits_of(chain: Sequence[Engine]) -> list[bytes]:
         ("gemma3", (20, 41, 1)),
         ("minicpm3", (3, 1, 4)),
         ("baichuan", (7, 24, 1)),
+        ("hy_v4", (3, 1, 4)),
     ],
 )
 def test_cut_equals_whole(architecture: str, cut: tuple[int, ...], tmp_path: Path) -> None:
@@ -95,3 +97,14 @@ def test_a_node_of_the_graph_that_only_some_files_have(
     positions = Tensor("position_embd.weight", (8, 16), 0, 512, path, 0)
     model = GgufFile(path, 3, 32, metadata, (positions,) * has_positions, 512)
     assert read_facts(model).input_node == expected
+
+
+@pytest.mark.parametrize("n_streams", [0, STREAMS_MAX + 1])
+def test_a_number_of_hidden_states_of_a_token_that_makes_no_sense(n_streams: int) -> None:
+    metadata = {
+        "general.architecture": string("hy_v4"),
+        "hy_v4.block_count": uint32(2),
+        "hy_v4.hyper_connection.count": uint32(n_streams),
+    }
+    with pytest.raises(GgufError, match="make sense"):
+        read_facts(GgufFile(Path("m.gguf"), 3, 32, metadata, (), 0))

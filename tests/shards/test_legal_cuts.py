@@ -47,6 +47,23 @@ def values_after_cut(model: GgufFile, start: int, end: int) -> dict[str, tuple[o
         (header("gpt-oss", 4), (1, 2)),
         (header("cohere2moe", 8), (2, 3, 4, 5, 6, 7)),  # the first layer sees all
         (header("gpt-oss", 4, attention__sliding_window_pattern=bools([1, 0, 0, 1])), (1, 2, 3)),
+        (header("llama4", 11), (4,)),  # and four layers at least
+        # Layers that look tokens up are in the first shard.
+        (header("deepseek4", 6, hash_layer_count=uint32(3)), (3, 4, 5)),
+        # A layer of each compression.
+        (
+            header("deepseek4", 8, attention__compress_ratios=uint32s([0, 0, *[4, 128] * 3])),
+            (4, 5, 6),
+        ),
+        (
+            header(
+                "qwen4exp",
+                8,
+                ple__layers=uint32s([2]),
+                attention__recurrent_layers=bools([1, 0] * 4),
+            ),
+            (3, 4, 5, 6),
+        ),
         # Hybrids: a layer of each kind.
         (header("qwen35", 8), (4, 5, 6)),
         (header("qwen35", 6, full_attention_interval=uint32(2)), (2, 3, 4)),
@@ -260,3 +277,13 @@ def _any_ranges(n_layer: int, n_shards: int) -> tuple[LayerRange, ...]:
 def test_a_rule_with_a_refusal_has_no_other_rule() -> None:
     for rules in RULES.values():
         assert not (rules.refusal and (rules.input_node or rules.window or rules.needs_head))
+
+
+def test_what_only_the_first_shard_looks_up_is_not_in_the_others() -> None:
+    model = header(
+        "qwen4exp", 4, ple__layers=uint32s([0]), ple__head_offsets=uint32s([0, 9, 18, 27])
+    )
+    first, later = values_after_cut(model, 0, 2), values_after_cut(model, 2, 4)
+    assert first["ple.head_offsets"] == (0, 9, 18, 27)  # as many as layers, and none of theirs
+    assert first["ple.layers"] == (0,)
+    assert not [key for key in later if key.startswith("ple.")]

@@ -7,6 +7,7 @@ for a few tensors and values.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import gguf
@@ -35,7 +36,8 @@ class RuleModel:
     left_out: tuple[str, ...] = ()  # ends of tensor names
     norms: tuple[str, ...] = ()  # further ones in each block
     n_layer: int = N_LAYER
-    matrices: tuple[tuple[str, int, int], ...] = ()  # further ones: name, columns, rows
+    matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()  # further ones in each block
+    outside: tuple[tuple[str, tuple[int, ...]], ...] = ()  # further ones outside the blocks
 
 
 RULE_MODELS = {
@@ -83,16 +85,58 @@ RULE_MODELS = {
         },
         left_out=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
         matrices=(
-            ("attn_q_a", 96, 16),
-            ("attn_q_b", 16, 96),
-            ("attn_kv_a_mqa", 96, 32),
-            ("attn_kv_b", 24, 160),
-            ("attn_q_a_norm", 16, 1),
-            ("attn_kv_a_norm", 24, 1),
+            ("attn_q_a", (96, 16)),
+            ("attn_q_b", (16, 96)),
+            ("attn_kv_a_mqa", (96, 32)),
+            ("attn_kv_b", (24, 160)),
+            ("attn_q_a_norm", (16,)),
+            ("attn_kv_a_norm", (24,)),
         ),
     ),
     # With 32 layers llama.cpp turns positions, with others it does not.
     "baichuan": RuleModel(n_layer=32),
+    # Four hidden states of a token, side by side.
+    "hy_v4": RuleModel(
+        values={
+            "leading_dense_block_count": u32_value(N_LAYER),
+            "expert_feed_forward_length": u32_value(32),
+            "expert_shared_count": u32_value(1),
+            "attention.q_lora_rank": u32_value(16),
+            "attention.kv_lora_rank": u32_value(24),
+            "attention.head_count_kv": u32_value(1),
+            "attention.key_length": u32_value(32),
+            "attention.value_length": u32_value(24),
+            "attention.key_length_mla": u32_value(24),
+            "attention.value_length_mla": u32_value(24),
+            "rope.dimension_count": u32_value(8),
+            "hyper_connection.count": u32_value(4),
+            "hyper_connection.epsilon": f32_value(1e-6),
+            "hyper_connection.magnitude": f32_value(2.0),
+        },
+        left_out=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+        matrices=(
+            ("attn_sinks", (4,)),
+            ("attn_q_a", (96, 16)),
+            ("attn_q_a_norm", (16,)),
+            ("attn_q_b", (16, 96)),
+            ("attn_kv_a_mqa", (96, 32)),
+            ("attn_kv_a_norm", (24,)),
+            ("attn_k_b", (16, 24, 4)),
+            ("attn_v_b", (24, 24, 4)),
+            ("attn_gate", (96, 96)),
+            ("hc_attn_fn", (384, 8)),
+            ("hc_attn_base", (8,)),
+            ("hc_attn_scale", (2,)),
+            ("hc_ffn_fn", (384, 8)),
+            ("hc_ffn_base", (8,)),
+            ("hc_ffn_scale", (2,)),
+        ),
+        outside=(
+            ("output_hc_fn", (384, 4)),
+            ("output_hc_base", (4,)),
+            ("output_hc_scale", (1,)),
+        ),
+    ),
     # Hidden states would end the process: it takes them for an image.
     "glm4": RuleModel(base="phi3", norms=("post_attention_norm", "post_ffw_norm")),
 }
@@ -116,18 +160,19 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
     tensors = [tensor for tensor in tensors if not tensor.name.endswith(rule.left_out or ("?",))]
     generator = np.random.default_rng(0)
     for layer in range(rule.n_layer):
-        for name, n_columns, n_rows in rule.matrices:
-            shape = (n_columns,) if n_rows == 1 else (n_columns, n_rows)
-            data = generator.normal(0.0, n_columns**-0.5, n_columns * n_rows)
-            tensors.append(
-                TensorData(
-                    f"blk.{layer}.{name}.weight", shape, 0, data.astype(np.float32).tobytes()
-                )
-            )
+        tensors += [
+            _random_tensor(f"blk.{layer}.{name}", shape, generator) for name, shape in rule.matrices
+        ]
         for name in rule.norms:
             data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
             tensors.append(TensorData(f"blk.{layer}.{name}.weight", (n_embd,), 0, data))
+    tensors += [_random_tensor(name, shape, generator) for name, shape in rule.outside]
     return replace_model(path, metadata, tensors)
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> TensorData:
+    data = generator.normal(0.0, shape[0] ** -0.5, math.prod(shape)).astype(np.float32)
+    return TensorData(f"{name}.weight", shape, 0, data.tobytes())
 
 
 def read_model(path: Path) -> tuple[dict[str, bytes], list[TensorData]]:
