@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from fuzz import CORPUS_DIR, altered, case, corpus, findings, try_one
 from support.fuzz_targets import TARGETS
 
 from shardmesh.errors import ShardmeshError
+from shardmesh.wire.framing import RecordReader
+from shardmesh.wire.messages import Message, decode_message
 
 FILES = [pytest.param(name, path, id=path.name) for name in TARGETS for path in corpus(name)]
 
@@ -21,6 +24,15 @@ def test_every_target_has_good_and_bad_inputs() -> None:
     for name in TARGETS:
         kinds = {path.name.split("-")[0] for path in corpus(name)}
         assert kinds == {"good", "bad"}, name
+
+
+def test_every_message_of_a_link_has_a_good_input() -> None:
+    found: set[type] = set()
+    for path in corpus("stream"):
+        if path.name.startswith("good-"):
+            records = RecordReader().feed(path.read_bytes())
+            found |= {type(decode_message(record)[0]) for record in records}
+    assert found == set(typing.get_args(Message))
 
 
 @pytest.mark.parametrize(("name", "path"), FILES)
