@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.generate import Finished
     from shardmesh.coordinator.pace import Explanation
     from shardmesh.coordinator.request import CompletionRequest
+    from shardmesh.coordinator.timings import Timings
     from shardmesh.swarm.admission import Admission
 
 
@@ -66,6 +67,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds to wait for another replica when a stage is lost.",
 )
+@click.option(
+    "--no-prefix-reuse",
+    is_flag=True,
+    help="Compute the whole prompt, whatever the stages hold of it, and leave nothing there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @shards_dir_option
@@ -92,6 +98,7 @@ def command(
     avoid: tuple[str, ...],
     explain: bool,
     wait_s: float,
+    no_prefix_reuse: bool,
     as_json: bool,
     timings: bool,
     shards_dir: Path,
@@ -121,6 +128,7 @@ def command(
         via=_names(via),
         avoid=_names(avoid),
         wait_s=wait_s,
+        reuse_prefix=not no_prefix_reuse,
         sampling=SamplingSettings(
             temperature=temperature,
             top_k=top_k,
@@ -194,7 +202,7 @@ async def _answer(
                     click.echo()
                     is_line_open = False
                     if show_timings:
-                        _print_timings(item)
+                        _print_timings(item, can_reuse=completion.can_reuse)
     except (ShardmeshError, KeyboardInterrupt):
         if is_line_open:
             click.echo()  # what comes next shall not stick to the text
@@ -251,7 +259,13 @@ def _print_choice(explanation: Explanation) -> None:
     console.print(table)
 
 
-def _print_timings(finished: Finished) -> None:
+def _reuse_note(timings: Timings, *, can_reuse: bool) -> str:
+    if not can_reuse:
+        return " (none can be reused with this architecture)"
+    return f" ({timings.n_reused_tokens} of them reused)" if timings.n_reused_tokens else ""
+
+
+def _print_timings(finished: Finished, *, can_reuse: bool) -> None:
     """On standard error, so that standard output holds the text alone."""
     from rich.console import Console
     from rich.table import Table
@@ -260,8 +274,8 @@ def _print_timings(finished: Finished) -> None:
     console = Console(stderr=True)
     rate = timings.decode_tokens_per_s
     console.print(
-        f"{timings.n_prompt_tokens} prompt tokens, first token after "
-        f"{timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
+        f"{timings.n_prompt_tokens} prompt tokens{_reuse_note(timings, can_reuse=can_reuse)}, "
+        f"first token after {timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
         + (f" at {rate:.1f} tokens/s" if rate is not None else "")
     )
     n_steps = max(1, timings.n_tokens - 1)

@@ -85,6 +85,12 @@ if TYPE_CHECKING:
     envvar="LLAMA_ALLOWED_HOST",
     help="Name by which the gateway is reached, besides addresses; may be given several times.",
 )
+@click.option(
+    "--no-prefix-reuse",
+    is_flag=True,
+    envvar="LLAMA_NO_PREFIX_REUSE",
+    help="Compute every prompt as a whole, and leave none of them in the stages.",
+)
 @naming_options
 @shards_dir_option
 @bootstrap_option
@@ -102,6 +108,7 @@ def command(
     rate_per_minute: int,
     cors_origins: tuple[str, ...],
     allowed_hosts: tuple[str, ...],
+    no_prefix_reuse: bool,
     node_name: str,
     node_location: str,
     node_tags: tuple[str, ...],
@@ -142,6 +149,7 @@ def command(
             cache_dir=cache_dir(),
             state_dir=state_dir,
             naming=naming(node_name, node_location, node_tags),
+            reuse_prefix=not no_prefix_reuse,
         ),
     )
     trio.run(run_web, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.lan import find_on_lan, is_default
 from shardmesh.swarm.membership import Membership
+
+logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 10.0
 """For reaching a first node; a person waits for it."""
@@ -54,6 +57,7 @@ async def open_client(
     answers within JOIN_TIMEOUT_S, and RefusedError (theirs) when one does not admit it.  All of it
     is gone when the block is left.
     """
+    prefix_secret = _prefix_secret(identity, admission)
     identity = identity or new_identity()
     directory = Directory(cluster)
     # A client is never dialed: loopback keeps its port out of everybody's reach.
@@ -78,12 +82,23 @@ async def open_client(
                     nursery,
                     known=membership.known_listeners,
                     refresh=membership.pull,
+                    prefix_secret=prefix_secret,
                 )
                 try:
                     yield Client(host, directory, dht, membership, coordinator)
                 finally:
                     models.close()
                     nursery.cancel_scope.cancel()
+
+
+def _prefix_secret(identity: Identity | None, admission: Admission) -> bytes | None:
+    """What all commands of one user have in common, or all runs of one gateway; None: nothing."""
+    if identity is None and admission.files is not None:
+        try:
+            identity = admission.files.asker()
+        except ShardmeshError as error:
+            logger.warning("prompts of other runs are not reused: %s", error)
+    return identity.derive_secret("prefix") if identity is not None else None
 
 
 async def _reach(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -15,6 +16,7 @@ from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.pace import Explanation
+from shardmesh.coordinator.prefixes import PromptPrefix, asker_key
 from shardmesh.coordinator.replacements import ReplicaFinder
 from shardmesh.coordinator.request import (
     WAIT_S_DEFAULT,
@@ -48,6 +50,7 @@ class Completion:
     items: AsyncIterator[Piece | Finished]
     tokenizer: Tokenizer  # until the block is left
     explanation: Explanation | None = None  # why the chain was chosen
+    can_reuse: bool = True  # False: this architecture's state cannot be cut, so nothing is reused
 
     @property
     def chain(self) -> Chain:
@@ -72,8 +75,11 @@ class Coordinator:
         *,
         known: Callable[[], list[Announcement]] | None = None,
         refresh: Callable[[], Awaitable[None]] | None = None,
+        prefix_secret: bytes | None = None,
     ) -> None:
         """`find` looks for listeners before a request.
+
+        Coordinators with the same `prefix_secret`, of 32 bytes, begin behind each other's prompts.
 
         While a chain is repaired, `known` gives those that are known without asking anybody, and
         `refresh` asks a neighbour for news; without them what was found last must do.
@@ -86,6 +92,7 @@ class Coordinator:
         self._found: list[Announcement] = []
         self._known = known or (lambda: self._found)
         self._refresh = refresh or trio.lowlevel.checkpoint
+        self._prefix_secret = prefix_secret or secrets.token_bytes(32)
 
     @property
     def n_sessions(self) -> int:
@@ -115,6 +122,7 @@ class Coordinator:
                 sampling=sampling,
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
+                prefix=self._prefix(request, model, prompt),
             )
             finder = self._finder(wish, request.wait_s)
             async with self._router.session(chain, linked.links, settings, finder) as session:
@@ -131,10 +139,28 @@ class Coordinator:
                 )
                 try:
                     yield Completion(
-                        session, len(prompt), items, model.tokenizer, linked.explanation
+                        session,
+                        len(prompt),
+                        items,
+                        model.tokenizer,
+                        linked.explanation,
+                        model.manifest.can_roll_back,
                     )
                 finally:
                     await items.aclose()
+
+    def _prefix(
+        self, request: CompletionRequest, model: OpenModel, prompt: Sequence[int]
+    ) -> PromptPrefix | None:
+        if not (request.reuse_prefix and model.manifest.can_roll_back):
+            return None
+        key = asker_key(
+            self._prefix_secret,
+            tenant=request.tenant,
+            manifest_digest=model.manifest.digest(),
+            adapter=request.adapter,
+        )
+        return PromptPrefix(tuple(prompt), key)
 
     async def embed(
         self, texts: Sequence[str | Sequence[int]], *, model: str | None = None

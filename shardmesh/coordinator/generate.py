@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import trio
 
+from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.resume import catch_up, reread
 from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.coordinator.stops import StopScanner
@@ -16,15 +17,6 @@ from shardmesh.errors import ProtocolError
 from shardmesh.wire.messages import BatchDone, Sampled, StageTiming
 
 FinishReason = Literal["stop", "length"]
-
-PREFILL_TOKENS = 32
-"""Tokens of one micro-batch of a prompt: long enough for matrix products, short enough that all
-stages get to work on a prompt of usual length.
-
-It is a constant, because the last bits of a result depend on how many rows are computed at once
-(tried with f32, f16, Q8_0 and Q4_K weights on a CPU, 1 to 128 rows): one llama.cpp process that is
-fed pieces of this length gives the same bits as a chain.
-"""
 
 
 class TextSource(Protocol):
@@ -64,9 +56,10 @@ class Finished:
 async def prefill(session: Session, tokens: Sequence[int]) -> BatchDone:
     """Sends a prompt in pieces, several under way at once; the result of the last one.
 
-    Raises what the session's `send` and `receive` raise.
+    What the session holds already is left out.  Raises what the session's `send` and `receive`
+    raise.
     """
-    pieces = [tokens[i : i + PREFILL_TOKENS] for i in range(0, len(tokens), PREFILL_TOKENS)]
+    pieces = list(pieces_of(tokens, session.n_sent))
     n_in_flight = 0
     for number, piece in enumerate(pieces):
         if n_in_flight == N_BATCHES_IN_FLIGHT_MAX:
@@ -97,7 +90,9 @@ async def generate(
     Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far.
     """
     now_s = trio.current_time()
-    recorder = TimingRecorder(len(prompt), now_s if started_s is None else started_s)
+    recorder = TimingRecorder(
+        len(prompt), now_s if started_s is None else started_s, n_reused=session.n_reused
+    )
     if reread(given, source=source, decoder=decoder, stops=stops, ignore_end=ignore_end):
         yield Finished("stop", recorder.finish(now_s))
         return

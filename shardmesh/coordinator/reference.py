@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from shardmesh.coordinator.generate import PREFILL_TOKENS
+from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.request import uses_history
 from shardmesh.engine.base import Engine, MicroBatch, SamplingSettings
 from shardmesh.errors import EngineError
@@ -36,7 +36,7 @@ def reference_tokens(
     engine.open_sequence(0, sampling, history, adapter)
     tokens: list[int] = []
     times_s: list[float] = []
-    waiting = [prompt[i : i + PREFILL_TOKENS] for i in range(0, len(prompt), PREFILL_TOKENS)]
+    waiting = list(pieces_of(prompt))
     position = 0
     while len(tokens) < n_tokens:
         piece = waiting.pop(0)

@@ -37,6 +37,8 @@ class CompletionRequest:
     via: tuple[str, ...] = ()  # nodes that the chain must begin with, by peer id or its end
     avoid: tuple[str, ...] = ()  # nodes that it must never use
     wait_s: float = WAIT_S_DEFAULT  # for a replica in the place of a stage that was lost
+    reuse_prefix: bool = True  # begin behind what the stages hold of the prompt, and keep it there
+    tenant: str = ""  # for whom a coordinator asks: what they hold is never shared between two
 
     def __post_init__(self) -> None:
         given = [self.prompt is not None, bool(self.prompt_tokens), bool(self.messages)]
@@ -69,6 +71,7 @@ def request_of_command(params: InferenceParams, *, fresh_seed: int) -> Completio
         n_tokens_max=params.max_tokens,
         stop=params.stop,
         sampling=SamplingSettings(**{"seed": fresh_seed, **given}),
+        reuse_prefix=False,  # all members ask the same listener, and it cannot tell them apart
     )
 
 

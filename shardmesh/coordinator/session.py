@@ -12,6 +12,8 @@ from typing import Protocol
 import trio
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.pieces import pieces_of
+from shardmesh.coordinator.prefixes import PromptPrefix
 from shardmesh.coordinator.recovery import (
     EMPTY,
     Held,
@@ -42,6 +44,7 @@ from shardmesh.wire.messages import (
     SessionOpened,
     SessionRepaired,
     TokenBatch,
+    TrimSession,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class SessionSettings:
     sampling: Sampling
     history: tuple[int, ...] = ()
     adapter: str = ""  # a LoRA adapter of the manifest
+    prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +158,8 @@ class Session:
         """`links` is shared with the router, which takes messages of these links only."""
         self.session_id = session_id
         self.chain = chain
-        self.n_sent = 0  # tokens sent so far: the next position
+        self.n_sent = 0  # tokens sent so far, or held from the beginning: the next position
+        self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
         self.repairs: list[Repair] = []
         self._links = links
         self._events = events
@@ -200,7 +205,17 @@ class Session:
 
     def send(self, tokens: Sequence[int], *, sample: bool, embed: bool = False) -> None:
         """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`."""
-        batch = TokenBatch(
+        batch = self._batch(tokens, sample=sample, embed=embed)
+        self._stepped_s = trio.current_time()
+        self.n_sent += len(tokens)
+        self._expected.append(batch)
+        try:
+            self._outgoing.add(batch.position, len(tokens), batch)
+        except ShardmeshError as error:
+            self._unsent = self._lost(0, error)
+
+    def _batch(self, tokens: Sequence[int], *, sample: bool, embed: bool) -> TokenBatch:
+        return TokenBatch(
             session=self.session_id,
             epoch=self._epoch,
             position=self.n_sent,
@@ -210,13 +225,6 @@ class Session:
             branch=0,
             check=b"",
         )
-        self._stepped_s = trio.current_time()
-        self.n_sent += len(tokens)
-        self._expected.append(batch)
-        try:
-            self._outgoing.add(batch.position, len(tokens), batch)
-        except ShardmeshError as error:
-            self._unsent = self._lost(0, error)
 
     async def receive(self) -> BatchDone:
         """The next micro-batch that has gone through the chain; repairs the chain if need be.
@@ -418,6 +426,8 @@ class Session:
         """
         while True:
             held = await self._ask_all(fresh, timeout_s)
+            if not self._is_open:
+                held = self._begin_behind(held)
             plan = plan_replay(held, self._n_done)
             if not plan.restart:
                 break
@@ -432,12 +442,31 @@ class Session:
                 session=self.session_id,
                 epoch=self._epoch,
                 send_from=send_from,
-                n_replay=self.n_sent,
+                n_replay=self.n_sent if self._is_open else 0,
             )
             self._send(number, resume)
         with self._first_hop():
             self._outgoing.hold(self._epoch)
             self._outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+
+    def _begin_behind(self, held: Sequence[Held]) -> list[Held]:
+        """Has all stages begin behind what every one of them holds of the prompt."""
+        prefix, n_reused = self._settings.prefix, 0
+        if prefix is not None:
+            n_reused = prefix.n_reusable(min(each.n_received for each in held))
+        for number, each in enumerate(held):
+            if each.n_received > n_reused:
+                trim = TrimSession(session=self.session_id, epoch=self._epoch, n_keep=n_reused)
+                self._send(number, trim)
+        self._outgoing = Outgoing(self._epoch, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
+        self.n_sent = 0
+        for piece in pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ():
+            # Not sent, as all are held: for a stage that comes in the place of another.
+            batch = self._batch(piece, sample=False, embed=False)
+            self._outgoing.add(batch.position, len(piece), batch)
+            self.n_sent += len(piece)
+        self.n_reused = self._n_done = n_reused
+        return [Held(n_reused, n_reused, n_reused)] * len(held)
 
     @contextmanager
     def _first_hop(self) -> Iterator[None]:
@@ -462,7 +491,7 @@ class Session:
             while len(answers) < len(self._links):
                 number, event = await self._next_event()
                 if isinstance(event, SessionOpened):
-                    answers[number] = EMPTY
+                    answers[number] = self._opened(number, event)
                 elif isinstance(event, SessionRepaired):
                     answers[number] = Held(event.n_received, event.n_computed, event.kept_from)
         if not scope.cancelled_caught:
@@ -472,6 +501,12 @@ class Session:
             UnreachableError("a stage did not open the session in time", code="STAGE_TIMEOUT"),
         )
 
+    def _opened(self, number: int, event: SessionOpened) -> Held:
+        if event.n_held and (self._is_open or self._settings.prefix is None):
+            wrong = ProtocolError("a stage holds what it was not told of")
+            raise _BrokenError(number, wrong)
+        return Held(event.n_held, event.n_held, event.n_held)
+
     def _unanswering(self, answered: set[int], fresh: set[int]) -> int:
         """Whom to blame of those that did not answer: a new one first.
 
@@ -480,7 +515,9 @@ class Session:
         silent = [n for n in range(len(self._links)) if n not in answered]
         return next((n for n in silent if n in fresh), silent[-1])
 
-    def _send(self, number: int, message: OpenSession | RepairSession | ResumeSession) -> None:
+    def _send(
+        self, number: int, message: OpenSession | RepairSession | ResumeSession | TrimSession
+    ) -> None:
         try:
             self._links[number].send(message)
         except ShardmeshError as error:
@@ -501,6 +538,7 @@ class Session:
 
     def _open_message(self, number: int) -> OpenSession:
         stage, (previous, following) = self.chain.stages[number], self._neighbours(number)
+        prefix = self._settings.prefix
         return OpenSession(
             session=self.session_id,
             epoch=self._epoch,
@@ -514,6 +552,8 @@ class Session:
             history=() if following is not None else self._settings.history,
             adapter=self._settings.adapter,
             draft_key=b"",
+            # In a repair only what is lost is computed again, from the beginning.
+            prefix=prefix.pieces_for(stage.peer_id) if prefix and not self._is_open else (),
         )
 
     def _halt(self, number: int) -> RepairSession:

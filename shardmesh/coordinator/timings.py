@@ -30,6 +30,7 @@ class Timings:
     """A finished generation."""
 
     n_prompt_tokens: int
+    n_reused_tokens: int  # of them, which the stages held already
     n_tokens: int
     first_token_s: float  # from the request to the first token
     total_s: float  # from the request to the last token
@@ -50,8 +51,9 @@ class Step:
 class TimingRecorder:
     """Collects what the results report while a generation runs; times come from the caller."""
 
-    def __init__(self, n_prompt_tokens: int, started_s: float) -> None:
+    def __init__(self, n_prompt_tokens: int, started_s: float, *, n_reused: int = 0) -> None:
         self._n_prompt_tokens = n_prompt_tokens
+        self._n_reused = n_reused
         self._started_s = started_s
         self._token_times_s: list[float] = []
         self._steps: list[Step] = []
@@ -71,6 +73,7 @@ class TimingRecorder:
         hops_ms = _sum_columns([hops_of_step(s) for s in self._steps])
         return Timings(
             n_prompt_tokens=self._n_prompt_tokens,
+            n_reused_tokens=self._n_reused,
             n_tokens=len(self._token_times_s),
             first_token_s=times[0] - self._started_s,
             total_s=times[-1] - self._started_s,

@@ -126,11 +126,12 @@ class Engine(Protocol):
         sampling: SamplingSettings | None = None,
         history: Sequence[int] = (),
         adapter: str = "",
+        n_keep: int = 0,
     ) -> None:
         """Empties sequence 0..n_parallel-1 and, on the last stage, prepares its sampler.
 
         `history` are the tokens before the first sampled one, for penalties; `adapter` is one of
-        `info.adapters`, or empty.
+        `info.adapters`, or empty.  The first `n_keep` positions of what the sequence holds stay.
         """
         ...
 
@@ -156,8 +157,15 @@ class Engine(Protocol):
         """Removes all positions >= n_keep from the sequence."""
         ...
 
-    def close_sequence(self, sequence: int) -> None:
-        """Frees the sequence and its sampler; harmless if it is not open."""
+    def close_sequence(self, sequence: int, n_keep: int = 0) -> None:
+        """Frees the sequence and its sampler; harmless if it is not open.
+
+        The first `n_keep` positions stay, for `open_sequence` and `copy_sequence`.
+        """
+        ...
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Has `target`, closed, hold what `source` holds, open or closed, to the bit."""
         ...
 
     def close(self) -> None:

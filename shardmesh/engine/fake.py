@@ -96,11 +96,12 @@ class FakeEngine:
         sampling: SamplingSettings | None = None,
         history: Sequence[int] = (),
         adapter: str = "",
+        n_keep: int = 0,
     ) -> None:
         if sampling is not None and self._info.is_last:
             check_sampling(sampling, self._info.n_vocab)
-        self._table.open(sequence, can_sample=sampling is not None)
-        self._sequences[sequence] = _Sequence([[] for _ in range(self._info.n_layer)], sampling)
+        self._table.open(sequence, can_sample=sampling is not None, n_keep=n_keep)
+        self._sequences[sequence] = _Sequence(self._rows_of(sequence, n_keep), sampling)
 
     def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
         self._table.check(batch)
@@ -122,9 +123,21 @@ class FakeEngine:
         for rows in self._sequences[sequence].rows:
             del rows[n_keep:]
 
-    def close_sequence(self, sequence: int) -> None:
-        self._table.close(sequence)
-        self._sequences.pop(sequence, None)
+    def close_sequence(self, sequence: int, n_keep: int = 0) -> None:
+        self._table.close(sequence, n_keep)
+        kept = self._rows_of(sequence, self._table.n_held(sequence))
+        self._sequences[sequence] = _Sequence(kept, None)
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        self._table.copy(source, target)
+        n_held = self._table.n_held(source)
+        self._sequences[target] = _Sequence(self._rows_of(source, n_held), None)
+
+    def _rows_of(self, sequence: int, n_rows: int) -> list[list[bytes]]:
+        """A copy of what each layer gave for the first positions."""
+        held = self._sequences.get(sequence)
+        layers = held.rows if held else [[] for _ in range(self._info.n_layer)]
+        return [given[:n_rows] for given in layers]
 
     def close(self) -> None:
         for sequence in list(self._sequences):

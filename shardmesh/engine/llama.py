@@ -126,15 +126,16 @@ class LlamaEngine:
         sampling: SamplingSettings | None = None,
         history: Sequence[int] = (),
         adapter: str = "",
+        n_keep: int = 0,
     ) -> None:
         self._require_open()
-        self._table.check_number(sequence)
+        self._table.check_keep(sequence, n_keep)
         self._adapters.check(adapter)
+        self.close_sequence(sequence, n_keep)
         sampler = None
         if sampling is not None and self._info.is_last:
             sampler = SamplerChain(sampling, self._info.n_vocab, history, self._vocabulary)
-        self.close_sequence(sequence)
-        self._table.open(sequence, can_sample=sampler is not None)
+        self._table.open(sequence, can_sample=sampler is not None, n_keep=n_keep)
         self._adapter_of[sequence] = adapter
         if sampler is not None:
             self._samplers[sequence] = sampler
@@ -173,6 +174,27 @@ class LlamaEngine:
     def trim_sequence(self, sequence: int, n_keep: int) -> None:
         self._require_open()
         self._table.check_trim(sequence, n_keep)
+        self._forget_tail(sequence, n_keep)
+        self._table.trim(sequence, n_keep)
+
+    def close_sequence(self, sequence: int, n_keep: int = 0) -> None:
+        self._require_open()
+        sampler = self._samplers.pop(sequence, None)
+        if sampler is not None:
+            sampler.close()
+        if n_keep:
+            self._forget_tail(sequence, n_keep)
+        else:
+            api.llama_memory_seq_rm(api.llama_get_memory(self._context), sequence, -1, -1)
+        self._table.close(sequence, n_keep)
+
+    def copy_sequence(self, source: int, target: int) -> None:
+        self._require_open()
+        self._table.copy(source, target)
+        # From one cache to another llama.cpp copies the whole, and that before it next computes.
+        api.llama_memory_seq_cp(api.llama_get_memory(self._context), source, target, -1, -1)
+
+    def _forget_tail(self, sequence: int, n_keep: int) -> None:
         memory = api.llama_get_memory(self._context)
         if not api.llama_memory_seq_rm(memory, sequence, n_keep, -1):
             raise EngineError(
@@ -180,16 +202,6 @@ class LlamaEngine:
                 code=CANNOT_TRIM,
                 next_step="start the sequence again from its first token",
             )
-        self._table.trim(sequence, n_keep)
-
-    def close_sequence(self, sequence: int) -> None:
-        self._require_open()
-        sampler = self._samplers.pop(sequence, None)
-        if sampler is not None:
-            sampler.close()
-        if self._table.is_open(sequence):
-            api.llama_memory_seq_rm(api.llama_get_memory(self._context), sequence, -1, -1)
-            self._table.close(sequence)
 
     def close(self) -> None:
         if self._context is None:

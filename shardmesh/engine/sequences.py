@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shardmesh.engine.base import EngineInfo, Hidden, MicroBatch
-from shardmesh.errors import InputError
+from shardmesh.errors import EngineError, InputError
 
 CONTEXT_FULL = "CONTEXT_FULL"
 """Code of the InputError for a micro-batch that would pass the end of the context."""
@@ -28,11 +28,13 @@ class SequenceTable:
     def __init__(self, info: EngineInfo) -> None:
         self._info = info
         self._open: dict[int, _Held] = {}
+        self._n_kept: dict[int, int] = {}  # tokens of sequences that are closed and not empty
 
-    def open(self, sequence: int, *, can_sample: bool) -> None:
-        """Starts `sequence` anew, empty; raises InputError (theirs) if there is no such one."""
-        self.check_number(sequence)
-        self._open[sequence] = _Held(can_sample)
+    def open(self, sequence: int, *, can_sample: bool, n_keep: int = 0) -> None:
+        """Starts `sequence` anew with its first `n_keep` tokens; raises as `check_keep`."""
+        self.check_keep(sequence, n_keep)
+        self._n_kept.pop(sequence, None)
+        self._open[sequence] = _Held(can_sample, n_keep)
 
     def check_number(self, sequence: int) -> None:
         """Raises InputError (theirs) if there is no such sequence."""
@@ -41,13 +43,32 @@ class SequenceTable:
                 f"sequence {sequence} does not exist: this stage has {self._info.n_parallel}"
             )
 
-    def close(self, sequence: int) -> None:
+    def check_keep(self, sequence: int, n_keep: int) -> None:
+        """Raises InputError (theirs) if there is no such sequence, EngineError if it holds less."""
+        self.check_number(sequence)
+        if n_keep > self.n_held(sequence):
+            raise EngineError(f"sequence {sequence} does not hold {n_keep} tokens")
+
+    def close(self, sequence: int, n_keep: int = 0) -> None:
+        """Closes it if it is open; its first `n_keep` tokens stay."""
+        n_kept = min(n_keep, self.n_held(sequence))
         self._open.pop(sequence, None)
+        self._n_kept.pop(sequence, None)
+        if n_kept > 0:
+            self._n_kept[sequence] = n_kept
+
+    def copy(self, source: int, target: int) -> None:
+        """Notes that `target`, closed, holds what `source` does; raises InputError (theirs)."""
+        self.check_number(source)
+        self.check_number(target)
+        if source == target or target in self._open:
+            raise InputError(f"sequence {source} cannot be copied to sequence {target}")
+        self._n_kept[target] = self.n_held(source)
 
     def n_held(self, sequence: int) -> int:
-        """Tokens that the sequence holds; 0 if it is not open."""
+        """Tokens that the sequence holds; 0 for one that is closed and was not to keep any."""
         held = self._open.get(sequence)
-        return held.n_held if held else 0
+        return held.n_held if held else self._n_kept.get(sequence, 0)
 
     def is_open(self, sequence: int) -> bool:
         return sequence in self._open

@@ -49,18 +49,23 @@ def _branch_of(message: SentMessage) -> int:
 class Outgoing:
     """The micro-batches of one session on their way to the next hop; from any thread."""
 
-    def __init__(self, epoch: int, *, n_bytes_max: int, n_kept_max: int | None = None) -> None:
-        """Holds until `resume`; beyond a bound the oldest that were sent are forgotten."""
+    def __init__(
+        self, epoch: int, *, n_bytes_max: int, n_kept_max: int | None = None, start: int = 0
+    ) -> None:
+        """Holds until `resume`; beyond a bound the oldest that were sent are forgotten.
+
+        What lies below `start` was never here, and cannot be sent.
+        """
         self._lock = threading.Lock()
         self._n_bytes_max = n_bytes_max
         self._n_kept_max = n_kept_max
         self._kept: deque[_Kept] = deque()
         self._n_bytes = 0
-        self._kept_from = 0
-        self._end = 0  # behind the newest
+        self._kept_from = start
+        self._end = start  # behind the newest
         self._epoch = epoch
         self._hop: Hop | None = None
-        self._next = 0  # position of what is sent next
+        self._next = start  # position of what is sent next
         self._next_index = 0  # and its place among what is kept
         self._n_replay = 0
         self._unacknowledged: deque[int] = deque()  # ends of replayed micro-batches

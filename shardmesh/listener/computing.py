@@ -12,14 +12,16 @@ from typing import Protocol, TypeVar
 from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import Engine, Output
 from shardmesh.errors import InputError, OurError, ShardmeshError
+from shardmesh.listener.kept_sequences import Place
 from shardmesh.listener.stage_session import (
     StageCounters,
     StageIdentity,
     StageSession,
     Work,
     result_message,
+    sampling_settings,
 )
-from shardmesh.wire.messages import StageTiming
+from shardmesh.wire.messages import OpenSession, StageTiming
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +163,19 @@ class Computing:
             self._sessions.report_next_soon(session, error, epoch)
         else:
             session.acknowledge()
+
+
+def begin_sequence(engine: Engine, message: OpenSession, place: Place) -> None:
+    """Opens the sequence of a new session with what it begins behind; raises EngineError (ours)."""
+    if place.copy_of is not None:
+        engine.copy_sequence(place.copy_of, place.sequence)
+    engine.open_sequence(
+        place.sequence,
+        sampling_settings(message),
+        message.history,
+        message.adapter,
+        n_keep=place.n_held,
+    )
 
 
 def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:

@@ -135,7 +135,7 @@ class DataProcess:
         )
 
     def _metrics(self, number: int) -> Metrics:
-        n_kv_tokens = sum(map(self._engine.n_held, range(self._engine.info.n_parallel)))
+        n_kv_tokens = sum(map(self._engine.n_held, self.stage.sequences_in_use))
         return Metrics(
             number=number,
             n_sessions=self.stage.n_sessions,

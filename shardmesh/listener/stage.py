@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Literal
 
 import trio
@@ -22,7 +23,8 @@ from shardmesh.errors import (
     UnreachableError,
 )
 from shardmesh.links.link import Link
-from shardmesh.listener.computing import Computing
+from shardmesh.listener.computing import Computing, begin_sequence
+from shardmesh.listener.kept_sequences import KeptSequences
 from shardmesh.listener.stage_session import (
     StageCounters,
     StageIdentity,
@@ -34,7 +36,6 @@ from shardmesh.listener.stage_session import (
     failure_message,
     hop_failure_message,
     new_session,
-    sampling_settings,
 )
 from shardmesh.listener.worker import Computes, Worker
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
@@ -79,7 +80,7 @@ class Stage:
         self._nursery = nursery
         self._get_link = get_link
         self._sessions: dict[bytes, StageSession] = {}
-        self._free_sequences = list(range(engine.info.n_parallel))
+        self._sequences = KeptSequences(engine.info.n_parallel, engine.info.n_ctx)
         self._computing = Computing(engine, identity, self.counters, self)
         self._worker = make_worker(self._computing.compute)
         self._trio_token = trio.lowlevel.current_trio_token()
@@ -90,6 +91,11 @@ class Stage:
     @property
     def n_sessions(self) -> int:
         return len(self._sessions)
+
+    @property
+    def sequences_in_use(self) -> list[int]:
+        """Those of sessions; what others keep may go at any moment."""
+        return [session.sequence for session in self._sessions.values()]
 
     async def run(self) -> None:
         """Computes until cancelled; the pass under way is waited for."""
@@ -155,23 +161,21 @@ class Stage:
         try:
             if self.is_draining:
                 raise UnreachableError("this node takes no new sessions", code="NODE_LEAVING")
-            check_request(message, self._identity, info, len(self._free_sequences))
+            check_request(message, self._identity, info, self._sequences.n_free)
             check_share(self._n_sessions_of(link.peer_id), self.sessions_per_node_max)
         except ShardmeshError as error:
             self.counters.n_sessions_refused += 1
             self._refuse(link, message.session, message.epoch, error)
             return
-        session = new_session(message, self._free_sequences.pop(0), link, info)
+        running = [(s.sequence, s.held_prefix) for s in self._sessions.values()]
+        place = self._sequences.take(message.prefix, running)
+        session = new_session(message, place, link, info)
         self._sessions[message.session] = session
         self.counters.n_sessions_opened += 1
-        sampling = sampling_settings(message)
-        self._run_in_engine(
-            session,
-            lambda: self._engine.open_sequence(
-                session.sequence, sampling, message.history, message.adapter
-            ),
-        )
-        opened = SessionOpened(session=message.session, epoch=message.epoch)
+        self.counters.n_tokens_reused += place.n_held
+        self.counters.n_sequences_kept = self._sequences.n_kept
+        self._run_in_engine(session, partial(begin_sequence, self._engine, message, place))
+        opened = SessionOpened(session=message.session, epoch=message.epoch, n_held=place.n_held)
         self._start_connecting(session, lambda: opened)
 
     def _n_sessions_of(self, peer_id: str) -> int:
@@ -264,8 +268,8 @@ class Stage:
             session, lambda: self._engine.trim_sequence(session.sequence, message.n_keep)
         )
 
-    def _release(self, session: StageSession) -> None:
-        """Frees the session's sequence.
+    def _release(self, session: StageSession, *, is_well: bool = True) -> None:
+        """Frees the session's sequence, which keeps the prompt that was computed if all is well.
 
         The next session can have it at once: the engine's jobs keep their order, so it is emptied
         behind whatever is computed now and before whatever comes.
@@ -274,14 +278,17 @@ class Stage:
         session.outgoing.hold()
         session.connecting.cancel()
         self._worker.forget(session.session_id)
-        self._run_in_engine(None, lambda: self._engine.close_sequence(session.sequence))
-        self._free_sequences.append(session.sequence)
+        held = session.held_prefix if is_well else ()
+        n_keep = held[-1].end if held else 0
+        self._run_in_engine(None, lambda: self._engine.close_sequence(session.sequence, n_keep))
+        self._sequences.give_back(session.sequence, held)
+        self.counters.n_sequences_kept = self._sequences.n_kept
 
     def _fail(self, session: StageSession, error: ShardmeshError) -> None:
         if not self.is_current(session):
             return
         self.counters.n_sessions_failed += 1
-        self._release(session)
+        self._release(session, is_well=False)
         self._refuse(session.coordinator, session.session_id, session.epoch, error)
 
     def _refuse(self, link: Link, session_id: bytes, epoch: int, error: ShardmeshError) -> None:

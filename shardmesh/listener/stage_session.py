@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from typing import Literal
 
 import trio
 
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
-from shardmesh.errors import BusyError, InputError, ShardmeshError
+from shardmesh.errors import BusyError, InputError, ProtocolError, ShardmeshError
 from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
 from shardmesh.listener.drafts import DraftChecks
+from shardmesh.listener.kept_sequences import Place, Prefix, held_of
 from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
 from shardmesh.wire.messages import (
     BatchDone,
@@ -65,6 +67,11 @@ class StageSession:
     def session_id(self) -> bytes:
         return self.opened_by.session
 
+    @property
+    def held_prefix(self) -> Prefix:
+        """What it has of its prompt, for sessions that begin alike."""
+        return held_of(self.opened_by.prefix, self.outgoing.n_computed)
+
     def acknowledge(self) -> None:
         """In a replay: lets the previous hop send more, once what came is dealt with."""
         if self.n_acknowledged >= self.n_replay:
@@ -88,22 +95,24 @@ class StageSession:
         self.is_deaf = False
 
 
-def new_session(message: OpenSession, sequence: int, link: Link, info: EngineInfo) -> StageSession:
+def new_session(message: OpenSession, place: Place, link: Link, info: EngineInfo) -> StageSession:
     """A session whose sequence is reserved; it sends nothing before its first hop is known."""
     outgoing = Outgoing(
         message.epoch,
         n_bytes_max=REPLAY_KEPT_BYTES_MAX // info.n_parallel,
         n_kept_max=REPLAY_RESULTS_KEPT_MAX if info.is_last else None,
+        start=place.n_held,
     )
     return StageSession(
         opened_by=message,
-        sequence=sequence,
+        sequence=place.sequence,
         coordinator=link,
         outgoing=outgoing,
         epoch=message.epoch,
         previous_stage=message.previous_stage,
         next_stage=message.next_stage,
         checks=DraftChecks(message.draft_key),
+        n_received=place.n_held,
     )
 
 
@@ -133,6 +142,8 @@ class StageCounters:
     queue_us: int = 0
     compute_us: int = 0
     token_us: int = 0  # computing one token, of late
+    n_tokens_reused: int = 0  # of prompts, which were there already
+    n_sequences_kept: int = 0  # free ones that hold a prompt, now
 
 
 def check_request(
@@ -148,6 +159,9 @@ def check_request(
             next_step="use one of the model's manifest, whose files must lie beside the shard",
         )
     check_neighbours(message, info)
+    ends = [piece.end for piece in message.prefix]
+    if any(end <= before for before, end in itertools.pairwise(ends)):
+        raise ProtocolError("the pieces of a prefix are not in order", code="OUT_OF_ORDER")
     if info.is_last != (message.sampling is not None):
         raise _wrong_chain()
     if message.n_ctx > info.n_ctx:

@@ -2,7 +2,8 @@
 
 `clusters/<name>.secret` in the state folder, `<name>.update` once the owner has changed it, and
 `<name>.nodes.json` with nodes that were reachable.
-Beside them lies `<name>.owner.pem` where the cluster was made: the key that may change the secret.
+Beside them lies `<name>.owner.pem` where the cluster was made: the key that may change the secret;
+and `<name>.asker.pem`, by which this user's commands know each other's prompts.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class ClusterFiles:
     def owner(self) -> Identity:
         """The key of the owner, made if it is missing; raises as `load_identity`."""
         return load_identity(self.owner_path)
+
+    def asker(self) -> Identity:
+        """The key of this user's prompts, made if it is missing; raises as `load_identity`."""
+        return load_identity(self._path("asker.pem"))
 
     def update(self) -> bytes | None:
         """The owner's last signed change that was taken, None if there is none."""

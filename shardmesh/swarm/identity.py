@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from shardmesh.errors import InputError
 from shardmesh.swarm.state_file import write_state
@@ -32,6 +33,11 @@ class Identity:
     def secret(self) -> bytes:
         """The 32 secret bytes, for libp2p's handshake and for nothing else."""
         return self._private_key.private_bytes_raw()
+
+    def derive_secret(self, purpose: str) -> bytes:
+        """32 bytes that only this identity can make, others for each purpose."""
+        kdf = HKDF(hashes.SHA256(), length=32, salt=None, info=f"shardmesh {purpose}".encode())
+        return kdf.derive(self.secret())
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"

@@ -9,12 +9,19 @@ import pydantic
 from shardmesh.web.errors import ErrorBody
 
 
+class PromptTokens(pydantic.BaseModel):
+    """Of the prompt's tokens those that the stages held already."""
+
+    cached_tokens: int
+
+
 class Usage(pydantic.BaseModel):
     """Tokens that a request cost."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class StageTime(pydantic.BaseModel):

@@ -22,7 +22,7 @@ from shardmesh.web.gateway import Gateway
 from shardmesh.web.generation import Outcome, mesh_json, new_id, run_choice, usage_json
 from shardmesh.web.logprobs import chat_entry
 from shardmesh.web.requests import ChatBody
-from shardmesh.web.routes import GatewayOfApp
+from shardmesh.web.routes import CallerOfRequest, GatewayOfApp
 from shardmesh.web.sse import EventStream, SendEvent, while_wanted
 from shardmesh.web.tools import Call, ToolPlan, ToolScanner
 from shardmesh.web.translate import chat_requests
@@ -34,12 +34,14 @@ Say = Callable[[dict[str, Any], list[Any] | None], Awaitable[None]]
 
 
 @router.post("/v1/chat/completions", responses=CHAT_ANSWERS)
-async def chat(body: ChatBody, request: Request, gateway: GatewayOfApp) -> Response:
+async def chat(
+    body: ChatBody, request: Request, gateway: GatewayOfApp, caller: CallerOfRequest
+) -> Response:
     """The model's next message; with `stream`, as server-sent events."""
     async with gateway.coordinator.open_model(body.model) as model:
         template = model.tokenizer.chat_template
     requests, tools = await trio.to_thread.run_sync(
-        chat_requests, body, secrets.randbits(32), template
+        chat_requests, body, secrets.randbits(32), template, caller
     )
     answer = ChatAnswer(gateway, body, requests, tools)
     if body.stream:

@@ -21,7 +21,7 @@ from shardmesh.web.gateway import Gateway
 from shardmesh.web.generation import Outcome, mesh_json, new_id, run_choice, usage_json
 from shardmesh.web.logprobs import CompletionLogprobs
 from shardmesh.web.requests import CompletionBody
-from shardmesh.web.routes import GatewayOfApp
+from shardmesh.web.routes import CallerOfRequest, GatewayOfApp
 from shardmesh.web.sse import EventStream, SendEvent, while_wanted
 from shardmesh.web.translate import completion_requests
 
@@ -32,9 +32,11 @@ Say = Callable[[str, dict[str, Any] | None], Awaitable[None]]
 
 
 @router.post("/v1/completions", responses=COMPLETION_ANSWERS)
-async def complete(body: CompletionBody, request: Request, gateway: GatewayOfApp) -> Response:
+async def complete(
+    body: CompletionBody, request: Request, gateway: GatewayOfApp, caller: CallerOfRequest
+) -> Response:
     """Text that goes on from a prompt; with `stream`, as server-sent events."""
-    answer = CompletionAnswer(gateway, body)
+    answer = CompletionAnswer(gateway, body, caller)
     if body.stream:
         return EventStream(answer.stream)
     found = await while_wanted(request, answer.whole)
@@ -44,11 +46,11 @@ async def complete(body: CompletionBody, request: Request, gateway: GatewayOfApp
 class CompletionAnswer:
     """One answer: all its choices, at the same time."""
 
-    def __init__(self, gateway: Gateway, body: CompletionBody) -> None:
+    def __init__(self, gateway: Gateway, body: CompletionBody, caller: str) -> None:
         """Raises InputError (theirs) for a request that contradicts itself."""
         self._gateway = gateway
         self._body = body
-        self._requests = completion_requests(body, secrets.randbits(32))
+        self._requests = completion_requests(body, secrets.randbits(32), caller)
         self._outcomes: dict[int, Outcome] = {}
         self._model = body.model or ""
         self._id = new_id("cmpl")

@@ -60,6 +60,7 @@ class GatewayOptions:
     cache_dir: Path
     state_dir: Path
     naming: Naming = dataclasses.field(default_factory=Naming)
+    reuse_prefix: bool = True  # of prompts with the same API token
 
 
 class Gateway:

@@ -110,7 +110,9 @@ class _Run:
             [replica_of(a) for a in gateway.directory.all()], request.model
         )
         self.model_name = self._replicas[0].model_name
-        self._request = dataclasses.replace(request, model=self.model_name)
+        self._request = dataclasses.replace(
+            request, model=self.model_name, reuse_prefix=gateway.options.reuse_prefix
+        )
         self.session_id = answer_id if number == 0 else f"{answer_id}-{number}"
         self._known: dict[str, Any] = {
             "session_id": self.session_id,
@@ -215,14 +217,17 @@ def timings_json(timings: Timings) -> dict[str, Any]:
     }
 
 
-def usage_json(outcomes: Sequence[Outcome], n_choices_per_prompt: int) -> dict[str, int]:
+def usage_json(outcomes: Sequence[Outcome], n_choices_per_prompt: int) -> dict[str, Any]:
     """OpenAI's count: a prompt once however many choices it has."""
-    n_prompt = sum(outcome.n_prompt_tokens for outcome in outcomes[::n_choices_per_prompt])
+    prompts = outcomes[::n_choices_per_prompt]
+    n_prompt = sum(outcome.n_prompt_tokens for outcome in prompts)
+    n_reused = sum(outcome.timings.n_reused_tokens for outcome in prompts)
     n_tokens = sum(outcome.n_tokens for outcome in outcomes)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_tokens,
         "total_tokens": n_prompt + n_tokens,
+        "prompt_tokens_details": {"cached_tokens": n_reused},
     }
 
 

@@ -89,6 +89,9 @@ class MeshFigures(Collector):
             "shardmesh_kv_tokens", "Tokens that a listener has room for in its KV cache"
         )
         used = _gauge("shardmesh_kv_tokens_used", "Tokens in the KV cache of a listener")
+        kept = _gauge(
+            "shardmesh_kv_sequences_kept", "Free sequences of a listener that hold a prompt"
+        )
         sessions = _gauge("shardmesh_sessions", "Sessions on a listener, of all coordinators")
         memory = _gauge(
             "shardmesh_data_process_memory_bytes", "Memory of a listener's data process"
@@ -105,6 +108,7 @@ class MeshFigures(Collector):
             tokens.add_metric(labels, a.capabilities.n_ctx * a.capabilities.n_parallel)
             if report.n_kv_tokens is not None:
                 used.add_metric(labels, report.n_kv_tokens)
+            kept.add_metric(labels, report.n_sequences_kept)
             sessions.add_metric(labels, report.n_sessions)
             memory.add_metric(labels, report.memory_bytes)
             if report.round_trip_ms is not None:
@@ -113,7 +117,7 @@ class MeshFigures(Collector):
             fetching.add_metric(labels, len(under_way))
             missing.add_metric(labels, sum(d.n_bytes - d.n_bytes_done for d in under_way))
             rate.add_metric(labels, sum(d.bytes_per_s for d in under_way))
-        yield from (tokens, used, sessions, memory, trip, fetching, missing, rate)
+        yield from (tokens, used, kept, sessions, memory, trip, fetching, missing, rate)
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> GaugeMetricFamily:

@@ -69,6 +69,9 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = counter("shardmesh_prompt_tokens", "Tokens of prompts")
+        self._reused_tokens = counter(
+            "shardmesh_reused_prompt_tokens", "Tokens of prompts that the stages held already"
+        )
         self._tokens = counter("shardmesh_generated_tokens", "Tokens that were generated")
         self._first_token = histogram(
             "shardmesh_first_token_seconds",
@@ -132,6 +135,7 @@ class Metrics:
         labels = (self._node, model)
         self._ended(model, "finished")
         self._prompt_tokens.labels(*labels).inc(n_prompt_tokens)
+        self._reused_tokens.labels(*labels).inc(timings.n_reused_tokens)
         self._first_token.labels(*labels).observe(timings.first_token_s)
         if timings.decode_tokens_per_s:
             self._token_time.labels(*labels).observe(1 / timings.decode_tokens_per_s)

@@ -83,6 +83,7 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
     metrics = convert(data, _Metrics)
     n_tokens = metrics.stage.get("n_tokens", 0)
     n_kv_tokens = metrics.stage.get("n_kv_tokens")
+    n_kept = metrics.stage.get("n_sequences_kept")
     report = Report(
         round_trip_ms=round(round_trip_ms, 1),
         shard_state=metrics.shard_state,
@@ -90,6 +91,7 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
         n_sessions=metrics.n_sessions,
         memory_bytes=metrics.data_memory_bytes,
         n_kv_tokens=n_kv_tokens if isinstance(n_kv_tokens, int) else None,
+        n_sequences_kept=n_kept if isinstance(n_kept, int) else 0,
         downloads=tuple(each.shown() for each in metrics.downloads[-DOWNLOADS_SHOWN_MAX:]),
     )
     return report, n_tokens if isinstance(n_tokens, int) else 0

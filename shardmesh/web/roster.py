@@ -52,6 +52,7 @@ class Report:
     memory_bytes: int = 0
     tokens_per_s: float = 0.0
     n_kv_tokens: int | None = None  # None: the node does not tell
+    n_sequences_kept: int = 0  # free ones that hold a prompt
     downloads: tuple[Download, ...] = ()
 
     @property

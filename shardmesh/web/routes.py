@@ -20,6 +20,15 @@ GatewayOfApp = Annotated[Gateway, Depends(_gateway_of_app)]
 """The type of a route's parameter that is to be the app's gateway; WebSocket routes too."""
 
 
+def _caller(connection: HTTPConnection) -> str:
+    caller: str = connection.state.caller
+    return caller
+
+
+CallerOfRequest = Annotated[str, Depends(_caller)]
+"""The type of a route's parameter that is to be the name of the API token of whoever asks."""
+
+
 def ranges_json(ranges: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Layer ranges as JSON has them; a schema of pairs is not understood everywhere."""
     return [list(each) for each in ranges]

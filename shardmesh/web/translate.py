@@ -58,7 +58,9 @@ def sampling_of(
     )
 
 
-def completion_requests(body: CompletionBody, fresh_seed: int) -> list[CompletionRequest]:
+def completion_requests(
+    body: CompletionBody, fresh_seed: int, caller: str = ""
+) -> list[CompletionRequest]:
     """A request for each choice, prompt by prompt; raises InputError (theirs)."""
     if body.echo and body.logprobs is not None:
         raise InputError("`echo` cannot be had together with `logprobs`")
@@ -75,6 +77,7 @@ def completion_requests(body: CompletionBody, fresh_seed: int) -> list[Completio
             stop=body.stops,
             sampling=sampling,
             ignore_end=body.ignore_eos,
+            tenant=caller,
         )
         requests += _choices(base, body, len(requests))
     if len(requests) > CHOICES_MAX:
@@ -83,7 +86,7 @@ def completion_requests(body: CompletionBody, fresh_seed: int) -> list[Completio
 
 
 def chat_requests(
-    body: ChatBody, fresh_seed: int, template: str | None
+    body: ChatBody, fresh_seed: int, template: str | None, caller: str = ""
 ) -> tuple[list[CompletionRequest], ToolPlan]:
     """A request for each choice, and how tool calls look; raises InputError (theirs)."""
     if body.top_logprobs and not body.logprobs:
@@ -103,6 +106,7 @@ def chat_requests(
             grammar=_chat_grammar(body, tools),
         ),
         ignore_end=body.ignore_eos,
+        tenant=caller,
     )
     return _choices(base, body, 0), tools
 

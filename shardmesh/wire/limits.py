@@ -46,6 +46,9 @@ SESSIONS_PER_NODE_MAX: Final = 128
 SAMPLING_HISTORY_TOKENS_MAX: Final = 4096
 """Prompt tokens that the penalties of the sampler may look back on."""
 
+PREFIX_PIECES_MAX: Final = 4096
+"""Pieces of a prompt that may be reused; their names take 90 KiB of a frame's header."""
+
 LOGIT_BIASES_MAX: Final = 1024
 """Entries of a logit bias; OpenAI allows 300."""
 

@@ -24,6 +24,7 @@ from shardmesh.wire.limits import (
     GRAMMAR_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
+    PREFIX_PIECES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
     TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
@@ -78,6 +79,16 @@ class NextStage(_Message, frozen=True):
     addresses: Addresses
 
 
+class PrefixPiece(_Message, frozen=True, array_like=True):
+    """A piece of a prompt: where it ends, and a name for all tokens up to there.
+
+    Travels as an array: a long prompt has thousands.
+    """
+
+    end: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    digest: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
 class StageTiming(_Message, frozen=True, array_like=True):
     """Where one micro-batch spent its time in one stage.
 
@@ -125,11 +136,16 @@ class OpenSession(_Message, frozen=True, tag="open"):
     history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
     adapter: Text  # name of the LoRA adapter in the manifest; empty: none
     draft_key: DraftKey  # of the checks of drafts, for the last stage; empty: no drafts
+    # Whole pieces of the prompt in order, which the stage may begin behind and keep for others.
+    prefix: Annotated[tuple[PrefixPiece, ...], msgspec.Meta(max_length=PREFIX_PIECES_MAX)]
 
 
 class SessionOpened(_Message, frozen=True, tag="opened"):
+    """Stage to coordinator: it has a sequence, and a link to the next stage."""
+
     session: SessionId
     epoch: Count
+    n_held: Count  # positions of the prefix that are there already, up to the end of a piece
 
 
 class RepairSession(_Message, frozen=True, tag="repair"):

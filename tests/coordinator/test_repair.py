@@ -14,7 +14,8 @@ import trio.testing
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
-from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
+from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of
 from shardmesh.coordinator.replacements import ASIDE_MIN_S
 from shardmesh.coordinator.session import Session, SessionSettings
 from shardmesh.engine.base import MicroBatch, SamplingSettings
@@ -24,7 +25,7 @@ from shardmesh.listener.stage_session import Work
 from shardmesh.wire.messages import HiddenBatch, Sampling
 
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
-PROMPT = [i % 60 for i in range(3 * PREFILL_TOKENS + 5)]
+PROMPT = [i % 60 for i in range(3 * PIECE_TOKENS + 5)]
 BOUNDARIES = (0, 1, 3, 4)
 N_TOKENS = 12
 
@@ -43,7 +44,7 @@ def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list
     tokens: list[int] = []
     position, pieces = (
         0,
-        [PROMPT[i : i + PREFILL_TOKENS] for i in range(0, len(PROMPT), PREFILL_TOKENS)],
+        list(pieces_of(PROMPT)),
     )
     while len(tokens) < n_tokens:
         piece = pieces.pop(0)

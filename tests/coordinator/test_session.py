@@ -50,7 +50,7 @@ class PlayedStage:
 
     async def accept(self) -> OpenSession:
         message = await self.opened()
-        self.far.send(SessionOpened(session=message.session, epoch=message.epoch))
+        self.far.send(SessionOpened(session=message.session, epoch=message.epoch, n_held=0))
         return message
 
 

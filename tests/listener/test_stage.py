@@ -11,7 +11,8 @@ import pytest
 import trio
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
-from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
+from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.session import Session, SessionSettings
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
@@ -64,7 +65,7 @@ async def test_a_chain_gives_the_tokens_of_one_engine(boundaries: tuple[int, ...
 
 
 async def test_a_prompt_goes_through_in_pieces() -> None:
-    prompt = [i % 60 for i in range(5 * PREFILL_TOKENS + 3)]
+    prompt = [i % 60 for i in range(5 * PIECE_TOKENS + 3)]
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             assert await mesh_tokens(session, prompt, 3) == whole_tokens(prompt, 3)

@@ -8,13 +8,16 @@ from typing import Literal, get_args
 
 N_STAGES = 3
 N_COORDINATORS = 2
-SESSIONS_UNTIL_S = 1.0
-"""Sessions are asked for before that, and take about a second each if nothing happens."""
+SESSIONS_UNTIL_S = 2.0
+"""Sessions are asked for before that, and take about a second each if nothing happens; so some find
+the prompt of an earlier one, or of one that runs."""
 
 FAULTS_UNTIL_S = 2.0
 """Faults begin before that; each is over at most FAULT_LONGEST_S later."""
 
 FAULT_LONGEST_S = 6.0
+
+PROMPT_TOKENS = (1, 7, 32, 33, 70, 96, 130, 130)
 
 FaultKind = Literal[
     "kill",  # the node is gone, and comes back as a new process
@@ -122,7 +125,8 @@ def make_plan(seed: int) -> Plan:
         for node in nodes
         if not node.endswith("-0") and chance.random() < 0.15
     )
-    sessions = tuple(_session(chance, number) for number in range(chance.randint(1, 6)))
+    common = tuple(chance.randrange(64) for _ in range(max(PROMPT_TOKENS)))
+    sessions = tuple(_session(chance, number, common) for number in range(chance.randint(1, 6)))
     # Mostly room for all, sometimes for few: then they have to take turns.
     n_parallel = chance.choice((2, 4, 8))
     count = chance.choice((1, 2, 3, 4, 6, 8))
@@ -130,15 +134,20 @@ def make_plan(seed: int) -> Plan:
     return Plan(seed, n_replicas, late, n_parallel, sessions, tuple(faults))
 
 
-def _session(chance: random.Random, number: int) -> SessionPlan:
+def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> SessionPlan:
+    """A prompt that begins like others; how far is drawn."""
+    n_tokens = chance.choice(PROMPT_TOKENS)
+    n_common = chance.choice((0, n_tokens // 2, n_tokens, n_tokens))
+    others = tuple(chance.randrange(3) for _ in range(N_STAGES))
+    prefers = chance.choice(((0,) * N_STAGES,) * 2 + (others,))  # who goes the same way finds more
     return SessionPlan(
         number=number,
         coordinator=coordinator_name(chance.randrange(N_COORDINATORS)),
         at_s=chance.uniform(0.0, SESSIONS_UNTIL_S),
-        prompt=tuple(chance.randrange(64) for _ in range(chance.choice((1, 7, 32, 33, 70, 130)))),
+        prompt=common[:n_common] + tuple(chance.randrange(64) for _ in range(n_tokens - n_common)),
         n_tokens=chance.randint(1, 40),
         temperature=chance.choice((0.0, 0.9)),
-        prefers=tuple(chance.randrange(3) for _ in range(N_STAGES)),
+        prefers=prefers,
         cancelled_after_s=chance.uniform(0.0, 2.0) if chance.random() < 0.1 else None,
     )
 

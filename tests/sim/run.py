@@ -24,7 +24,9 @@ from sim.schedule import run_seeded
 from sim.world import BOUNDARIES, N_CTX, SimulatedCoordinator, World
 from support.mesh import GREEDY
 
-from shardmesh.coordinator.generate import PREFILL_TOKENS, prefill
+from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.pieces import pieces_of
+from shardmesh.coordinator.prefixes import PromptPrefix
 from shardmesh.coordinator.session import Repair, SessionSettings
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
@@ -38,6 +40,8 @@ SESSION_WITHIN_S = 90.0
 
 ASK_AGAIN_S = 0.2
 SETTLE_S = 0.5
+ASKER_KEY = bytes(32)
+"""Both coordinators are of one user."""
 
 
 class SimulationError(AssertionError):
@@ -54,6 +58,7 @@ class Outcome:
     n_cancelled: int = 0  # by their users, or with their coordinator
     n_repairs: int = 0
     n_refused: int = 0  # attempts that found no room or no chain
+    n_reused: int = 0  # tokens of prompts
     n_late_frames: int = 0
     longest_pause_s: float = 0.0
     ended_s: float = 0.0
@@ -65,7 +70,7 @@ def undisturbed(prompt: tuple[int, ...], n_tokens: int, temperature: float) -> l
     """The tokens of one engine with all layers, fed the same micro-batches."""
     engine = FakeEngine(fake_info(0, BOUNDARIES[-1], BOUNDARIES[-1], n_ctx=N_CTX))
     engine.open_sequence(0, SamplingSettings(temperature=temperature, seed=n_tokens))
-    pieces = [prompt[i : i + PREFILL_TOKENS] for i in range(0, len(prompt), PREFILL_TOKENS)]
+    pieces = list(pieces_of(prompt))
     tokens: list[int] = []
     position = 0
     while len(tokens) < n_tokens:
@@ -176,9 +181,14 @@ class Play:
             try:
                 chain, links = await world.chain(coordinator, _preferred(plan))
                 finder = world.finder(coordinator, REPLICA_WAIT_S)
-                settings = SessionSettings(n_ctx=N_CTX, sampling=_sampling(plan))
+                settings = SessionSettings(
+                    n_ctx=N_CTX,
+                    sampling=_sampling(plan),
+                    prefix=PromptPrefix(plan.prompt, ASKER_KEY),
+                )
                 async with coordinator.user.session(chain, links, settings, finder) as session:
                     world.note(f"session {plan.number} on {[s.peer_id for s in chain.stages]}")
+                    self.outcome.n_reused += session.n_reused
                     done = await prefill(session, plan.prompt)
                     while True:
                         assert done.sampled is not None
@@ -301,9 +311,10 @@ class Play:
             if node.working.cancel_called:
                 continue  # one that hangs closes nothing
             self._require(not node.engine.open_sequences, f"{node.name} keeps KV")
-            free = sorted(node.stage._free_sequences)
-            whole = list(range(self.plan.n_parallel))
-            self._require(free == whole, f"{node.name} has the sequences {free}")
+            n_free = node.stage._sequences.n_free
+            self._require(
+                n_free == self.plan.n_parallel, f"{node.name} has {n_free} sequences free"
+            )
             self._require(not node.worker._scheduler, f"{node.name} has work left")
         self._check_tasks()
 

@@ -58,8 +58,8 @@ class SimulatedEngine(FakeEngine):
         super().open_sequence(sequence, *settings, **named)
         self.open_sequences.add(sequence)
 
-    def close_sequence(self, sequence: int) -> None:
-        super().close_sequence(sequence)
+    def close_sequence(self, sequence: int, n_keep: int = 0) -> None:
+        super().close_sequence(sequence, n_keep)
         self.open_sequences.discard(sequence)
 
     def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:

@@ -21,6 +21,7 @@ from shardmesh.wire.messages import (
     OpenSession,
     Ping,
     Pong,
+    PrefixPiece,
     RepairSession,
     ResumeSession,
     Sampled,
@@ -93,8 +94,11 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         history=st.lists(counts, max_size=5).map(tuple),
         adapter=texts,
         draft_key=st.binary(max_size=DRAFT_KEY_BYTES),
+        prefix=st.lists(
+            st.builds(PrefixPiece, end=st.integers(1, 2**31 - 1), digest=session_ids), max_size=3
+        ).map(tuple),
     ),
-    SessionOpened: st.builds(SessionOpened, **_session),
+    SessionOpened: st.builds(SessionOpened, **_session, n_held=counts),
     RepairSession: st.builds(
         RepairSession,
         **_session,

@@ -20,6 +20,7 @@ from shardmesh.wire.node_identity import NodeIdentity
 MODEL = "fairy tales"
 TIMINGS = Timings(
     n_prompt_tokens=5,
+    n_reused_tokens=0,
     n_tokens=3,
     first_token_s=0.2,
     total_s=0.25,

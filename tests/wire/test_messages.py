@@ -22,6 +22,7 @@ from shardmesh.wire.limits import (
     EMBEDDING_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
+    PREFIX_PIECES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
     TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
@@ -90,6 +91,7 @@ OPEN: dict[str, Any] = {
     "history": [],
     "adapter": "",
     "draft_key": b"",
+    "prefix": [],
 }
 DONE: dict[str, Any] = {
     "type": "done",
@@ -197,6 +199,14 @@ def repeated(item: Any, n: int) -> list[Any]:
             repeated(1, SAMPLING_HISTORY_TOKENS_MAX),
             repeated(1, SAMPLING_HISTORY_TOKENS_MAX + 1),
         ),
+        (
+            OPEN,
+            "prefix",
+            repeated([1, ID], PREFIX_PIECES_MAX),
+            repeated([1, ID], PREFIX_PIECES_MAX + 1),
+        ),
+        (OPEN, "prefix", [[1, ID]], [[0, ID]]),
+        (OPEN, "prefix", [[1, ID]], [[1, ID[:15]]]),
         (
             OPEN,
             "next_stage",

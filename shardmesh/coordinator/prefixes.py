@@ -1,0 +1,63 @@
+"""What the pieces of a prompt are called, so that stages can tell which of them they hold.  Pure.
+
+A name stands for all tokens up to the end of its piece.  It is a keyed digest, so that a stage
+learns only that two prompts of one asker begin alike.  Each asker, model, adapter and stage has a
+key of its own: askers never share, and a name that a stage has heard is of no use at another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import struct
+
+from shardmesh.coordinator.pieces import whole_borders
+from shardmesh.wire.limits import PREFIX_PIECES_MAX
+from shardmesh.wire.messages import PrefixPiece
+
+DIGEST_BYTES = 16
+_KEY_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPrefix:
+    """A prompt whose beginning may be reused, and the key of whoever asks; not printed."""
+
+    tokens: tuple[int, ...] = dataclasses.field(repr=False)
+    key: bytes = dataclasses.field(repr=False)
+
+    def pieces_for(self, stage: str) -> tuple[PrefixPiece, ...]:
+        """The whole pieces as one stage, named by its peer id, hears of them."""
+        key = _derive(self.key, stage.encode())
+        named: list[PrefixPiece] = []
+        digest, start = b"", 0
+        for end in itertools.islice(whole_borders(len(self.tokens)), PREFIX_PIECES_MAX):
+            data = digest + struct.pack(f"<{end - start}I", *self.tokens[start:end])
+            digest = hashlib.blake2b(data, key=key, digest_size=DIGEST_BYTES).digest()
+            named.append(PrefixPiece(end=end, digest=digest))
+            start = end
+        return tuple(named)
+
+    def n_reusable(self, n_held: int) -> int:
+        """Of so many positions that all stages hold, those to begin behind.
+
+        Whole pieces, and at least one token is left to compute, or nothing could be sampled.
+        """
+        n_most = min(n_held, len(self.tokens) - 1)
+        return max((end for end in whole_borders(n_most)), default=0)
+
+
+def asker_key(secret: bytes, *, tenant: str, manifest_digest: str, adapter: str) -> bytes:
+    """The key behind all names of one asker's prompts for one model and adapter.
+
+    `secret` is the coordinator's; `tenant` is for whom it asks, empty for itself.
+    """
+    key = _derive(secret, b"shardmesh prefix 1")
+    for part in (tenant, manifest_digest, adapter):
+        key = _derive(key, part.encode())
+    return key
+
+
+def _derive(key: bytes, part: bytes) -> bytes:
+    return hashlib.blake2b(part, key=key, digest_size=_KEY_BYTES).digest()

@@ -1,0 +1,95 @@
+"""Pieces of prompts and their names: who shares, and who never does."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of, whole_borders
+from shardmesh.coordinator.prefixes import PromptPrefix, asker_key
+from shardmesh.listener.kept_sequences import n_common
+from shardmesh.wire.limits import PREFIX_PIECES_MAX
+
+KEY = bytes(32)
+STAGE = "stage"
+prompts = st.lists(st.integers(0, 3), max_size=4 * PIECE_TOKENS).map(tuple)
+
+
+@given(prompts, st.integers(0, 200))
+def test_pieces_are_the_prompt_and_end_where_the_positions_say(
+    prompt: tuple[int, ...], start: int
+) -> None:
+    pieces = list(pieces_of(prompt, start))
+    assert [token for piece in pieces for token in piece] == list(prompt[start:])
+    borders = set(whole_borders(10_000))
+    position = start
+    for piece in pieces:
+        position += len(piece)
+        assert position in borders or position == len(prompt)
+
+
+@given(prompts, prompts)
+def test_the_borders_of_a_common_beginning_are_the_same(
+    one: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    n_tokens = min(len(one), len(other))
+    assert [b for b in whole_borders(len(one)) if b <= n_tokens] == list(whole_borders(n_tokens))
+
+
+@given(prompts, prompts, st.integers(0, 4 * PIECE_TOKENS))
+def test_equal_names_are_equal_beginnings(
+    one: tuple[int, ...], other: tuple[int, ...], n_equal: int
+) -> None:
+    other = one[:n_equal] + other[n_equal:]
+    names, others = (PromptPrefix(prompt, KEY).pieces_for(STAGE) for prompt in (one, other))
+    for name, another in zip(names, others, strict=False):
+        assert name.end == another.end
+        assert (name.digest == another.digest) == (one[: name.end] == other[: name.end])
+
+
+@given(prompts)
+def test_names_are_of_whole_pieces_and_depend_on_key_and_stage(prompt: tuple[int, ...]) -> None:
+    prefix = PromptPrefix(prompt, KEY)
+    names = prefix.pieces_for(STAGE)
+    assert [name.end for name in names] == list(whole_borders(len(prompt)))
+    for strange in (
+        prefix.pieces_for("another stage"),
+        PromptPrefix(prompt, bytes(31) + b"1").pieces_for(STAGE),
+    ):
+        assert n_common(names, strange) == 0
+    assert not {name.digest for name in names} & {
+        name.digest for name in prefix.pieces_for("another stage")
+    }
+
+
+def test_every_asker_has_a_key_of_its_own() -> None:
+    base = {"tenant": "alice", "manifest_digest": "d", "adapter": ""}
+    keys = {
+        asker_key(KEY, **base),
+        asker_key(KEY, **{**base, "tenant": "bob"}),
+        asker_key(KEY, **{**base, "tenant": "alic", "manifest_digest": "ed"}),
+        asker_key(KEY, **{**base, "manifest_digest": "e"}),
+        asker_key(KEY, **{**base, "adapter": "a"}),
+        asker_key(bytes(31) + b"1", **base),
+    }
+    assert len(keys) == 6
+    assert asker_key(KEY, **base) in keys
+
+
+@given(prompts, st.integers(0, 10_000))
+def test_what_is_reused_is_whole_pieces_and_leaves_a_token(
+    prompt: tuple[int, ...], n_held: int
+) -> None:
+    n_reusable = PromptPrefix(prompt, KEY).n_reusable(n_held)
+    assert n_reusable in {0, *whole_borders(len(prompt))}
+    assert n_reusable <= n_held
+    assert n_reusable < max(1, len(prompt))
+
+
+def test_a_very_long_prompt_is_named_as_far_as_a_message_allows() -> None:
+    prompt = tuple(range(10)) * (PREFIX_PIECES_MAX * 128 // 10 + 100)
+    assert len(PromptPrefix(prompt, KEY).pieces_for(STAGE)) == PREFIX_PIECES_MAX
+
+
+def test_neither_prompt_nor_key_is_printed() -> None:
+    assert "1234" not in repr(PromptPrefix((1234,), b"1234"))
