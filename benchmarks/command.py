@@ -12,7 +12,9 @@ import click
 if TYPE_CHECKING:
     from benchmarks.results import Result
 
-NAMES = ("decode", "aggregate", "prefill", "hop", "torrent", "swarm", "load-shard", "seeding")
+GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
+FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
+NAMES = ("decode", "aggregate", "prefill", "hop", *FILE_NAMES, *GATEWAY_NAMES)
 
 
 @click.command()
@@ -59,6 +61,7 @@ async def _measure(
     from rich.console import Console
 
     from benchmarks.against_llama import measure_decode, measure_prefill
+    from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
     from benchmarks.hop import measure_hops
     from benchmarks.load_shard import measure_load_shard
     from benchmarks.many import measure_aggregate
@@ -67,7 +70,7 @@ async def _measure(
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
-        if set(names) & {"decode", "aggregate", "prefill", "seeding"}:
+        if set(names) & {"decode", "aggregate", "prefill", "seeding", *GATEWAY_NAMES}:
             status.update("making the model")
             path = await trio.to_thread.run_sync(_model_path, model)
         if "decode" in names:
@@ -110,6 +113,14 @@ async def _measure(
                     path, runs=runs, progress=lambda what: status.update(f"seeding: {what}")
                 )
             )
+        if "gateway" in names:
+            results += await measure_overhead(
+                path, n_shards=n_shards, n_tokens=n_tokens, runs=runs, progress=status.update
+            )
+        if "gateway-idle" in names:
+            results.append(await measure_idle(path, progress=status.update))
+        if "gateway-p99" in names:
+            results.append(await measure_answers(path, progress=status.update))
     return results
 
 

@@ -24,6 +24,7 @@ class Generation:
     tokens: tuple[int, ...]
     total_s: float  # from the request to the last token
     decode_tokens_per_s: float | None  # (n - 1) / (last - first); None for fewer than two tokens
+    first_token_s: float = 0.0  # as who asked saw it; 0: not measured
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Generation:

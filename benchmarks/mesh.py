@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,8 +28,9 @@ CLUSTER: Final = "benchmarks"
 class Mesh:
     """A running mesh; idle while nothing is asked of it."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, where: Sequence[str]) -> None:
         self._client = client
+        self.where = tuple(where)  # flags of commands that are to find this mesh
         self.timings: list[Timings] = []  # of all generations
 
     async def generate(self, prompt: str, n_tokens: int) -> Generation:
@@ -37,13 +39,17 @@ class Mesh:
             prompt=prompt, n_tokens_max=n_tokens, sampling=GREEDY, ignore_end=True
         )
         tokens: list[int] = []
+        asked_s = time.perf_counter()
+        first_s = 0.0
         async with self._client.coordinator.complete(request) as completion:
             async for item in completion.items:
+                first_s = first_s or time.perf_counter() - asked_s
                 if isinstance(item, Finished):
                     self.timings.append(item.timings)
                     return Generation(
                         n_prompt_tokens=completion.n_prompt_tokens,
                         tokens=tuple(tokens),
+                        first_token_s=first_s,
                         total_s=item.timings.total_s,
                         decode_tokens_per_s=item.timings.decode_tokens_per_s,
                     )
@@ -82,4 +88,6 @@ async def open_mesh(
             cache_dir=folder / "cache",
         ) as client,
     ):
-        yield Mesh(client)
+        state = ("--state-dir", str(folder / "state"))
+        at = ("--bootstrap", nodes.bootstrap_address, "--shards-dir", str(folder / "shards"))
+        yield Mesh(client, ("--cluster", CLUSTER, *at, *state))

@@ -87,7 +87,8 @@ async def generate(
     """The text that follows a prompt, as it comes; a Finished is the last item.
 
     Of a text that was begun elsewhere, `given` are the tokens so far, and what comes is the rest.
-    Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far.
+    Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far;
+    left early, it may be computing the last one.
     """
     now_s = trio.current_time()
     recorder = TimingRecorder(
@@ -107,12 +108,14 @@ async def generate(
             reason = "stop"
             break
         text, is_stopped = stops.feed(decoder.feed(source.piece(sampled.token)))
+        goes_on = not is_stopped and n_so_far < n_tokens_max
+        if goes_on:  # before the piece is looked at, which takes time too
+            session.send([sampled.token], sample=True)
         yield Piece(text, sampled, done.timings, session.first_hop_us)
         if is_stopped:
             yield Finished("stop", recorder.finish(trio.current_time()))
             return
-        if n_so_far < n_tokens_max:
-            session.send([sampled.token], sample=True)
+        if goes_on:
             done = await session.receive()
     text, is_stopped = stops.feed(decoder.finish())
     yield Piece(text if is_stopped else text + stops.flush(), None)

@@ -105,6 +105,8 @@ class Feed:
         """
         if len(self._subscriptions) >= SUBSCRIBERS_MAX:
             raise BusyError("too many pages look on at once", next_step="close some")
+        if not self._subscriptions:  # nobody looked on: what was shown last is old
+            self._shown, self._snapshot = {}, None
         subscription = Subscription(self)
         self._subscriptions.add(subscription)
         try:
@@ -130,7 +132,8 @@ class Feed:
             self._touched = trio.Event()
             if idle.cancelled_caught:
                 self._tell({"type": "tick"})
-            self.tell_changes()
+            if self._subscriptions:
+                self.tell_changes()
             await trio.sleep(self._interval_s)
 
     def tell_changes(self) -> None:

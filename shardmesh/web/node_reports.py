@@ -30,6 +30,9 @@ ASK_INTERVAL_UNSEEN_S: Final = 10.0
 QUESTIONS_PER_S_MAX: Final = 20
 """A question costs a few milliseconds of this loop; in a large mesh each node waits longer."""
 
+IDLE_PAUSE_S: Final = 0.25
+"""Before it is looked again whose turn it is, when it was nobody's."""
+
 QUESTIONS_WAITING_MAX: Final = 32
 """Questions without an answer at once; silent nodes do not keep the others from being asked."""
 
@@ -128,7 +131,7 @@ class NodeReports:
                     # Whoever comes back has other addresses than before.
                     self._host.learn(due.peer_id, due.addresses)
                     nursery.start_soon(self.ask, due.peer_id)
-                await trio.sleep(1 / QUESTIONS_PER_S_MAX)
+                await trio.sleep(IDLE_PAUSE_S if due is None else 1 / QUESTIONS_PER_S_MAX)
 
     async def ask(self, peer_id: str) -> None:
         """Asks one node; its report is new then, whatever came of it."""

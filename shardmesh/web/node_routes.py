@@ -20,7 +20,7 @@ EVENTS_PING_S = 15.0
 Json = dict[str, Any]
 
 
-def _facts_of_app(connection: HTTPConnection) -> NodeFacts:
+async def _facts_of_app(connection: HTTPConnection) -> NodeFacts:
     facts: NodeFacts = connection.app.state.node
     return facts
 

@@ -11,7 +11,8 @@ from fastapi.requests import HTTPConnection
 from shardmesh.web.gateway import Gateway
 
 
-def _gateway_of_app(connection: HTTPConnection) -> Gateway:
+async def _gateway_of_app(connection: HTTPConnection) -> Gateway:
+    # Not a plain function: FastAPI would call that in a thread, which takes longer than the rest.
     gateway: Gateway = connection.app.state.gateway
     return gateway
 

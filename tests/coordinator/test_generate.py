@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -80,6 +80,28 @@ async def test_as_many_tokens_as_were_asked_for() -> None:
             assert text == text_of(tokens)
             assert (finished.reason, finished.timings.n_tokens) == ("length", n_tokens)
             assert finished.timings.n_prompt_tokens == len(PROMPT)
+
+
+async def test_the_next_token_is_on_its_way_while_one_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But none behind the last."""
+    async with memory_mesh(fake_chain((0, 1, 4))) as mesh:
+        async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
+            sent: list[int] = []
+            send = session.send
+
+            def note(tokens: Sequence[int], *, sample: bool) -> None:
+                sent.extend(tokens)
+                send(tokens, sample=sample)
+
+            monkeypatch.setattr(session, "send", note)
+            seen: list[int] = []
+            async for item in items_of(session, n_tokens_max=5):
+                if isinstance(item, Piece) and item.token is not None:
+                    seen.append(item.token.token)
+                    assert sent[len(PROMPT) :] == seen[:4]
+            assert seen == expected_tokens(5)
 
 
 async def test_the_end_token_ends_the_text_and_is_not_shown() -> None:

@@ -47,6 +47,30 @@ async def test_a_snapshot_and_then_what_changes(autojump_clock: trio.testing.Moc
         nursery.cancel_scope.cancel()
 
 
+async def test_nothing_is_built_while_nobody_looks_on(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    n_built = 0
+
+    def document() -> dict[str, Any]:
+        nonlocal n_built
+        n_built += 1
+        return {"n": n_built}
+
+    feed = Feed(document)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed.run)
+        with feed.subscribe() as news:
+            assert (await told(news))["state"] == {"n": 1}
+        for _ in range(20):
+            feed.touch()
+            await trio.sleep(1)
+        assert n_built == 1
+        with feed.subscribe() as news:
+            assert (await told(news))["state"] == {"n": 2}, "not what was shown long ago"
+        nursery.cancel_scope.cancel()
+
+
 async def test_changes_go_out_together_and_soon(autojump_clock: trio.testing.MockClock) -> None:
     source = Source()
     async with trio.open_nursery() as nursery:
