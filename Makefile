@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Made after an installation; pyproject.toml being newer than its stamp means: install again.
+BUILT_FROM := pyproject.toml hatch_build.py shardmesh/engine/tap_callback.c
+# Made after an installation; one of those being newer than its stamp means: install again.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
@@ -58,10 +59,10 @@ clean: ## Remove the virtual environment and everything that was built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find shardmesh tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): $(BUILT_FROM)
 	@$(PYTHON) scripts/set_up.py $(VENV) .
 	@touch $@
 
-$(INSTALLED_DEV): pyproject.toml
+$(INSTALLED_DEV): $(BUILT_FROM)
 	@$(PYTHON) scripts/set_up.py $(VENV) ".[dev]"
 	@touch $(INSTALLED) $@

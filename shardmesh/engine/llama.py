@@ -233,6 +233,7 @@ class LlamaEngine:
         params.no_perf = True
         if self._tap is not None:
             params.cb_eval = self._tap.callback
+            params.cb_eval_user_data = self._tap.user_data
         context = api.llama_init_from_model(self._model.handle, params)
         if not context:
             raise EngineError(

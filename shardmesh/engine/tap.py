@@ -7,35 +7,28 @@ llama.cpp stops the graph there, so that the final norm and the output head are 
 Some architectures scale or norm their input, or add positions to it, even if it is hidden states
 of an earlier stage.  Then the callback also wants the node behind all that, and puts the hidden
 states there.  For a few others it sets numbers of the graph, see `graph_constants`.
+
+The callback is a small C function where one was compiled (`native_tap`), else the method below.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llama_cpp import _ggml
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import Hidden
+from shardmesh.engine.ggml import (
+    ggml_backend_tensor_get,
+    ggml_backend_tensor_set,
+    ggml_get_name,
+    ggml_nbytes,
+)
 from shardmesh.engine.graph_constants import Factors, FactorSetter
+from shardmesh.engine.native_tap import NativeTap, native_callback
 from shardmesh.errors import EngineError
-
-_ggml_get_name = _ggml.libggml.ggml_get_name
-_ggml_get_name.argtypes = [ctypes.c_void_p]
-_ggml_get_name.restype = ctypes.c_char_p
-_ggml_nbytes = _ggml.libggml.ggml_nbytes
-_ggml_nbytes.argtypes = [ctypes.c_void_p]
-_ggml_nbytes.restype = ctypes.c_size_t
-_ggml_backend_tensor_get = _ggml.libggml.ggml_backend_tensor_get
-_ggml_backend_tensor_set = _ggml.libggml.ggml_backend_tensor_set
-for _function in (_ggml_backend_tensor_get, _ggml_backend_tensor_set):
-    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-    _function.restype = None
-
-_BYTES_PER_NUMBER = 4
 
 
 class HiddenTap:
@@ -58,12 +51,21 @@ class HiddenTap:
         self._output_name = output_node.encode() if output_node else None
         self._input_name = input_node.encode() if input_node else None
         self._rows = np.empty((n_rows_max, n_embd), dtype=np.float32)
+        self._n_bytes_per_row = n_embd * self._rows.itemsize
         self._n_rows = 0
         self._input: Hidden | None = None
         self._is_input_put = False
         self._error: Exception | None = None
-        # llama.cpp keeps only the address: this object must live as long as the context.
-        self.callback: Any = api.ggml_backend_sched_eval_callback(self._on_node)
+        function = native_callback() if factors is None else None
+        self._native: NativeTap | None = None
+        # llama.cpp keeps only addresses: this object must live as long as the context.
+        self.callback: Any
+        self.user_data: int | None = None
+        if function is None:
+            self.callback = api.ggml_backend_sched_eval_callback(self._on_node)
+        else:
+            self._native = NativeTap(function, self._rows, self._output_name, self._input_name)
+            self.callback, self.user_data = self._native.callback, self._native.user_data
 
     def start(self, hidden: Sequence[Hidden]) -> None:
         """Forgets the computation before; `hidden`, each (n_rows, n_embd), are the rows put in."""
@@ -73,9 +75,13 @@ class HiddenTap:
         if self._factors is not None:
             self._factors.start()
         self._input = np.concatenate(hidden, dtype=np.float32) if hidden else None
+        if self._native is not None:
+            self._native.start(self._input)
 
     def check(self) -> None:
         """Raises EngineError (ours) if the graph did not take or give what it should."""
+        if self._native is not None:
+            self._take_over(self._native)
         if self._error is not None:
             raise EngineError("the hidden states could not be read") from self._error
         if self._input_name is not None and not self._is_input_put:
@@ -96,10 +102,10 @@ class HiddenTap:
     def _on_node(self, tensor: int, ask: bool, user_data: int | None) -> bool:
         """Called by llama.cpp; an exception must not pass through its frames."""
         try:
-            name = _ggml_get_name(tensor)
+            name = ggml_get_name(tensor)
             if ask:
                 if self._factors is not None:
-                    self._factors.on_node(tensor, name, _ggml_get_name)
+                    self._factors.on_node(tensor, name, ggml_get_name)
                 return name in (self._output_name, self._input_name)
             if name == self._input_name:
                 self._put(tensor)
@@ -109,18 +115,30 @@ class HiddenTap:
             self._error = error
         return False
 
-    def _put(self, tensor: int) -> None:
-        if self._input is None or _ggml_nbytes(tensor) != self._input.nbytes:
+    def _take_over(self, native: NativeTap) -> None:
+        """What the C function saw, as if the method below had."""
+        self._n_rows = native.n_output_bytes // self._n_bytes_per_row
+        self._is_input_put = native.n_input_bytes_wanted > 0
+        if self._is_input_put:
+            self._check_input(native.n_input_bytes_wanted)
+
+    def _check_input(self, n_bytes: int) -> None:
+        if self._input is None or self._input.nbytes != n_bytes:
             raise EngineError("the hidden states do not fit into llama.cpp's graph")
-        _ggml_backend_tensor_set(tensor, self._input.ctypes.data, 0, self._input.nbytes)
+
+    def _put(self, tensor: int) -> None:
+        self._check_input(ggml_nbytes(tensor))
+        if self._input is None:
+            return
+        ggml_backend_tensor_set(tensor, self._input.ctypes.data, 0, self._input.nbytes)
         self._is_input_put = True
 
     def _copy(self, tensor: int) -> None:
         """Appends the tensor's rows: it comes once for each part that llama.cpp cuts a batch in."""
-        n_bytes = _ggml_nbytes(tensor)
-        n_rows = n_bytes // (self._rows.shape[1] * _BYTES_PER_NUMBER)
+        n_bytes = ggml_nbytes(tensor)
+        n_rows = n_bytes // self._n_bytes_per_row
         target = self._rows[self._n_rows : self._n_rows + n_rows]
         if target.nbytes != n_bytes:
             raise EngineError(f"{n_bytes} bytes of hidden states do not fit")
-        _ggml_backend_tensor_get(tensor, target.ctypes.data, 0, n_bytes)
+        ggml_backend_tensor_get(tensor, target.ctypes.data, 0, n_bytes)
         self._n_rows += n_rows

@@ -89,10 +89,11 @@ def test_an_error_in_the_tap_is_raised_and_the_sequence_recovers(
     def fail(*arguments: Any) -> None:
         raise OSError("no bytes today")
 
+    monkeypatch.setattr(tap, "native_callback", lambda: None)
     with opened_chain(model, (2, 2), tmp_path / "shards") as (first, _):
         first.open_sequence(0)
         with monkeypatch.context() as patched:
-            patched.setattr(tap, "_ggml_backend_tensor_get", fail)
+            patched.setattr(tap, "ggml_backend_tensor_get", fail)
             with pytest.raises(EngineError, match="could not be read"):
                 first.compute([micro([first], [1, 2])])
         with pytest.raises(InputError, match="failed before"):
@@ -107,15 +108,16 @@ def test_the_head_is_not_computed_before_the_last_stage(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bytes] = []
-    get_name = tap._ggml_get_name
+    get_name = tap.ggml_get_name
 
     def spy(tensor: int) -> bytes:
         asked.append(get_name(tensor))
         return asked[-1]
 
+    monkeypatch.setattr(tap, "native_callback", lambda: None)
     with opened_chain(model, (2, 2), tmp_path / "shards") as (first, _):
         first.open_sequence(0)
-        monkeypatch.setattr(tap, "_ggml_get_name", spy)
+        monkeypatch.setattr(tap, "ggml_get_name", spy)
         first.compute([micro([first], [1, 2])])
     assert asked[-1] == b"l_out-1"
 
