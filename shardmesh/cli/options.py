@@ -260,3 +260,15 @@ def shards_dir_option(command: Command) -> Command:
 def cache_dir() -> Path:
     """Where tokenizers that were fetched from the mesh are kept."""
     return Path(platformdirs.user_cache_dir("shardmesh"))
+
+
+audit_option = click.option(
+    "--audit",
+    "audit_rate",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default="none",
+    envvar="LLAMA_AUDIT",
+    help="Share of answers that another replica computes again, to find nodes that compute "
+    "something else.",
+)

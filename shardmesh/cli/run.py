@@ -11,6 +11,7 @@ import click
 
 from shardmesh.cli.admission import client_admission
 from shardmesh.cli.options import (
+    audit_option,
     bootstrap_option,
     cache_dir,
     cluster_option,
@@ -21,6 +22,7 @@ from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.wire.limits import PROMPT_BYTES_MAX
 
 if TYPE_CHECKING:
+    from shardmesh.coordinator.auditor import Auditor
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.coordinator import Completion
     from shardmesh.coordinator.generate import Finished
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compute the whole prompt, whatever the stages hold of it, and leave nothing there.",
 )
+@audit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @shards_dir_option
@@ -99,6 +102,7 @@ def command(
     explain: bool,
     wait_s: float,
     no_prefix_reuse: bool,
+    audit_rate: float,
     as_json: bool,
     timings: bool,
     shards_dir: Path,
@@ -149,12 +153,23 @@ def command(
             admission=admission,
             shards_dir=shards_dir,
             cache_dir=cache_dir(),
+            audit_rate=audit_rate,
         ) as client:
+            auditor = client.coordinator.auditor
+            auditor.tell(lambda report: click.echo(f"audit: {report.sentence}", err=True))
             await _answer(
                 client, request, as_json=as_json, show_timings=timings, show_choice=explain
             )
+            await _wait_audit(auditor)
 
     trio.run(run)
+
+
+async def _wait_audit(auditor: Auditor) -> None:
+    """Waits until an audit of the answer is over, if there is one."""
+    await auditor.wait_idle()
+    if auditor.n_skipped:
+        click.echo("audit: no other replica that computes alike could do it again", err=True)
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:

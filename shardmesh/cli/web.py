@@ -9,6 +9,7 @@ import click
 
 from shardmesh.cli.admission import gateway_admission
 from shardmesh.cli.options import (
+    audit_option,
     bootstrap_option,
     cache_dir,
     cluster_option,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     envvar="LLAMA_NO_PREFIX_REUSE",
     help="Compute every prompt as a whole, and leave none of them in the stages.",
 )
+@audit_option
 @naming_options
 @shards_dir_option
 @bootstrap_option
@@ -109,6 +111,7 @@ def command(
     cors_origins: tuple[str, ...],
     allowed_hosts: tuple[str, ...],
     no_prefix_reuse: bool,
+    audit_rate: float,
     node_name: str,
     node_location: str,
     node_tags: tuple[str, ...],
@@ -150,6 +153,7 @@ def command(
             state_dir=state_dir,
             naming=naming(node_name, node_location, node_tags),
             reuse_prefix=not no_prefix_reuse,
+            audit_rate=audit_rate,
         ),
     )
     trio.run(run_web, options)

@@ -50,6 +50,7 @@ async def open_client(
     shards_dir: Path,
     cache_dir: Path,
     identity: Identity | None = None,
+    audit_rate: float = 0.0,
 ) -> AsyncIterator[Client]:
     """A client that has reached the mesh.
 
@@ -83,6 +84,7 @@ async def open_client(
                     known=membership.known_listeners,
                     refresh=membership.pull,
                     prefix_secret=prefix_secret,
+                    audit_rate=audit_rate,
                 )
                 try:
                     yield Client(host, directory, dht, membership, coordinator)

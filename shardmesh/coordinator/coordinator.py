@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
+from shardmesh.coordinator.audit import Transcript
+from shardmesh.coordinator.auditor import Auditor
 from shardmesh.coordinator.chain import Chain, Replica, choose_model, pinned
 from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
@@ -35,6 +37,7 @@ from shardmesh.errors import InputError
 from shardmesh.links.dial import Agree, LinkPool
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import EMBEDDING_TEXTS_MAX, PROMPT_BYTES_MAX
+from shardmesh.wire.messages import Sampled
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class Coordinator:
         known: Callable[[], list[Announcement]] | None = None,
         refresh: Callable[[], Awaitable[None]] | None = None,
         prefix_secret: bytes | None = None,
+        audit_rate: float = 0.0,
     ) -> None:
         """`find` looks for listeners before a request.
 
@@ -83,6 +87,7 @@ class Coordinator:
 
         While a chain is repaired, `known` gives those that are known without asking anybody, and
         `refresh` asks a neighbour for news; without them what was found last must do.
+        `audit_rate` is the share of sessions, 0 to 1, that is computed again by other replicas.
         """
         self._find = find
         self._models = models
@@ -93,6 +98,12 @@ class Coordinator:
         self._known = known or (lambda: self._found)
         self._refresh = refresh or trio.lowlevel.checkpoint
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
+        self.auditor = Auditor(
+            audit_rate,
+            nursery,
+            open_session=self._open_on,
+            distrust=self._chains.distrust,
+        )
 
     @property
     def n_sessions(self) -> int:
@@ -125,6 +136,7 @@ class Coordinator:
                 prefix=self._prefix(request, model, prompt),
             )
             finder = self._finder(wish, request.wait_s)
+            is_due, results = self.auditor.is_due(), list[Sampled]()
             async with self._router.session(chain, linked.links, settings, finder) as session:
                 items = generate(
                     session,
@@ -137,17 +149,22 @@ class Coordinator:
                     given=request.given,
                     started_s=started_s,
                 )
+                noted = _noting(items, results)
                 try:
                     yield Completion(
                         session,
                         len(prompt),
-                        items,
+                        noted,
                         model.tokenizer,
                         linked.explanation,
                         model.manifest.can_roll_back,
                     )
                 finally:
+                    await noted.aclose()
                     await items.aclose()
+            if is_due and results and not session.repairs and not request.given:
+                whole = Transcript(session.chain, settings, tuple(prompt), tuple(results))
+                self.auditor.start(whole, self._allowed(wish))
 
     def _prefix(
         self, request: CompletionRequest, model: OpenModel, prompt: Sequence[int]
@@ -198,6 +215,21 @@ class Coordinator:
         async with self._models.use(choose_model(replicas, model_name)) as model:
             yield model
 
+    def _allowed(self, wish: Wish) -> list[Replica]:
+        """The replicas that a request may use, as far as is known now."""
+        known = (replica_of(announcement) for announcement in self._known())
+        trusted = [replica for replica in known if self._chains.is_trusted(replica.peer_id)]
+        try:
+            return pinned(trusted, via=wish.via, avoid=wish.avoid)
+        except InputError:  # one that was named is gone
+            return []
+
+    @asynccontextmanager
+    async def _open_on(self, chain: Chain, settings: SessionSettings) -> AsyncIterator[Session]:
+        links = await self._chains.links_of(chain)
+        async with self._router.session(chain, links, settings) as session:
+            yield session
+
     async def _link(self, wish: Wish) -> LinkedChain:
         self._found = await self._find()
         return await self._chains.link([replica_of(a) for a in self._found], wish)
@@ -211,6 +243,16 @@ class Coordinator:
             timeout_s,
             frozenset(r.peer_id for r in found if r.peer_id not in allowed),
         )
+
+
+async def _noting(
+    items: AsyncIterator[Piece | Finished], results: list[Sampled]
+) -> AsyncGenerator[Piece | Finished, None]:
+    """Hands items on and keeps what was sampled."""
+    async for item in items:
+        if isinstance(item, Piece) and item.token is not None:
+            results.append(item.token)
+        yield item
 
 
 def replica_of(announcement: Announcement) -> Replica:

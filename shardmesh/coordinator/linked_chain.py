@@ -65,7 +65,8 @@ class ChainLinker:
         Raises what `choose_chain` and `pinned` raise, and the first error of a link if there is no
         other chain.
         """
-        allowed = pinned(replicas, via=wish.via, avoid=wish.avoid)
+        trusted = [r for r in replicas if self._health.is_trusted(r.peer_id)]
+        allowed = pinned(trusted, via=wish.via, avoid=wish.avoid)
         first_error: _UnlinkedError | None = None
         while True:
             costs = self._costs(allowed)
@@ -80,6 +81,21 @@ class ChainLinker:
                 self._health.failed(error.stage, error.cause, trio.current_time())
             else:
                 return LinkedChain(chain, links, explain(chain.stages, allowed, costs))
+
+    def distrust(self, peer_id: str) -> None:
+        """Uses a node in no chain any more, and as nobody's replacement."""
+        self._health.distrust(peer_id)
+
+    def is_trusted(self, peer_id: str) -> bool:
+        """Whether a node may be used at all."""
+        return self._health.is_trusted(peer_id)
+
+    async def links_of(self, chain: Chain) -> list[Link]:
+        """The links to the stages of a chain that was chosen elsewhere; raises a link's error."""
+        try:
+            return await self._links(chain.stages)
+        except _UnlinkedError as error:
+            raise error.cause from None
 
     def finder(
         self,

@@ -45,6 +45,15 @@ class ReplicaHealth:
 
     def __init__(self) -> None:
         self._failures: dict[str, _Failures] = {}
+        self._distrusted: set[str] = set()
+
+    def distrust(self, peer_id: str) -> None:
+        """Leaves a node alone for good, since it computes what it should not."""
+        self._distrusted.add(peer_id)
+
+    def is_trusted(self, peer_id: str) -> bool:
+        """Whether nobody said otherwise; one that failed lately is trusted all the same."""
+        return peer_id not in self._distrusted
 
     def failed(self, replica: Replica, error: ShardmeshError, now_s: float) -> None:
         """Notes a failure; several sessions may report the same one."""
@@ -60,7 +69,9 @@ class ReplicaHealth:
         self._forget_old(now_s)
 
     def is_aside(self, replica: Replica, now_s: float) -> bool:
-        """Whether to leave it alone, since it failed lately."""
+        """Whether to leave it alone, since it failed lately or is not trusted."""
+        if replica.peer_id in self._distrusted:
+            return True
         known = self._failures.get(replica.peer_id)
         return known is not None and now_s < known.until_s
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 import shardmesh
+from shardmesh.coordinator.audit import AuditReport
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.coordinator import Coordinator
 from shardmesh.errors import InputError, ungrouped
@@ -61,6 +62,7 @@ class GatewayOptions:
     state_dir: Path
     naming: Naming = dataclasses.field(default_factory=Naming)
     reuse_prefix: bool = True  # of prompts with the same API token
+    audit_rate: float = 0.0  # share of answers that another replica computes again
 
 
 class Gateway:
@@ -80,6 +82,7 @@ class Gateway:
         self.queues: dict[str, ModelQueue] = {}
         self.events = EventHub()
         self.events.tell(self.metrics.event)
+        client.coordinator.auditor.tell(self._audited)
         self.sessions = SessionBoard()
         self.sessions.tell_steps(self.metrics.step)
         self.node_reports = NodeReports(
@@ -158,6 +161,14 @@ class Gateway:
         """The queue of a model that is or was served; there are as many as models were."""
         return self.queues.setdefault(model_name, ModelQueue())
 
+    def _audited(self, report: AuditReport) -> None:
+        self.events.publish(
+            f"audit.{report.outcome}",
+            cause=report.sentence,
+            is_lasting=report.outcome != "same",
+            data=dataclasses.asdict(report),
+        )
+
     def _status(self) -> dict[str, object]:
         queues = self.queues.values()
         return {
@@ -226,6 +237,7 @@ async def _opened(options: GatewayOptions, key: Identity) -> AsyncIterator[Gatew
         shards_dir=options.shards_dir,
         cache_dir=options.cache_dir,
         identity=key,
+        audit_rate=options.audit_rate,
     ) as client:
         identity = load_node_identity(
             options.state_dir / IDENTITY_FOLDER, key.peer_id, options.naming

@@ -94,6 +94,11 @@ class Metrics:
         self._recoveries = counter(
             "shardmesh_recoveries", "Stages that were replaced while a choice was generated"
         )
+        self._audits = counter(
+            "shardmesh_audits",
+            "Answers that another replica computed again, by what came",
+            "outcome",
+        )
         self._downloads = counter(
             "shardmesh_downloads", "Files that listeners fetched, by how that ended", "outcome"
         )
@@ -159,7 +164,9 @@ class Metrics:
     def event(self, event: Event) -> None:
         """Something happened in the mesh."""
         model = str(event.data.get("model_name", ""))
-        if event.kind == "session.recovered":
+        if event.kind.startswith("audit."):
+            self._audits.labels(self._node, model, event.data["outcome"]).inc()
+        elif event.kind == "session.recovered":
             self._recoveries.labels(self._node, model).inc()
         elif event.kind in _DOWNLOADS:
             peer_id = str(event.data.get("peer_id", ""))
