@@ -25,6 +25,7 @@ PACES = {
     "DIRECTORY_PULL_INTERVAL_S": "how often we ask",
     "DIRECT_CONNECTIONS_MAX": "how many we dial without need",
     "DIAL_BACKS_MAX": "how many we dial at once; the others wait, and requests are bounded",
+    "DRAFTS_MAX": "how many tokens we guess",
     "HEARTBEAT_INTERVAL_S": "how often we say that we live",
     "LAN_SEARCH_INTERVAL_S": "how often we search",
     "LAN_SEARCH_TIMEOUT_S": "how long we search",

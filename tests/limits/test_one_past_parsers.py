@@ -37,6 +37,7 @@ from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.limits import (
     ADAPTERS_MAX,
     API_TOKENS_MAX,
+    BRANCHES_TOLD_MAX,
     CHOICES_MAX,
     DHT_KEY_BYTES_MAX,
     DIAL_BACK_PORTS_MAX,
@@ -62,7 +63,7 @@ from shardmesh.wire.limits import (
     TORRENT_FILE_BYTES_MAX,
     TORRENT_NAME_BYTES_MAX,
 )
-from shardmesh.wire.messages import Sampling
+from shardmesh.wire.messages import RepairSession, Sampling
 from shardmesh.wire.node_identity import check_identity
 from shardmesh.wire.relay import DialBackRequest, Reserved
 from shardmesh.wire.torrent_file import is_file_name
@@ -112,6 +113,14 @@ def _chat(n_tools: int) -> object:
     return ChatBody.model_validate({"messages": messages, "tools": tools})
 
 
+def _branches(n: int) -> object:
+    fields = {"session": bytes(16), "epoch": 1, "previous_stage": None, "next_stage": None}
+    branches = [[number, number] for number in range(n)]
+    return decode_cbor(
+        encode_cbor({**fields, "type": "repair", "branches": branches}), RepairSession
+    )
+
+
 TAKEN: dict[str, tuple[int, Take]] = {
     "ROUND_TRIPS_MAX": (ROUND_TRIPS_MAX, _round_trips),
     "NODE_TAGS_MAX": (
@@ -128,6 +137,7 @@ TAKEN: dict[str, tuple[int, Take]] = {
             encode_cbor({"type": "reserved", "lifetime_s": 1, "addresses": ["/x"] * n}), Reserved
         ),
     ),
+    "BRANCHES_TOLD_MAX": (BRANCHES_TOLD_MAX, _branches),
     "GRAMMAR_BYTES_MAX": (GRAMMAR_BYTES_MAX, _sampling),
     "GRAMMAR_BYTES_MAX in a text": (GRAMMAR_BYTES_MAX, lambda n: check_grammar("x" * n)),
     "GRAMMAR_GROUPS_MAX": (GRAMMAR_GROUPS_MAX, lambda n: check_grammar("(" * n + ")" * n)),
