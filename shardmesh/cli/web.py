@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     "api_tokens",
     multiple=True,
     envvar="LLAMA_API_TOKEN",
-    help="TOKEN or NAME:TOKEN that may use the API; may be given several times.",
+    help="TOKEN, NAME:TOKEN or NAME/RIGHT,RIGHT:TOKEN that may use the API, with the rights "
+    "inference, read, operate; may be given several times.",
 )
 @click.option(
     "--api-token-file",

@@ -16,17 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardmesh.errors import InputError, RefusedError, ShardmeshError
 from shardmesh.web.errors import NotAllowedError, response_of
+from shardmesh.web.rights import is_public, right_needed
 from shardmesh.web.tokens import ApiTokens, RateLimits
 from shardmesh.wire.limits import HTTP_BODY_BYTES_MAX, HTTP_BODY_TIMEOUT_S
-
-PUBLIC_PATHS = frozenset({"/", "/health", "/docs", "/openapi.json", "/favicon.ico", "/favicon.svg"})
-PUBLIC_FOLDERS = ("/docs/", "/static/")
-"""Served to anybody: pages and their parts, which hold no secret, and the health of the mesh."""
 
 _CORS_METHODS = "GET, POST, OPTIONS"
 _CORS_MAX_AGE_S = 600
 _CLOSE_POLICY = 1008  # RFC 6455 section 7.4.1
-_CLOSE_NO_TOKEN = 4401  # one of those that applications may use
+_CLOSES_TOLD = {"NO_API_TOKEN": 4401, "TOKEN_RIGHTS": 4403}
+"""By error code, of the close codes that applications may use: a page shows these to a person."""
+
 _TOKEN_PROTOCOL = "bearer."
 
 
@@ -79,11 +78,14 @@ class Guard:
     def _admit(self, scope: Scope, request: Headers) -> None:
         """Notes the caller in the scope; raises for one without a token or over its rate."""
         path: str = scope["path"]
-        caller = self._settings.tokens.name_of(_token_in(scope, request))
-        if caller is None:
-            if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_FOLDERS):
+        known = self._settings.tokens.caller(_token_in(scope, request))
+        caller = "" if known is None else known.name
+        if not is_public(path):
+            if known is None:
                 raise no_token()
-            caller = ""
+            needed = right_needed(scope.get("method", "GET"), path)
+            if needed is not None and needed not in known.rights:
+                raise lacks_right(known.name, needed)
         scope.setdefault("state", {})["caller"] = caller
         if scope.get("method") == "POST":
             client = scope.get("client") or ("",)
@@ -115,6 +117,14 @@ def no_token() -> RefusedError:
         "a token is needed, and none or an unknown one was given",
         code="NO_API_TOKEN",
         next_step="send `Authorization: Bearer TOKEN`",
+    )
+
+
+def lacks_right(caller: str, needed: str) -> NotAllowedError:
+    return NotAllowedError(
+        f"the token of {caller} may not do this: it lacks the right `{needed}`",
+        code="TOKEN_RIGHTS",
+        next_step="use a token with this right, or give it to this one where the gateway starts",
     )
 
 
@@ -223,13 +233,14 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ShardmeshEr
         await response_of(error)(scope, receive, send)
         return
     await receive()
-    if error.code != "NO_API_TOKEN":
+    if error.code not in _CLOSES_TOLD:
         await send({"type": "websocket.close", "code": _CLOSE_POLICY, "reason": error.code})
         return
     # Opened first: a page cannot tell why a socket was never opened.
     own = [each for each in scope.get("subprotocols") or () if not each.startswith(_TOKEN_PROTOCOL)]
     await send({"type": "websocket.accept", "subprotocol": own[0] if own else None})
-    await send({"type": "websocket.close", "code": _CLOSE_NO_TOKEN, "reason": error.code})
+    close = {"code": _CLOSES_TOLD[error.code], "reason": error.code}
+    await send({"type": "websocket.close", **close})
 
 
 class _BoundedBody:

@@ -21,7 +21,7 @@ GatewayOfApp = Annotated[Gateway, Depends(_gateway_of_app)]
 """The type of a route's parameter that is to be the app's gateway; WebSocket routes too."""
 
 
-def _caller(connection: HTTPConnection) -> str:
+async def _caller(connection: HTTPConnection) -> str:
     caller: str = connection.state.caller
     return caller
 

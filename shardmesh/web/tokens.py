@@ -1,4 +1,4 @@
-"""API tokens by name, and how often each may ask."""
+"""API tokens by name, what each may do, and how often it may ask."""
 
 from __future__ import annotations
 
@@ -7,51 +7,87 @@ import hmac
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from shardmesh.errors import InputError
 from shardmesh.web.errors import RateLimitError
 from shardmesh.wire.limits import API_TOKENS_MAX, RATE_CALLERS_MAX
 
 TOKEN_LETTERS_MIN = 16
-_LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9_.@-]{1,64}):)?(?P<token>[\x21-\x7e]{1,512})")
+RIGHTS: Final = frozenset({"inference", "read", "operate"})
+"""To have something computed; to see nodes, mesh and figures; to load and unload shards."""
+
+_LINE = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9_.@-]{1,64})(?:/(?P<rights>[a-z,]{1,64}))?:)?"
+    r"(?P<token>[\x21-\x39\x3b-\x7e]{1,512})"  # no colon: a mistyped name is no part of a token
+)
 _FILE_BYTES_MAX = API_TOKENS_MAX * 600
+
+
+class Caller(NamedTuple):
+    """Who asks, by the name of the token."""
+
+    name: str
+    rights: frozenset[str]
+
+
+ANYBODY: Final = Caller("anybody", RIGHTS)
+"""Where no token is needed."""
 
 
 class ApiTokens:
     """The tokens that are known; with none, nobody needs one."""
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
-        """Each line is `TOKEN` or `NAME:TOKEN`; raises InputError (theirs) for any other."""
-        self._names: list[tuple[bytes, str]] = []
+        """Each line is `TOKEN`, `NAME:TOKEN` or `NAME/RIGHT,RIGHT:TOKEN`.
+
+        A token without rights has all.  Raises InputError (theirs) for any other line.
+        """
+        self._callers: list[tuple[bytes, Caller]] = []
         for line in lines:
             match = _LINE.fullmatch(line)
             if match is None or len(match["token"]) < TOKEN_LETTERS_MIN:
                 raise InputError(
-                    f"an API token has at least {TOKEN_LETTERS_MIN} printable letters, and may "
-                    "have a name and a colon before it",
+                    f"an API token has at least {TOKEN_LETTERS_MIN} printable letters without a "
+                    "colon, and may have a name, rights and a colon before it",
                     code="BAD_API_TOKEN",
                     next_step="make one with `openssl rand -hex 32`",
                 )
-            name = match["name"] or f"token {len(self._names) + 1}"
-            self._names.append((_digest(match["token"]), name))
-        if len(self._names) > API_TOKENS_MAX:
+            name = match["name"] or f"token {len(self._callers) + 1}"
+            caller = Caller(name, _rights(match["rights"]))
+            self._callers.append((_digest(match["token"]), caller))
+        if len(self._callers) > API_TOKENS_MAX:
             raise InputError(f"more than {API_TOKENS_MAX} API tokens", code="BAD_API_TOKEN")
 
     def __bool__(self) -> bool:
-        return bool(self._names)
+        return bool(self._callers)
 
-    def name_of(self, token: str) -> str | None:
-        """Whose token it is; None for an unknown one, "anybody" if there are no tokens.
+    def caller(self, token: str) -> Caller | None:
+        """Whose token it is; None for an unknown one, ANYBODY if there are no tokens.
 
         Looks at all of them, in a time that does not depend on which letters are right.
         """
-        if not self._names:
-            return "anybody"
+        if not self._callers:
+            return ANYBODY
         given, found = _digest(token), None
-        for digest, name in self._names:
+        for digest, caller in self._callers:
             if hmac.compare_digest(digest, given):
-                found = name
+                found = caller
         return found
+
+
+def _rights(text: str | None) -> frozenset[str]:
+    """Rights divided by commas; all of them if nothing is said."""
+    if text is None:
+        return RIGHTS
+    rights = frozenset(text.split(","))
+    if not rights <= RIGHTS:
+        raise InputError(
+            f"an API token cannot have the rights {text}",
+            code="BAD_API_TOKEN",
+            next_step=f"choose from {', '.join(sorted(RIGHTS))}",
+        )
+    return rights
 
 
 def read_tokens(path: Path) -> list[str]:

@@ -73,6 +73,32 @@ async def test_a_token_is_needed_where_there_are_some() -> None:
     assert (await ask(guard, "/health")).status_code == 200, "the health is for everybody"
 
 
+async def test_a_token_can_do_what_it_has_the_rights_for() -> None:
+    guard = guarded(tokens=ApiTokens([f"grafana/read:{TOKEN}", "bot/inference:" + "y" * 16]))
+    reads, infers = ({"Authorization": f"Bearer {t}"} for t in (TOKEN, "y" * 16))
+    for headers in (reads, infers):
+        assert (await ask(guard, headers=headers)).status_code == 200, "both may list the models"
+    allowed = await ask(guard, "/v1/completions", method="POST", headers=infers)
+    assert allowed.status_code == 200
+    for path, method, headers, needed in (
+        ("/v1/completions", "POST", reads, "inference"),
+        ("/v1/peers", "GET", infers, "read"),
+        ("/v1/nodes/x/shard", "DELETE", reads, "operate"),
+    ):
+        refused = await ask(guard, path, method=method, headers=headers)
+        assert refused.status_code == 403
+        assert refused.json()["error"]["code"] == "TOKEN_RIGHTS"
+        assert f"`{needed}`" in refused.json()["error"]["message"]
+
+
+async def test_a_page_is_told_that_its_token_may_not_look() -> None:
+    guard = guarded(tokens=ApiTokens([f"bot/inference:{TOKEN}"]), ports=frozenset({8080}))
+    encoded = base64.urlsafe_b64encode(TOKEN.encode()).decode().rstrip("=")
+    protocols = ["shardmesh", f"bearer.{encoded}"]
+    _, closed = await websocket(guard, origin="http://127.0.0.1:8080", protocols=protocols)
+    assert (closed["type"], closed["code"]) == ("websocket.close", 4403)
+
+
 async def test_so_many_requests_a_minute() -> None:
     guard = guarded(tokens=ApiTokens([TOKEN, "y" * 16]), rate_per_minute=2)
 

@@ -6,7 +6,7 @@ import pytest
 
 from shardmesh.errors import InputError
 from shardmesh.web.errors import RateLimitError
-from shardmesh.web.tokens import ApiTokens, RateLimits, read_tokens
+from shardmesh.web.tokens import ANYBODY, RIGHTS, ApiTokens, Caller, RateLimits, read_tokens
 
 
 @pytest.mark.parametrize("line", ["short", "name:short", "with blank in it, though long", "é" * 20])
@@ -22,12 +22,26 @@ def test_a_file_of_tokens(tmp_path: Path) -> None:
     path.write_text(f"# ours\n\nalice:{'a' * 20}\n{'b' * 20}\n")
     path.chmod(0o600)
     tokens = ApiTokens(read_tokens(path))
-    assert tokens.name_of("a" * 20) == "alice"
-    assert tokens.name_of("b" * 20) == "token 2"
-    assert tokens.name_of("a" * 19) is None
+    assert tokens.caller("a" * 20) == Caller("alice", RIGHTS)
+    assert tokens.caller("b" * 20) == Caller("token 2", RIGHTS)
+    assert tokens.caller("a" * 19) is None
     path.chmod(0o644)
     with pytest.raises(InputError, match="read by others"):
         read_tokens(path)
+
+
+def test_a_token_may_have_some_rights_only() -> None:
+    tokens = ApiTokens([f"grafana/read:{'a' * 20}", f"bot/inference,read:{'b' * 20}"])
+    assert tokens.caller("a" * 20) == Caller("grafana", frozenset({"read"}))
+    assert tokens.caller("b" * 20) == Caller("bot", frozenset({"inference", "read"}))
+    for line in (f"x/all:{'a' * 20}", f"x/:{'a' * 20}", f"x/read,:{'a' * 20}"):
+        with pytest.raises(InputError):
+            ApiTokens([line])
+
+
+def test_without_tokens_anybody_may_do_all() -> None:
+    assert ApiTokens().caller("") is ANYBODY
+    assert ANYBODY.rights == RIGHTS
 
 
 def test_a_bucket_fills_again() -> None:

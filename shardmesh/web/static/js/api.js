@@ -51,7 +51,7 @@ export async function request(path, { method = "GET", body, signal } = {}) {
 export const requestJson = async (path, options) => (await request(path, options)).json();
 
 /** Asks once for the gateway's token; the page starts anew with it. */
-export function askForToken() {
+export function askForToken(why = "This gateway wants an API token.") {
   const dialog = byId("token-dialog");
   if (dialog.open) return;
   const input = h("input", { type: "password", autocomplete: "current-password", required: true, id: "token-input" });
@@ -59,7 +59,7 @@ export function askForToken() {
   const form = h(
     "form",
     { class: "dialog-body", method: "dialog" },
-    h("p", { class: "muted" }, "This gateway wants an API token. It stays in this browser."),
+    h("p", { class: "muted" }, `${why} It stays in this browser.`),
     h("label", { class: "field" }, "Token", input),
     h("label", { class: "inline-field" }, keep, "Keep it when the browser is closed"),
     h("div", { class: "actions" }, h("button", { class: "button primary", type: "submit" }, "Use this token")),

@@ -5,7 +5,7 @@ import { askForToken, socketProtocols } from "./api.js";
 const SILENCE_MS = 25000; // the gateway says something every ten seconds
 const PAUSE_MIN_MS = 250;
 const PAUSE_MAX_MS = 8000;
-const NOT_ALLOWED = 4401;
+const NOT_ALLOWED = { 4401: "This gateway wants an API token.", 4403: "This token may not look at the mesh; it takes one with the right “read”." };
 
 /** Puts a merge patch into a document, in place. */
 export function merge(document, patch) {
@@ -58,8 +58,8 @@ export class Feed {
     if (socket !== this.socket) return;
     clearTimeout(this.silence);
     this.tell.onStatus("lost");
-    if (event.code === NOT_ALLOWED) {
-      askForToken();
+    if (NOT_ALLOWED[event.code]) {
+      askForToken(NOT_ALLOWED[event.code]);
       return;
     }
     const pauseMs = this.pauseMs * (0.75 + Math.random() / 2);
