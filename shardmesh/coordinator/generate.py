@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import trio
 
+from shardmesh.coordinator.drafts import Drafter
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.resume import catch_up, reread
 from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
@@ -82,11 +83,13 @@ async def generate(
     stops: StopScanner,
     ignore_end: bool = False,
     given: Sequence[int] = (),
+    n_drafts: int | None = 0,
     started_s: float | None = None,
 ) -> AsyncGenerator[Piece | Finished, None]:
     """The text that follows a prompt, as it comes; a Finished is the last item.
 
     Of a text that was begun elsewhere, `given` are the tokens so far, and what comes is the rest.
+    `n_drafts` tokens are guessed ahead at most, or as many as pay (None).
     Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far;
     left early, it may be computing the last one.
     """
@@ -97,6 +100,16 @@ async def generate(
     if reread(given, source=source, decoder=decoder, stops=stops, ignore_end=ignore_end):
         yield Finished("stop", recorder.finish(now_s))
         return
+    drafter = Drafter(
+        n_drafts, [*prompt, *given], lambda token: source.is_end(token) and not ignore_end
+    )
+
+    def finish() -> Timings:
+        timings = recorder.finish(trio.current_time())
+        return dataclasses.replace(
+            timings, n_drafts=drafter.n_guessed, n_drafts_right=drafter.n_right
+        )
+
     done = await catch_up(session, given, await prefill(session, prompt))
     reason: FinishReason = "length"
     for n_so_far in range(len(given) + 1, n_tokens_max + 1):
@@ -104,19 +117,20 @@ async def generate(
         if sampled is None:
             raise ProtocolError("the last stage sampled no token")
         recorder.token(trio.current_time(), done.timings, session.first_hop_us)
+        drafter.note(sampled.token, done.timings, session.first_hop_us)
         if source.is_end(sampled.token) and not ignore_end:
             reason = "stop"
             break
         text, is_stopped = stops.feed(decoder.feed(source.piece(sampled.token)))
         goes_on = not is_stopped and n_so_far < n_tokens_max
         if goes_on:  # before the piece is looked at, which takes time too
-            session.send([sampled.token], sample=True)
+            drafter.go_on(session, sampled.token, n_tokens_max - n_so_far)
         yield Piece(text, sampled, done.timings, session.first_hop_us)
         if is_stopped:
-            yield Finished("stop", recorder.finish(trio.current_time()))
+            yield Finished("stop", finish())
             return
         if goes_on:
             done = await session.receive()
     text, is_stopped = stops.feed(decoder.finish())
     yield Piece(text if is_stopped else text + stops.flush(), None)
-    yield Finished(reason, recorder.finish(trio.current_time()))
+    yield Finished(reason, finish())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -12,6 +11,7 @@ from typing import Protocol
 import trio
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.feed import Feed
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.prefixes import PromptPrefix
 from shardmesh.coordinator.recovery import (
@@ -28,7 +28,6 @@ from shardmesh.coordinator.recovery import (
 )
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.links.outgoing import Outgoing
 from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
 from shardmesh.wire.messages import (
     BatchDone,
@@ -43,7 +42,6 @@ from shardmesh.wire.messages import (
     SessionFailed,
     SessionOpened,
     SessionRepaired,
-    TokenBatch,
     TrimSession,
 )
 
@@ -70,9 +68,6 @@ N_BATCHES_IN_FLIGHT_MAX = 8
 
 INBOX_MESSAGES_MAX = 2 * SESSION_BATCHES_WAITING_MAX
 """Messages for a session that were not looked at yet; it never has so many micro-batches out."""
-
-TOKENS_KEPT_BYTES_MAX = 1 << 40
-"""A coordinator keeps all token ids of a session: the context bounds them, and they are small."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +153,6 @@ class Session:
         """`links` is shared with the router, which takes messages of these links only."""
         self.session_id = session_id
         self.chain = chain
-        self.n_sent = 0  # tokens sent so far, or held from the beginning: the next position
         self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
         self.repairs: list[Repair] = []
         self._links = links
@@ -167,13 +161,11 @@ class Session:
         self._replacements = replacements
         self._epoch = 0
         self._is_open = False
-        self._outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
-        self._n_done = 0  # positions whose results have come
+        self._feed = Feed(session_id)
         self._strikes = HopStrikes()
         self._held: list[Held] = [EMPTY] * len(links)
         self._longest_step_s = 0.0
         self._stepped_s = trio.current_time()
-        self._expected: deque[TokenBatch] = deque()  # sent, and no result has come
         self._unsent: _BrokenError | None = None
         self._unfinished: list[Repair] = []  # repairs after which no result has come yet
 
@@ -181,6 +173,16 @@ class Session:
     def epoch(self) -> int:
         """How often the chain was repaired."""
         return self._epoch
+
+    @property
+    def n_sent(self) -> int:
+        """Tokens sent so far, guesses included: the next position."""
+        return self._feed.n_sent
+
+    @property
+    def guesses(self) -> Sequence[int]:
+        """Tokens that were guessed and are not known to be right; a repair drops them."""
+        return self._feed.guesses
 
     @property
     def first_hop_us(self) -> int:
@@ -204,27 +206,18 @@ class Session:
         self._is_open = True
 
     def send(self, tokens: Sequence[int], *, sample: bool, embed: bool = False) -> None:
-        """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`."""
-        batch = self._batch(tokens, sample=sample, embed=embed)
-        self._stepped_s = trio.current_time()
-        self.n_sent += len(tokens)
-        self._expected.append(batch)
-        try:
-            self._outgoing.add(batch.position, len(tokens), batch)
-        except ShardmeshError as error:
-            self._unsent = self._lost(0, error)
+        """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`.
 
-    def _batch(self, tokens: Sequence[int], *, sample: bool, embed: bool) -> TokenBatch:
-        return TokenBatch(
-            session=self.session_id,
-            epoch=self._epoch,
-            position=self.n_sent,
-            tokens=tuple(tokens),
-            sample=sample,
-            embed=embed,
-            branch=0,
-            check=b"",
-        )
+        Has the result asked for only, if it was guessed and sent before.
+        """
+        self._stepped_s = trio.current_time()
+        with self._noticed_later():
+            self._feed.add(tokens, sample=sample, embed=embed)
+
+    def guess(self, token: int) -> None:
+        """Sends what may be the next token, ahead of the result that will tell."""
+        with self._noticed_later():
+            self._feed.guess(token)
 
     async def receive(self) -> BatchDone:
         """The next micro-batch that has gone through the chain; repairs the chain if need be.
@@ -265,7 +258,7 @@ class Session:
                 return number, event
             if isinstance(event, BatchTaken) and number == 0:
                 with self._first_hop():
-                    self._outgoing.taken(event.n_taken)
+                    self._feed.outgoing.taken(event.n_taken)
 
     def _accept(self, result: tuple[int, BatchDone]) -> BatchDone:
         """A result that is the one asked for; raises _BrokenError for whoever gave another."""
@@ -273,15 +266,10 @@ class Session:
         if number != len(self._links) - 1:
             wrong = ProtocolError("a result came from another stage than the last")
             raise _BrokenError(number, wrong)
-        asked = self._expected[0] if self._expected else None
-        fits = (
-            asked is not None
-            and done.position == asked.position
-            and done.n_tokens == len(asked.tokens)
-            and asked.sample == (done.sampled is not None)
-        )
-        if not fits:
-            raise _BrokenError(number, ProtocolError("a result is not the one that was asked for"))
+        try:
+            self._feed.accept(done)
+        except ProtocolError as error:
+            raise _BrokenError(number, error) from None
         self._note_result(done)
         return done
 
@@ -294,8 +282,6 @@ class Session:
 
     def _note_result(self, done: BatchDone) -> None:
         now_s = trio.current_time()
-        self._expected.popleft()
-        self._n_done += done.n_tokens
         self._strikes.clear()
         if self._replacements is not None:
             self._replacements.note_result(self.chain, done)
@@ -424,11 +410,12 @@ class Session:
 
         Raises _BrokenError for a stage that does not.
         """
+        self._feed.take_back()
         while True:
             held = await self._ask_all(fresh, timeout_s)
             if not self._is_open:
                 held = self._begin_behind(held)
-            plan = plan_replay(held, self._n_done)
+            plan = plan_replay(held, self._feed.n_done)
             if not plan.restart:
                 break
             fresh, self._epoch = fresh | plan.restart, self._epoch + 1
@@ -446,8 +433,16 @@ class Session:
             )
             self._send(number, resume)
         with self._first_hop():
-            self._outgoing.hold(self._epoch)
-            self._outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+            outgoing = self._feed.outgoing
+            outgoing.hold(self._epoch)
+            outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+
+    @contextmanager
+    def _noticed_later(self) -> Iterator[None]:
+        try:
+            yield
+        except ShardmeshError as error:
+            self._unsent = self._lost(0, error)
 
     def _begin_behind(self, held: Sequence[Held]) -> list[Held]:
         """Has all stages begin behind what every one of them holds of the prompt."""
@@ -458,14 +453,8 @@ class Session:
             if each.n_received > n_reused:
                 trim = TrimSession(session=self.session_id, epoch=self._epoch, n_keep=n_reused)
                 self._send(number, trim)
-        self._outgoing = Outgoing(self._epoch, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
-        self.n_sent = 0
-        for piece in pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ():
-            # Not sent, as all are held: for a stage that comes in the place of another.
-            batch = self._batch(piece, sample=False, embed=False)
-            self._outgoing.add(batch.position, len(piece), batch)
-            self.n_sent += len(piece)
-        self.n_reused = self._n_done = n_reused
+        self._feed.begin_behind(pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ())
+        self.n_reused = n_reused
         return [Held(n_reused, n_reused, n_reused)] * len(held)
 
     @contextmanager
@@ -551,7 +540,7 @@ class Session:
             sampling=None if following is not None else self._settings.sampling,
             history=() if following is not None else self._settings.history,
             adapter=self._settings.adapter,
-            draft_key=b"",
+            draft_key=b"" if following is not None else self._feed.draft_key,
             # In a repair only what is lost is computed again, from the beginning.
             prefix=prefix.pieces_for(stage.peer_id) if prefix and not self._is_open else (),
         )
@@ -563,7 +552,7 @@ class Session:
             epoch=self._epoch,
             previous_stage=previous,
             next_stage=following,
-            branches=(),
+            branches=self._feed.branches,
         )
 
     def _neighbours(self, number: int) -> tuple[str | None, NextStage | None]:

@@ -37,6 +37,8 @@ class Timings:
     decode_tokens_per_s: float | None  # None for fewer than two tokens
     first_hop_ms: float  # from the coordinator to the first stage, over the decode phase
     stages: tuple[StageTotal, ...]
+    n_drafts: int = 0  # tokens that were guessed and sent ahead; then steps overlap
+    n_drafts_right: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,6 @@ class Computing:
                 work.branch,
                 work.check,
                 n_computed=self._engine.n_held(session.sequence),
-                n_sure=session.n_replay,
             )
         return not session.outgoing.is_void(work.branch, position)
 

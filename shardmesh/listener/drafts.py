@@ -21,20 +21,17 @@ class DraftChecks:
         self._tokens: dict[int, int] = {}  # by position
         self._astray = -1
 
-    def is_due(
-        self, position: int, branch: int, check: bytes, *, n_computed: int, n_sure: int
-    ) -> bool:
-        """Whether to compute what begins at `position`, in the order of arrival.
+    def is_due(self, position: int, branch: int, check: bytes, *, n_computed: int) -> bool:
+        """Whether to compute what begins at `position`; asked in the order of arrival.
 
-        What the coordinator knows to be right, all below `n_sure`, is never a draft.  Behind a
-        wrong draft nothing of its branch counts; what was computed before a repair is not again.
+        Behind a wrong draft nothing of its branch counts.  What was computed and comes again,
+        because the coordinator had not heard of it before a repair, is not computed twice.
         """
-        if position >= n_sure:
-            if branch <= self._astray:
-                return False
-            if check and not self._fits(position, check):
-                self._astray = branch
-                return False
+        if branch <= self._astray:
+            return False
+        if check and not self._fits(position, check):
+            self._astray = branch
+            return False
         return position >= n_computed
 
     def sampled(self, position: int, token: int) -> None:

@@ -73,6 +73,8 @@ class SessionPlan:
     temperature: float
     cancelled_after_s: float | None
     prefers: tuple[int, ...]  # the replica of each stage, if it is there and well
+    n_guesses: int  # tokens guessed ahead, at most
+    guesses_right: float  # how often one is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Plan:
         ]
         lines += [
             f"{s.at_s:7.3f} session {s.number} of {s.coordinator}: {len(s.prompt)} + "
-            f"{s.n_tokens} tokens, temperature {s.temperature}, cancelled {s.cancelled_after_s}"
+            f"{s.n_tokens} tokens, temperature {s.temperature}, cancelled {s.cancelled_after_s}, "
+            f"{s.n_guesses} guessed, of which right: {s.guesses_right}"
             for s in self.sessions
         ]
         return "\n".join(lines + [str(fault) for fault in self.faults])
@@ -149,6 +152,8 @@ def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> Ses
         temperature=chance.choice((0.0, 0.9)),
         prefers=prefers,
         cancelled_after_s=chance.uniform(0.0, 2.0) if chance.random() < 0.1 else None,
+        n_guesses=chance.choice((0, 0, 2, 8, 32)),
+        guesses_right=chance.choice((0.2, 0.7, 0.9, 1.0)),
     )
 
 

@@ -27,7 +27,7 @@ from support.mesh import GREEDY
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.prefixes import PromptPrefix
-from shardmesh.coordinator.session import Repair, SessionSettings
+from shardmesh.coordinator.session import Repair, Session, SessionSettings
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import OurError, ShardmeshError
@@ -38,6 +38,7 @@ REPLICA_WAIT_S = 20.0
 SESSION_WITHIN_S = 90.0
 """From asking to the last token, pauses between attempts and all; faults end long before."""
 
+N_VOCAB = 64
 ASK_AGAIN_S = 0.2
 SETTLE_S = 0.5
 ASKER_KEY = bytes(32)
@@ -59,6 +60,7 @@ class Outcome:
     n_repairs: int = 0
     n_refused: int = 0  # attempts that found no room or no chain
     n_reused: int = 0  # tokens of prompts
+    n_guesses: int = 0  # tokens sent ahead
     n_late_frames: int = 0
     longest_pause_s: float = 0.0
     ended_s: float = 0.0
@@ -106,6 +108,7 @@ class Play:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.outcome = Outcome(plan.seed, n_sessions=len(plan.sessions))
+        self._chance = random.Random(plan.seed + 2)
         self.log: list[str] = []
         self._world: World
 
@@ -197,6 +200,7 @@ class Play:
                             self._note_repairs(plan, session.repairs)
                             return tokens
                         session.send([tokens[-1]], sample=True)
+                        self._guess(plan, session, len(tokens))
                         done = await session.receive()
             except ShardmeshError as error:
                 world.note(f"session {plan.number} at {len(tokens)}: [{error.code}] {error}")
@@ -204,6 +208,16 @@ class Play:
                     raise
                 self.outcome.n_refused += 1
             await trio.sleep(ASK_AGAIN_S)
+
+    def _guess(self, plan: SessionPlan, session: Session, n_tokens: int) -> None:
+        """Sends what comes next, or something else, ahead of the results."""
+        wanted = undisturbed(plan.prompt, plan.n_tokens, plan.temperature)
+        for n_known in range(n_tokens + len(session.guesses), plan.n_tokens - 1):
+            if len(session.guesses) >= plan.n_guesses:
+                break
+            is_right = self._chance.random() < plan.guesses_right
+            session.guess(wanted[n_known] if is_right else (wanted[n_known] + 1) % N_VOCAB)
+            self.outcome.n_guesses += 1
 
     def _note_repairs(self, plan: SessionPlan, repairs: Sequence[Repair]) -> None:
         for repair in repairs:

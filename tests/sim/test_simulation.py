@@ -33,6 +33,11 @@ def test_the_seeds_have_faults_of_every_kind() -> None:
     assert any(s.cancelled_after_s is not None for plan in plans for s in plan.sessions)
 
 
+def test_the_seeds_guess_and_repair() -> None:
+    outcomes = [simulate(seed) for seed in range(4)]
+    assert any(outcome.n_guesses and outcome.n_repairs for outcome in outcomes)
+
+
 def test_a_seed_gives_the_same_run_each_time() -> None:
     seed = 1
     assert simulate(seed).n_repairs > 0

@@ -1,0 +1,122 @@
+"""What a session sends to its first stage: micro-batches of tokens, some of them guesses.
+
+A guess is sent ahead of the result that will show whether it is right.  Once it is known to be
+wrong, a new branch begins at its position; the stages drop what they made of it.  No clock, no
+waiting; a link is written to in `resume`, `taken` and whatever adds a micro-batch.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from shardmesh.errors import ProtocolError
+from shardmesh.links.branches import Branches
+from shardmesh.links.outgoing import Outgoing
+from shardmesh.wire.draft_check import draft_check
+from shardmesh.wire.limits import BRANCHES_TOLD_MAX, DRAFT_KEY_BYTES
+from shardmesh.wire.messages import BatchDone, TokenBatch
+
+TOKENS_KEPT_BYTES_MAX = 1 << 40
+"""A coordinator keeps all token ids of a session: the context bounds them, and they are small."""
+
+
+class Feed:
+    """The micro-batches of one session, and the results that are due for them."""
+
+    def __init__(self, session_id: bytes) -> None:
+        self.draft_key = secrets.token_bytes(DRAFT_KEY_BYTES)
+        self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
+        self.n_sent = 0  # the next position
+        self.n_done = 0  # positions whose results have come
+        self._session_id = session_id
+        self._due: deque[TokenBatch] = deque()  # sent, and no result has come
+        self._guesses: deque[int] = deque()  # the last positions of what was sent
+        self._branch = 0
+        self._branches = Branches()
+
+    @property
+    def guesses(self) -> Sequence[int]:
+        """Tokens that were sent and are not known to be right, in order."""
+        return self._guesses
+
+    @property
+    def branches(self) -> tuple[tuple[int, int], ...]:
+        """The newest branches with their positions; no stage has missed more."""
+        return self._branches.newest(BRANCHES_TOLD_MAX)
+
+    def begin_behind(self, pieces: Iterable[Sequence[int]]) -> None:
+        """All stages hold these already: kept for one that comes in the place of another."""
+        self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
+        self.n_sent = 0
+        for piece in pieces:
+            self._keep(self._batch(piece, sample=False, embed=False, check=b""))
+        self.n_done = self.n_sent
+
+    def add(self, tokens: Sequence[int], *, sample: bool, embed: bool) -> None:
+        """What comes next is known; raises what the link's `send` raises.
+
+        If it was guessed it is on its way already.
+        """
+        if self._guesses:
+            if list(tokens) == [self._guesses[0]] and sample and not embed:
+                self._guesses.popleft()
+                return
+            self.take_back()
+        self._send(tokens, sample=sample, embed=embed, check=b"")
+
+    def guess(self, token: int) -> None:
+        """Sends a guess of what comes next; raises what the link's `send` raises."""
+        self._guesses.append(token)
+        check = draft_check(self.draft_key, self.n_sent, token)
+        self._send([token], sample=True, embed=False, check=check)
+
+    def take_back(self) -> None:
+        """Drops the guesses; what is sent next takes their place on every stage."""
+        if not self._guesses:
+            return
+        self._branch += 1
+        self.n_sent -= len(self._guesses)
+        for _ in self._guesses:
+            self._due.pop()
+        self._guesses.clear()
+        self._branches.begin(self._branch, self.n_sent)
+        self.outgoing.forget_from(self.n_sent)
+
+    def accept(self, done: BatchDone) -> None:
+        """A result; raises ProtocolError (theirs) unless it is the one that is due."""
+        asked = self._due[0] if len(self._due) > len(self._guesses) else None
+        fits = (
+            asked is not None
+            and done.position == asked.position
+            and done.n_tokens == len(asked.tokens)
+            and asked.sample == (done.sampled is not None)
+        )
+        if not fits:
+            raise ProtocolError("a result is not the one that was asked for")
+        self._due.popleft()
+        self.n_done += done.n_tokens
+
+    def _send(self, tokens: Sequence[int], *, sample: bool, embed: bool, check: bytes) -> None:
+        batch = self._batch(tokens, sample=sample, embed=embed, check=check)
+        self._due.append(batch)
+        self._keep(batch)
+
+    def _keep(self, batch: TokenBatch) -> None:
+        self.n_sent += len(batch.tokens)
+        self.outgoing.add(batch.position, len(batch.tokens), batch)
+
+    def _batch(
+        self, tokens: Sequence[int], *, sample: bool, embed: bool, check: bytes
+    ) -> TokenBatch:
+        return TokenBatch(
+            session=self._session_id,
+            epoch=0,  # `outgoing` puts in the one of the time when it is sent
+            position=self.n_sent,
+            tokens=tuple(tokens),
+            sample=sample,
+            embed=embed,
+            branch=self._branch,
+            check=check,
+        )
