@@ -26,7 +26,7 @@ def configure_logging(
     libraries say.  Their words are for themselves below that: what matters, we report.
     """
     stream = stream or sys.stdout
-    handler = logging.StreamHandler(stream)
+    handler = _StandardHandler(stream)
     formatter: logging.Formatter
     formatter = JsonFormatter() if log_format == "json" else PrettyFormatter(stream.isatty())
     handler.setFormatter(formatter)
@@ -38,6 +38,23 @@ def configure_logging(
     root.setLevel(logging.INFO if shows_libraries else logging.WARNING)
     our_level = logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity else logging.INFO
     logging.getLogger(_OUR_LOGGER).setLevel(our_level)
+
+
+class _StandardHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard output or standard error is at the moment, if it is one of them.
+
+    While something is drawn at the foot of a terminal, that is what keeps lines above it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        names = {id(sys.stdout): "stdout", id(sys.stderr): "stderr"}
+        self._name = names.get(id(stream))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._name is not None:
+            self.stream = getattr(sys, self._name)
+        super().emit(record)
 
 
 class PrettyFormatter(logging.Formatter):

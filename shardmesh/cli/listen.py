@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -240,6 +241,7 @@ def command(
     allow_files()
     import trio
 
+    from shardmesh.cli.downloads import watcher
     from shardmesh.engine.base import EngineOptions
     from shardmesh.listener.assignment import WantedShard
     from shardmesh.listener.node import NodeOptions
@@ -295,5 +297,6 @@ def command(
         ),
         log_format="json" if log_format == "json" else "pretty",
         log_verbosity=-1 if quiet else verbose,
+        watch_files=watcher(sys.stdout, stays=False, draws=log_format == "pretty" and not quiet),
     )
     trio.run(run_node, options)

@@ -116,6 +116,8 @@ def command(
             link = link_to(opened, await bootstraps_for_others(seeder.host, bootstrap))
             click.echo(str(link))
             sys.stdout.flush()
+            secret = "" if admission.is_public else " --secret <the mesh's>"
+            click.echo(f"Elsewhere: shardmesh listen --model '<link>'{secret}", err=True)
             if not no_seed:
                 click.echo(f"Giving {opened.manifest.model_name} to others until Ctrl-C.", err=True)
                 await trio.sleep_forever()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +28,9 @@ from shardmesh.cli.options import (
 from shardmesh.errors import InputError, UnreachableError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from shardmesh.shards.model_link import ModelLink
     from shardmesh.shards.publication import OpenPublication
     from shardmesh.swarm.admission import Admission
-    from shardmesh.swarm.torrents.service import FileService
-
-REFRESH_INTERVAL_S = 0.25
 
 
 @click.command("pull")
@@ -90,6 +86,7 @@ def command(
 
     import trio
 
+    from shardmesh.cli.downloads import watcher
     from shardmesh.listener.published import (
         fetch_files,
         keep_publication,
@@ -97,8 +94,10 @@ def command(
     )
     from shardmesh.listener.seeder import SeederOptions, open_seeder
     from shardmesh.shards.library import Library
+    from shardmesh.swarm.torrents.progress import PROGRESS_LOGGER
     from shardmesh.swarm.torrents.service import TorrentOptions
 
+    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.INFO)
     if shard_ids and everything:
         raise InputError("--shard and --all exclude each other", next_step="give one of them")
     own_dir = None if is_given("shards_dir") else models_dir
@@ -123,7 +122,7 @@ def command(
 
     async def run() -> OpenPublication:
         async with open_seeder(options) as seeder, trio.open_nursery() as nursery:
-            nursery.start_soon(show_downloads, seeder.files)
+            nursery.start_soon(watcher(sys.stderr, stays=True), seeder.files)
             opened = await wait_for_publication(seeder.files.find_publication, link)
             await trio.to_thread.run_sync(keep_publication, folder, opened)
             wanted = list(shard_ids) or list(range(len(opened.manifest.shards)))
@@ -144,48 +143,6 @@ def command(
             ) from None
 
     opened = trio.run(run_in_time)
-    n_files = len(shard_ids) or len(opened.manifest.shards)
-    click.echo(f"{n_files} shards of {opened.manifest.model_name} in {folder}")
-
-
-async def show_downloads(files: FileService) -> None:
-    """Draws one bar for each download on standard error, until cancelled."""
-    import trio
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    bars: dict[str, TaskID] = {}
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
-    with progress:
-        try:
-            while True:
-                _draw(progress, bars, files)
-                await trio.sleep(REFRESH_INTERVAL_S)
-        finally:
-            _draw(progress, bars, files)
-
-
-def _draw(progress: Progress, bars: dict[str, TaskID], files: FileService) -> None:
-    for download in files.downloads():
-        name = download.file_name
-        if name not in bars:
-            bars[name] = progress.add_task(name, total=download.n_bytes_total, note="")
-        n_sources = download.n_sources
-        sources = f"{n_sources} source{'' if n_sources == 1 else 's'}"
-        note = sources if download.state == "downloading" else download.state
-        progress.update(bars[name], completed=download.n_bytes_done, note=note)
+    n_shards = len(set(shard_ids)) or len(opened.manifest.shards)
+    shards = "1 shard" if n_shards == 1 else f"{n_shards} shards"
+    click.echo(f"{shards} of {opened.manifest.model_name} in {folder}")

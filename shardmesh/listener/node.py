@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -70,6 +70,10 @@ class ServeHttp(Protocol):
     async def __call__(self, node: Node, host: Host, directory: Directory) -> None: ...
 
 
+WatchFiles = Callable[[FileService], Awaitable[None]]
+"""Tells somebody of downloads, beside everything else; ends or is cancelled with the node."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NodeOptions:
     """What a listener is started with."""
@@ -104,6 +108,7 @@ class NodeOptions:
     naming: Naming = dataclasses.field(default_factory=Naming)
     serve_http: ServeHttp | None = None
     """Runs beside everything else once the node is on the network, until it leaves."""
+    watch_files: WatchFiles | None = None
 
 
 class Node:
@@ -198,7 +203,9 @@ class Node:
                 logger.warning("[SHARD] ⚠️  ASSIGNED SHARD %d NOT FOUND LOCALLY ⚠️", shard_id)
             else:
                 logger.error("[SHARD] ✗ Shard %d not loaded: %s", shard_id, error)
-            if error.next_step:
+            if error.code == "SHARD_NOT_FOUND" and self.options.link is not None:
+                logger.info("[SHARD] It is fetched from other nodes once the mesh is joined")
+            elif error.next_step:
                 logger.warning("[SHARD] Next step: %s", error.next_step)
 
     async def fetch_first_shard(self) -> None:

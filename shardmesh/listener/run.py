@@ -190,6 +190,8 @@ async def on_network(
         serve_commands(host, commands.handlers(), options.rights)
         if options.serve_http is not None:
             nursery.start_soon(options.serve_http, node, host, directory)
+        if options.watch_files is not None:
+            nursery.start_soon(options.watch_files, files)
         nursery.start_soon(_warn_of_namesakes, node, directory)
         try:
             yield membership, coordinator

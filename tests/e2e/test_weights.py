@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import pty
 import re
 import signal
+import struct
+import subprocess
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ import pytest
 import trio
 from support.asking import ask, complete_with, wait_status
 from support.processes import (
+    COMMAND,
     START_TIMEOUT_S,
     Mesh,
     Node,
@@ -171,6 +178,46 @@ def test_pull_ls_and_rm(weights: Weights) -> None:
     assert weights.space.run("rm", name, "-y", *where).code == 0
     assert list((weights.space.folder / "puller" / "models").iterdir()) == []
     assert weights.space.run("rm", name, "-y", *where).code == 2
+
+
+def test_a_terminal_shows_bars_and_a_log_lines(weights: Weights) -> None:
+    slow = ("--shard", "2", "--download-rate", "1M")
+    command = ("pull", weights.link, *slow)
+    piped = weights.space.start(*command, *weights.options("piped"))
+    drawn = on_terminal(weights.space, *command, *weights.options("drawn"))
+    assert re.search(r"shard-2\.gguf .*\d+% .*MB, .*/s, \d:\d\d left, \d+ sources?", drawn)
+    assert "[TORRENT] ↓" not in drawn
+    assert piped.wait_end(FETCH_TIMEOUT_S) == 0
+    assert any("[TORRENT] ↓ Fetching shard-2.gguf of" in line for line in piped.lines)
+    assert "━" not in "".join(piped.lines)
+
+
+def on_terminal(space: Workspace, *arguments: str) -> str:
+    """What a command writes on a terminal of 120 columns until its end, without escape codes."""
+    reading, writing = pty.openpty()
+    try:
+        fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=writing,
+            cwd=space.folder,
+            env={**space.environment, "TERM": "xterm", "COLUMNS": "120"},
+        )
+    finally:
+        os.close(writing)
+    written = b""
+    try:
+        while data := os.read(reading, 65536):
+            written += data
+    except OSError:  # how a terminal says that nobody writes any more
+        pass
+    finally:
+        os.close(reading)
+        process.kill()
+        process.wait()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode("utf-8", "replace"))
 
 
 def test_killed_in_the_middle_it_goes_on(weights: Weights) -> None:

@@ -15,10 +15,12 @@ from shardmesh.shards.publication import PublishedFile
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.torrents.exchange import Source, connect_with, endpoints_of
 from shardmesh.swarm.torrents.progress import (
+    PROGRESS_LOGGER,
     DownloadProgress,
     DownloadState,
     eta_s,
     readable_progress,
+    readable_size,
 )
 from shardmesh.swarm.torrents.session import Torrent, TorrentSession
 from shardmesh.swarm.torrents.sources import Sources
@@ -26,12 +28,14 @@ from shardmesh.wire.limits import TORRENT_ASK_INTERVAL_MAX_S
 from shardmesh.wire.torrent_file import TorrentFile
 
 logger = logging.getLogger("shardmesh")
+_progress_logger = logging.getLogger(PROGRESS_LOGGER)
 
 _ASK_INTERVAL_MIN_S: Final = 1.0
 _REPORT_INTERVAL_S: Final = 5.0
 _FLUSH_INTERVAL_S: Final = 1.0
 _WAIT_INTERVAL_S: Final = 0.5
 _LOOKING_REPORT_INTERVAL_S: Final = 30.0
+_LOOKING_PATIENCE_S: Final = 4.0  # a node that has just started has to find the others first
 
 CheckRoom = Callable[[PartialFile], None]
 """Raises InputError (NO_ROOM) if the node may not or cannot keep so much; blocks on the disk."""
@@ -150,6 +154,12 @@ class Download:
                 found, self._partial.folder, is_whole=False, sources=known
             )
             self._state = "downloading"
+            _progress_logger.info(
+                "[TORRENT] ↓ Fetching %s of %s, %s",
+                self.file.name,
+                self._model_name,
+                readable_size(self.file.n_bytes),
+            )
             nursery.start_soon(self._keep_connecting, host, torrents, sources)
             nursery.start_soon(self._keep_reporting)
             nursery.start_soon(self._keep_flushing, torrents, self._torrent)
@@ -163,7 +173,8 @@ class Download:
         if kept is not None:
             return kept
         self._state = "looking"
-        pause_s, reported_s = _ASK_INTERVAL_MIN_S, -_LOOKING_REPORT_INTERVAL_S
+        pause_s = _ASK_INTERVAL_MIN_S
+        reported_s = trio.current_time() - _LOOKING_REPORT_INTERVAL_S + _LOOKING_PATIENCE_S
         while True:
             found: list[TorrentFile] = []
 
@@ -226,7 +237,7 @@ class Download:
     async def _keep_reporting(self) -> None:
         while True:
             await trio.sleep(_REPORT_INTERVAL_S)
-            logger.info("[TORRENT] ↓ %s", readable_progress(self.progress()))
+            _progress_logger.info("[TORRENT] ↓ %s", readable_progress(self.progress()))
 
     async def _complete(self, torrents: TorrentSession, torrent: Torrent) -> None:
         """Waits until the partial file is whole; what the disk has spoiled is fetched once more."""

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import libtorrent as lt
 import trio
 
 from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
+from shardmesh.swarm.torrents.progress import RateMeter
 from shardmesh.swarm.torrents.settings import limit_all_addresses, session_settings
 from shardmesh.wire.limits import TORRENT_SOURCES_MAX
 from shardmesh.wire.torrent_file import TorrentFile
@@ -65,6 +67,8 @@ class Torrent:
         self._removed = trio.Event()
         self._flushed = trio.Event()
         self._handle: lt.torrent_handle | None = None
+        self._down = RateMeter()
+        self._up = RateMeter()
 
     def fail(self, error: ShardmeshError) -> None:
         self.error = error
@@ -271,12 +275,13 @@ class TorrentSession:
         torrent = self._torrents.get(status.info_hashes.v2.to_bytes())
         if torrent is None:
             return
+        now_s = time.monotonic()
         torrent.n_bytes_refused = status.total_failed_bytes
         checking = (lt.torrent_status.checking_files, lt.torrent_status.checking_resume_data)
         torrent.status = TorrentStatus(
             n_bytes_done=status.total_wanted_done,
-            download_rate=status.download_payload_rate,
-            upload_rate=status.upload_payload_rate,
+            download_rate=torrent._down.note(now_s, status.total_payload_download),
+            upload_rate=torrent._up.note(now_s, status.total_payload_upload),
             n_sources=status.num_peers,
             is_checking=status.state in checking,
             n_bytes_uploaded=status.all_time_upload,
