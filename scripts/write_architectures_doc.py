@@ -27,7 +27,8 @@ whether they are enough: the model whole and cut if there is memory for it, else
 its first layers. It is refused if a single bit differs or llama.cpp ends the process. Models for
 images or sound are cut in their language part only.
 
-The columns. **Wire**: how hidden states travel; `f32` everywhere, as anything shorter changes bits.
+The columns. **Wire**: how hidden states travel; `f32` everywhere, as anything shorter changes bits
+(`--wire f16` gives up exactness for half the bytes, with any architecture).
 **Roll-back**: whether a sequence can be taken back to an earlier token, which prefix reuse, drafts
 and parts of recovery need. The manifest says the same (`can_roll_back`), so that a coordinator does
 without them; a stage that is asked all the same answers `CANNOT_TRIM`. **MTP**: layers for

@@ -245,6 +245,18 @@ def _default_hosts() -> tuple[str, ...]:
     return default_hosts()
 
 
+def wire_option(command: Command) -> Command:
+    """--wire as `wire`: "f32" or "f16"."""
+    return click.option(
+        "--wire",
+        type=click.Choice(["f32", "f16"]),
+        default="f32",
+        show_default=True,
+        envvar="LLAMA_WIRE",
+        help="How hidden states travel between nodes: exact, or half the bytes and not exact.",
+    )(command)
+
+
 def shards_dir_option(command: Command) -> Command:
     """--shards-dir as `shards_dir`: a Path that may not exist yet."""
     return click.option(

@@ -17,6 +17,7 @@ from shardmesh.cli.options import (
     cluster_option,
     config_option,
     shards_dir_option,
+    wire_option,
 )
 from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.wire.limits import PROMPT_BYTES_MAX
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.request import CompletionRequest
     from shardmesh.coordinator.timings import Timings
     from shardmesh.swarm.admission import Admission
+    from shardmesh.wire.hidden_states import WireType
 
 
 @click.command("run")
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds to wait for another replica when a stage is lost.",
 )
+@wire_option
 @click.option(
     "--no-prefix-reuse",
     is_flag=True,
@@ -101,6 +104,7 @@ def command(
     avoid: tuple[str, ...],
     explain: bool,
     wait_s: float,
+    wire: WireType,
     no_prefix_reuse: bool,
     audit_rate: float,
     as_json: bool,
@@ -132,6 +136,7 @@ def command(
         via=_names(via),
         avoid=_names(avoid),
         wait_s=wait_s,
+        wire=wire,
         reuse_prefix=not no_prefix_reuse,
         sampling=SamplingSettings(
             temperature=temperature,
@@ -217,7 +222,7 @@ async def _answer(
                     click.echo()
                     is_line_open = False
                     if show_timings:
-                        _print_timings(item, can_reuse=completion.can_reuse)
+                        _print_timings(item, can_reuse=completion.can_reuse, wire=request.wire)
     except (ShardmeshError, KeyboardInterrupt):
         if is_line_open:
             click.echo()  # what comes next shall not stick to the text
@@ -237,6 +242,7 @@ def _as_json(
             "model": completion.chain.stages[0].model_name,
             "seed": request.sampling.seed,
             "chain": [stage.peer_id for stage in completion.chain.stages],
+            "wire": request.wire,
             "repairs": [dataclasses.asdict(repair) for repair in completion.repairs],
             "timings": dataclasses.asdict(finished.timings),
         },
@@ -280,7 +286,11 @@ def _reuse_note(timings: Timings, *, can_reuse: bool) -> str:
     return f" ({timings.n_reused_tokens} of them reused)" if timings.n_reused_tokens else ""
 
 
-def _print_timings(finished: Finished, *, can_reuse: bool) -> None:
+def _wire_note(wire: WireType) -> str:
+    return "" if wire == "f32" else f"; hidden states as {wire}, which is not exact"
+
+
+def _print_timings(finished: Finished, *, can_reuse: bool, wire: WireType) -> None:
     """On standard error, so that standard output holds the text alone."""
     from rich.console import Console
     from rich.table import Table
@@ -292,6 +302,7 @@ def _print_timings(finished: Finished, *, can_reuse: bool) -> None:
         f"{timings.n_prompt_tokens} prompt tokens{_reuse_note(timings, can_reuse=can_reuse)}, "
         f"first token after {timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
         + (f" at {rate:.1f} tokens/s" if rate is not None else "")
+        + _wire_note(wire)
     )
     n_steps = max(1, timings.n_tokens - 1)
     table = Table(title="milliseconds of one token", title_justify="left")

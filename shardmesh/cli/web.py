@@ -20,10 +20,12 @@ from shardmesh.cli.options import (
     shards_dir_option,
     start_logging,
     state_dir_option,
+    wire_option,
 )
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
+    from shardmesh.wire.hidden_states import WireType
 
 
 @click.command("web")
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     envvar="LLAMA_ALLOWED_HOST",
     help="Name by which the gateway is reached, besides addresses; may be given several times.",
 )
+@wire_option
 @click.option(
     "--no-prefix-reuse",
     is_flag=True,
@@ -111,6 +114,7 @@ def command(
     rate_per_minute: int,
     cors_origins: tuple[str, ...],
     allowed_hosts: tuple[str, ...],
+    wire: WireType,
     no_prefix_reuse: bool,
     audit_rate: float,
     node_name: str,
@@ -153,6 +157,7 @@ def command(
             cache_dir=cache_dir(),
             state_dir=state_dir,
             naming=naming(node_name, node_location, node_tags),
+            wire=wire,
             reuse_prefix=not no_prefix_reuse,
             audit_rate=audit_rate,
         ),

@@ -133,6 +133,7 @@ class Coordinator:
                 sampling=sampling,
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
+                wire=request.wire,
                 prefix=self._prefix(request, model, prompt),
             )
             finder = self._finder(wish, request.wait_s)
@@ -176,6 +177,7 @@ class Coordinator:
             tenant=request.tenant,
             manifest_digest=model.manifest.digest(),
             adapter=request.adapter,
+            wire=request.wire,
         )
         return PromptPrefix(tuple(prompt), key)
 

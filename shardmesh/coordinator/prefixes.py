@@ -13,6 +13,7 @@ import itertools
 import struct
 
 from shardmesh.coordinator.pieces import whole_borders
+from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.limits import PREFIX_PIECES_MAX
 from shardmesh.wire.messages import PrefixPiece
 
@@ -48,13 +49,15 @@ class PromptPrefix:
         return max((end for end in whole_borders(n_most)), default=0)
 
 
-def asker_key(secret: bytes, *, tenant: str, manifest_digest: str, adapter: str) -> bytes:
-    """The key behind all names of one asker's prompts for one model and adapter.
+def asker_key(
+    secret: bytes, *, tenant: str, manifest_digest: str, adapter: str, wire: WireType = EXACT
+) -> bytes:
+    """The key behind all names of one asker's prompts for one model, adapter and type on the wire.
 
     `secret` is the coordinator's; `tenant` is for whom it asks, empty for itself.
     """
     key = _derive(secret, b"shardmesh prefix 1")
-    for part in (tenant, manifest_digest, adapter):
+    for part in (tenant, manifest_digest, adapter, wire):
         key = _derive(key, part.encode())
     return key
 

@@ -9,6 +9,7 @@ from typing import Any
 from shardmesh.engine.base import SamplingSettings
 from shardmesh.errors import InputError
 from shardmesh.wire.commands import InferenceParams
+from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.limits import PROMPT_BYTES_MAX
 from shardmesh.wire.messages import Sampling
 
@@ -37,6 +38,7 @@ class CompletionRequest:
     via: tuple[str, ...] = ()  # nodes that the chain must begin with, by peer id or its end
     avoid: tuple[str, ...] = ()  # nodes that it must never use
     wait_s: float = WAIT_S_DEFAULT  # for a replica in the place of a stage that was lost
+    wire: WireType = EXACT  # f16: half the bytes between stages, and not exact
     reuse_prefix: bool = True  # begin behind what the stages hold of the prompt, and keep it there
     tenant: str = ""  # for whom a coordinator asks: what they hold is never shared between two
 

@@ -28,6 +28,7 @@ from shardmesh.coordinator.recovery import (
 )
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
+from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
 from shardmesh.wire.messages import (
     BatchDone,
@@ -88,6 +89,7 @@ class SessionSettings:
     sampling: Sampling
     history: tuple[int, ...] = ()
     adapter: str = ""  # a LoRA adapter of the manifest
+    wire: WireType = EXACT  # how hidden states travel from stage to stage
     prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
 
 
@@ -540,6 +542,7 @@ class Session:
             sampling=None if following is not None else self._settings.sampling,
             history=() if following is not None else self._settings.history,
             adapter=self._settings.adapter,
+            wire=self._settings.wire,
             draft_key=b"" if following is not None else self._feed.draft_key,
             # In a repair only what is lost is computed again, from the beginning.
             prefix=prefix.pieces_for(stage.peer_id) if prefix and not self._is_open else (),

@@ -34,6 +34,7 @@ from shardmesh.listener.stage_session import (
     check_request,
     check_share,
     failure_message,
+    hidden_of,
     hop_failure_message,
     new_session,
 )
@@ -52,7 +53,6 @@ from shardmesh.wire.messages import (
     SessionRepaired,
     TokenBatch,
     TrimSession,
-    body_to_hidden,
 )
 
 logger = logging.getLogger(__name__)
@@ -367,7 +367,7 @@ class Stage:
             batch = MicroBatch(
                 sequence=session.sequence,
                 position=message.position,
-                hidden=body_to_hidden(message, body),
+                hidden=hidden_of(session, message, body),
                 sample=message.sample,
                 want_embedding=message.embed,
             )

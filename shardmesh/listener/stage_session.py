@@ -9,12 +9,13 @@ from typing import Literal
 
 import trio
 
-from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
+from shardmesh.engine.base import EngineInfo, Hidden, MicroBatch, Output, SamplingSettings
 from shardmesh.errors import BusyError, InputError, ProtocolError, ShardmeshError
 from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
 from shardmesh.listener.drafts import DraftChecks
 from shardmesh.listener.kept_sequences import Place, Prefix, held_of
+from shardmesh.wire.hidden_states import EXACT, body_to_hidden, hidden_to_body
 from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
 from shardmesh.wire.messages import (
     BatchDone,
@@ -27,7 +28,6 @@ from shardmesh.wire.messages import (
     Sampled,
     SessionFailed,
     StageTiming,
-    hidden_to_body,
 )
 
 SENTENCE_LENGTH_MAX = 1000  # characters; TEXT_BYTES_MAX with room for four bytes each
@@ -205,6 +205,13 @@ def sampling_settings(message: OpenSession) -> SamplingSettings | None:
     return SamplingSettings(**{name: getattr(message.sampling, name) for name in fields})
 
 
+def hidden_of(session: StageSession, message: HiddenBatch, body: memoryview) -> Hidden:
+    """The hidden states of a frame; raises ProtocolError (theirs) for what was not agreed on."""
+    if message.dtype not in (EXACT, session.opened_by.wire):
+        raise ProtocolError(f"hidden states came as {message.dtype}, exact ones were asked for")
+    return body_to_hidden(body, message.n_tokens, message.n_embd, message.dtype)
+
+
 def result_message(
     work: Work, output: Output, timings: tuple[StageTiming, ...]
 ) -> tuple[HiddenBatch | BatchDone, bytes | memoryview]:
@@ -212,20 +219,21 @@ def result_message(
     session, batch = work.session, work.batch
     if output.hidden is not None:
         n_tokens, n_embd = output.hidden.shape
+        body, dtype = hidden_to_body(output.hidden, session.opened_by.wire)
         hidden_batch = HiddenBatch(
             session=session.session_id,
             epoch=session.epoch,
             position=batch.position,
             n_tokens=n_tokens,
             n_embd=n_embd,
-            dtype="f32",
+            dtype=dtype,
             sample=batch.sample,
             timings=timings,
             embed=batch.want_embedding,
             branch=work.branch,
             check=work.check,
         )
-        return hidden_batch, hidden_to_body(output.hidden)
+        return hidden_batch, body
     chosen = output.sampled
     done = BatchDone(
         session=session.session_id,

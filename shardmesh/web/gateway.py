@@ -33,6 +33,7 @@ from shardmesh.web.node_reports import NodeReports
 from shardmesh.web.queue import ModelQueue
 from shardmesh.web.sessions import SessionBoard
 from shardmesh.web.watch import MeshWatch
+from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 
 logger = logging.getLogger("shardmesh")
@@ -61,6 +62,7 @@ class GatewayOptions:
     cache_dir: Path
     state_dir: Path
     naming: Naming = dataclasses.field(default_factory=Naming)
+    wire: WireType = EXACT  # how hidden states travel from stage to stage
     reuse_prefix: bool = True  # of prompts with the same API token
     audit_rate: float = 0.0  # share of answers that another replica computes again
 

@@ -111,7 +111,10 @@ class _Run:
         )
         self.model_name = self._replicas[0].model_name
         self._request = dataclasses.replace(
-            request, model=self.model_name, reuse_prefix=gateway.options.reuse_prefix
+            request,
+            model=self.model_name,
+            wire=gateway.options.wire,
+            reuse_prefix=gateway.options.reuse_prefix,
         )
         self.session_id = answer_id if number == 0 else f"{answer_id}-{number}"
         self._known: dict[str, Any] = {

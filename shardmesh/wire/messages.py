@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
 from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import decode_frame, encode_frame
+from shardmesh.wire.hidden_states import WireType, n_body_bytes
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
     BRANCHES_TOLD_MAX,
@@ -135,6 +136,7 @@ class OpenSession(_Message, frozen=True, tag="open"):
     sampling: Sampling | None  # on the last stage
     history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
     adapter: Text  # name of the LoRA adapter in the manifest; empty: none
+    wire: WireType  # how hidden states go on to the next stage, and may come in
     draft_key: DraftKey  # of the checks of drafts, for the last stage; empty: no drafts
     # Whole pieces of the prompt in order, which the stage may begin behind and keep for others.
     prefix: Annotated[tuple[PrefixPiece, ...], msgspec.Meta(max_length=PREFIX_PIECES_MAX)]
@@ -228,7 +230,7 @@ class HiddenBatch(_Message, frozen=True, tag="hidden"):
     position: Count
     n_tokens: Annotated[int, msgspec.Meta(ge=1, le=MICRO_BATCH_TOKENS_MAX)]
     n_embd: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    dtype: Literal["f32"]
+    dtype: WireType
     sample: bool
     timings: Timings
     embed: bool
@@ -330,20 +332,9 @@ def decode_message(frame: bytes) -> tuple[Message, memoryview]:
     """
     header, body = decode_frame(frame)
     message: Message = decode_cbor(header, Message)  # type: ignore[arg-type]
-    n_body = 4 * message.n_tokens * message.n_embd if isinstance(message, HiddenBatch) else 0
+    n_body = 0
+    if isinstance(message, HiddenBatch):
+        n_body = n_body_bytes(message.n_tokens, message.n_embd, message.dtype)
     if len(body) != n_body:
         raise ProtocolError(f"a body of {n_body} bytes was due, {len(body)} came", code="BAD_FRAME")
     return message, body
-
-
-def hidden_to_body(hidden: npt.NDArray[np.float32]) -> memoryview:
-    """Hidden states (n_tokens, n_embd) as raw little-endian float32, without a copy if possible."""
-    return np.ascontiguousarray(hidden, dtype="<f4").data.cast("B")
-
-
-def body_to_hidden(message: HiddenBatch, body: memoryview) -> npt.NDArray[np.float32]:
-    """Hidden states (n_tokens, n_embd); raises ProtocolError (theirs) if a value is not finite."""
-    hidden = np.frombuffer(body, dtype="<f4").reshape(message.n_tokens, message.n_embd)
-    if not np.isfinite(hidden).all():
-        raise ProtocolError("hidden states hold a value that is not finite", code="NOT_FINITE")
-    return hidden

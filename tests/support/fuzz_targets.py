@@ -28,9 +28,10 @@ from shardmesh.wire.cluster_update import open_update
 from shardmesh.wire.codec import decode_cbor, decode_json, encode_cbor
 from shardmesh.wire.commands import decode_command, decode_response
 from shardmesh.wire.framing import LENGTH, RecordReader
+from shardmesh.wire.hidden_states import body_to_hidden
 from shardmesh.wire.limits import MANIFEST_BYTES_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
-from shardmesh.wire.messages import HiddenBatch, body_to_hidden, decode_message, encode_message
+from shardmesh.wire.messages import HiddenBatch, decode_message, encode_message
 from shardmesh.wire.model_info import ModelInfo, ModelInfoRequest
 from shardmesh.wire.relay import DialBackAnswer, DialBackRequest, RelayAnswer, RelayRequest
 from shardmesh.wire.torrent_file import decode_torrent
@@ -57,7 +58,7 @@ def parse_stream(data: bytes) -> None:
             frame = encode_message(message, body)
             found += LENGTH.pack(len(frame)) + frame
             if isinstance(message, HiddenBatch):
-                body_to_hidden(message, body)
+                body_to_hidden(body, message.n_tokens, message.n_embd, message.dtype)
     reader.check_end()
     if found != data:
         raise AssertionError("a message has two encodings")

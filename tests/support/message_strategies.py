@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from shardmesh.wire.hidden_states import n_body_bytes
 from shardmesh.wire.limits import (
     DRAFT_CHECK_BYTES,
     DRAFT_KEY_BYTES,
@@ -93,6 +94,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         sampling=st.none() | samplings,
         history=st.lists(counts, max_size=5).map(tuple),
         adapter=texts,
+        wire=st.sampled_from(["f32", "f16"]),
         draft_key=st.binary(max_size=DRAFT_KEY_BYTES),
         prefix=st.lists(
             st.builds(PrefixPiece, end=st.integers(1, 2**31 - 1), digest=session_ids), max_size=3
@@ -140,7 +142,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         position=counts,
         n_tokens=st.integers(1, 4),
         n_embd=st.integers(1, 8),
-        dtype=st.just("f32"),
+        dtype=st.sampled_from(["f32", "f16"]),
         sample=st.booleans(),
         timings=timings,
         embed=st.booleans(),
@@ -175,4 +177,6 @@ messages: st.SearchStrategy[Message] = st.one_of(*KINDS.values())
 
 def body_of(message: Message) -> bytes:
     """A body of the size that the message asks for."""
-    return bytes(4 * message.n_tokens * message.n_embd) if isinstance(message, HiddenBatch) else b""
+    if not isinstance(message, HiddenBatch):
+        return b""
+    return bytes(n_body_bytes(message.n_tokens, message.n_embd, message.dtype))
