@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -86,9 +87,8 @@ class Auditor:
         self._nursery.start_soon(self._run, transcript, *choose(candidates))
 
     async def _run(self, transcript: Transcript, number: int, others: Sequence[Replica]) -> None:
-        used = transcript.settings
         # From the beginning: what a stage has kept of other sessions has no part in it.
-        fresh = SessionSettings(used.n_ctx, used.sampling, used.history, used.adapter)
+        fresh = dataclasses.replace(transcript.settings, prefix=None)
 
         async def replay(chain: Chain) -> Results:
             async with self._open_session(chain, fresh) as session:
