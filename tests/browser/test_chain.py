@@ -83,8 +83,8 @@ def test_the_line_to_join_has_the_link_of_a_published_model(
     four.call(publish)
     page.wait_for_selector("#join-body code:has-text('--shard-id 2')")
     assert line.inner_text() == (
-        "shardmesh listen --cluster demo --model "
-        "'shardmesh:fairy%20tales?m=abab&k=cdcd&b=/ip4/10.0.0.1/tcp/51820' --shard-id 2"
+        "shardmesh listen --cluster demo --shard-id 2 --model "
+        "'shardmesh:fairy%20tales?m=abab&k=cdcd&b=/ip4/10.0.0.1/tcp/51820'"
     )
 
 

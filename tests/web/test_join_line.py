@@ -53,7 +53,7 @@ async def test_the_line_to_join_is_one_that_works() -> None:
         assert document["needed"]["shard_id"] == 1
 
         # As `static/js/join.js` puts it together.
-        line = f"{document['gateway']['join_by_link']} --model '{model['link']}' --shard-id 1"
+        line = f"{document['gateway']['join_by_link']} --shard-id 1 --model '{model['link']}'"
         (space.folder / "cluster.secret").write_text(space.secret.text())
         (space.folder / "cluster.secret").chmod(0o600)
         program, *arguments = shlex.split(line)

@@ -38,6 +38,12 @@ export function stagesOf(model, nodes) {
   return [...stages.values()].sort((a, b) => a.start - b.start || a.end - b.end);
 }
 
+/** How many machines serve a stage, where that is not plain to see. */
+function replicasTold({ replicas, nServing }) {
+  if (replicas.length < 2) return "";
+  return nServing === replicas.length ? count(nServing, "replica") : `${nServing} of ${replicas.length} serve it`;
+}
+
 export class ChainView {
   constructor({ openNode }) {
     this.openNode = openNode;
@@ -151,7 +157,7 @@ export class ChainView {
       const column = this.stages.get(stage.key) ?? this.makeStage(stage);
       text(column.parts.name, `Stage ${number + 1}`);
       text(column.parts.range, range(stage.start, stage.end));
-      text(column.parts.count, stage.isGap ? "" : isDense ? String(stage.nServing) : stage.replicas.length > 1 ? count(stage.replicas.length, "replica") : "");
+      text(column.parts.count, stage.isGap ? "" : isDense ? String(stage.nServing) : replicasTold(stage));
       arrange(column, stage.isGap ? [column.parts.gap] : stage.replicas.map(([peerId, node]) => this.renderCard(peerId, node, isDense)), column.parts.header);
       return column;
     });

@@ -15,8 +15,9 @@ export function joining(state) {
     1: `Shard ${needed.shard_id}${layers} of ${model} is on one machine only. With a second one, its loss would not stop an answer.`,
   }[needed.n_serving] ?? `Every shard of ${model} is on ${count(needed.n_serving, "machine")} or more. Shard ${needed.shard_id} is served least.`;
   const link = state.models[needed.model]?.link;
-  const line = link ? `${state.gateway.join_by_link ?? base} --model '${link}'` : base;
-  return [`${line} --shard-id ${needed.shard_id}`, why];
+  const shard = `--shard-id ${needed.shard_id}`; // before the link, which is long
+  const line = link ? `${state.gateway.join_by_link ?? base} ${shard} --model '${link}'` : `${base} ${shard}`;
+  return [line, why];
 }
 
 export class JoinView {
