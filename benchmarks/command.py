@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
 FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
-NAMES = ("decode", "aggregate", "prefill", "hop", *FILE_NAMES, *GATEWAY_NAMES)
+NAMES = ("decode", "aggregate", "prefill", "hop", "recovery", *FILE_NAMES, *GATEWAY_NAMES)
 
 
 @click.command()
@@ -65,12 +65,13 @@ async def _measure(
     from benchmarks.hop import measure_hops
     from benchmarks.load_shard import measure_load_shard
     from benchmarks.many import measure_aggregate
+    from benchmarks.recovery import measure_recovery
     from benchmarks.seeding import measure_seeding
     from benchmarks.torrent import measure_swarm, measure_torrents
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
-        if set(names) & {"decode", "aggregate", "prefill", "seeding", *GATEWAY_NAMES}:
+        if set(names) & {"decode", "aggregate", "prefill", "recovery", "seeding", *GATEWAY_NAMES}:
             status.update("making the model")
             path = await trio.to_thread.run_sync(_model_path, model)
         if "decode" in names:
@@ -97,6 +98,8 @@ async def _measure(
             )
         if "hop" in names:
             results += await measure_hops(runs=runs, progress=status.update)
+        if "recovery" in names:
+            results += await measure_recovery(path, runs=runs, progress=status.update)
         if "torrent" in names:
             results += await measure_torrents(runs=runs, progress=status.update)
         if "swarm" in names:
