@@ -18,6 +18,7 @@ from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import ungrouped
 from shardmesh.web.answers import CHAT_ANSWERS
+from shardmesh.web.call_reader import CallPiece
 from shardmesh.web.gateway import Gateway
 from shardmesh.web.generation import Outcome, mesh_json, new_id, run_choice, usage_json
 from shardmesh.web.logprobs import chat_entry
@@ -162,6 +163,10 @@ class ChatAnswer:
             logprobs = self._entries(piece, tokenizer)
             if text or logprobs:
                 await say({"content": text}, logprobs)
+            if self._body.stream:
+                for new in scanner.take():
+                    if self._is_wanted(new.number):
+                        await say({"tool_calls": [_call_delta(new)]}, None)
 
         outcome = await run_choice(
             self._gateway,
@@ -177,11 +182,13 @@ class ChatAnswer:
         if rest:
             await say({"content": rest}, None)
         if calls:
-            if self._body.parallel_tool_calls is False:
-                calls = calls[:1]
-            await say({"tool_calls": [_call(i, call) for i, call in enumerate(calls)]}, None)
-            return "tool_calls"
-        return outcome.reason
+            told = [_call(i, call) for i, call in enumerate(calls) if self._is_wanted(i)]
+            await say({"tool_calls": told}, None)
+        return "tool_calls" if calls or scanner.has_streamed else outcome.reason
+
+    def _is_wanted(self, number: int) -> bool:
+        """Whether the client takes more than one call."""
+        return number == 0 or self._body.parallel_tool_calls is not False
 
     def _entries(self, piece: Piece, tokenizer: Tokenizer) -> list[Any] | None:
         if not self._body.logprobs or piece.token is None:
@@ -209,6 +216,13 @@ def _delta(
 ) -> dict[str, Any]:
     shown = None if logprobs is None else {"content": logprobs, "refusal": None}
     return {"index": number, "delta": delta, "logprobs": shown, "finish_reason": reason}
+
+
+def _call_delta(new: CallPiece) -> dict[str, Any]:
+    """A part of a call: with its name at the beginning, then arguments only."""
+    if new.name is not None:
+        return _call(new.number, Call(new.name, new.arguments))
+    return {"index": new.number, "function": {"arguments": new.arguments}}
 
 
 def _call(number: int, call: Call) -> dict[str, Any]:

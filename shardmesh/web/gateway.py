@@ -41,8 +41,11 @@ logger = logging.getLogger("shardmesh")
 IDENTITY_FOLDER = "gateway"
 """In the state directory: the key and the name."""
 
-PULL_INTERVAL_S = 0.5
-"""A small directory costs a bootstrap some 5 ms."""
+PULL_INTERVAL_S = 0.2
+"""A small directory costs a bootstrap some 5 ms; a page is to show within 300 ms what happened."""
+
+PULL_INTERVAL_UNSEEN_S = 5.0
+"""While no page looks on."""
 
 PULL_INTERVAL_PER_NODE_S = 0.02
 """200 nodes are asked for every 4 s; their states come from themselves, sooner."""
@@ -203,7 +206,8 @@ def joining_line(options: GatewayOptions, bootstraps: Sequence[str]) -> str:
 
 def pull_interval_s(n_known: int, *, is_seen: bool) -> float:
     """Between two questions for a neighbour's directory; a larger one costs more to hand over."""
-    return max(PULL_INTERVAL_S, n_known * PULL_INTERVAL_PER_NODE_S) * (1 if is_seen else 10)
+    interval_s = max(PULL_INTERVAL_S, n_known * PULL_INTERVAL_PER_NODE_S)
+    return interval_s if is_seen else max(PULL_INTERVAL_UNSEEN_S, 10 * interval_s)
 
 
 @asynccontextmanager

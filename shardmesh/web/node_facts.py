@@ -76,6 +76,8 @@ class NodeFacts:
         """All nodes that are known, by shard and peer id."""
         announcements = self.announcements()
         names = Counter(a.identity.name for a in announcements if a.identity.name)
+        if self.own_announcement() is None:
+            names[self.identity.name] += 1  # a gateway has a name too
         connected, trips = set(self.host.connected()), self.round_trips_ms()
         return [
             {

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmesh.errors import InputError
+from shardmesh.web.call_reader import CallPiece, CallReader
 from shardmesh.web.grammars import grammar_of_schema
 from shardmesh.web.requests import NamedTool, Tool
 
@@ -122,6 +123,8 @@ class ToolScanner:
         self._held = ""  # the beginning of a call, or what may become one
         self._is_call = False
         self._has_shown = False
+        self._reader = CallReader(plan.names)
+        self._n_read = 0  # characters of the held text that the reader has had
 
     def feed(self, text: str) -> str:
         """Text that can be shown now."""
@@ -135,8 +138,22 @@ class ToolScanner:
         self._has_shown = self._has_shown or bool(shown)
         return shown
 
+    def take(self) -> list[CallPiece]:
+        """What is new of the calls, for who streams them; `finish` leaves out those begun here."""
+        if not self._is_call:
+            return []
+        new, self._n_read = self._held[self._n_read :], len(self._held)
+        return self._reader.feed(new)
+
+    @property
+    def has_streamed(self) -> bool:
+        """Whether calls were taken, the last one to its end."""
+        return self._reader.n_begun > 0 and not self._reader.is_cut_off
+
     def finish(self) -> tuple[str, list[Call]]:
         """The rest: calls, or the text that turned out to be none."""
+        if self._reader.n_begun:
+            return "", []
         calls = [call for call in find_calls(self._held) if call.name in self._plan.names]
         return ("", calls) if calls else (self._held, [])
 

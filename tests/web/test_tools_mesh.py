@@ -89,7 +89,9 @@ def test_a_call_in_a_stream(client: openai.OpenAI) -> None:
     deltas = [call for p in pieces for c in p.choices for call in c.delta.tool_calls or []]
     assert [d.function.name for d in deltas if d.function and d.function.name] == ["time"]
     assert sum(d.id is not None for d in deltas) == 1
-    text = "".join(d.function.arguments or "" for d in deltas if d.function)
+    parts = [d.function.arguments for d in deltas if d.function and d.function.arguments]
+    assert len(parts) > 1, "they come as they are written"
+    text = "".join(parts)
     assert json.loads(text) == called(whole)[1]
     assert [c.finish_reason for p in pieces for c in p.choices][-1] == "tool_calls"
     assert not any(c.delta.content for p in pieces for c in p.choices)
