@@ -28,8 +28,15 @@ NAMES = ("decode", "aggregate", "prefill", "hop", "recovery", *FILE_NAMES, *GATE
 @click.option("--shards", "n_shards", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--tokens", "n_tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option(
+    "--rpc",
+    is_flag=True,
+    help="decode, prefill, aggregate: also by llama.cpp's RPC, if its programs are on the PATH.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def command(name: str, model: str, n_shards: int, runs: int, n_tokens: int, as_json: bool) -> None:
+def command(
+    name: str, model: str, n_shards: int, runs: int, n_tokens: int, rpc: bool, as_json: bool
+) -> None:
     """Measure a mesh of real processes on this machine against llama.cpp in one process.
 
     Both sides are measured in turn, one thread in each process; the figures are medians.
@@ -43,7 +50,9 @@ def command(name: str, model: str, n_shards: int, runs: int, n_tokens: int, as_j
     configure_logging("pretty", verbosity=-1, stream=sys.stderr)
     facts = machine()
     names = NAMES if name == "all" else (name,)
-    run = functools.partial(_measure, names, model, n_shards=n_shards, runs=runs, n_tokens=n_tokens)
+    run = functools.partial(
+        _measure, names, model, n_shards=n_shards, runs=runs, n_tokens=n_tokens, rpc=rpc
+    )
     results = trio.run(run)
     if as_json:
         for result in results:
@@ -55,7 +64,7 @@ def command(name: str, model: str, n_shards: int, runs: int, n_tokens: int, as_j
 
 
 async def _measure(
-    names: tuple[str, ...], model: str, *, n_shards: int, runs: int, n_tokens: int
+    names: tuple[str, ...], model: str, *, n_shards: int, runs: int, n_tokens: int, rpc: bool
 ) -> list[Result]:
     import trio
     from rich.console import Console
@@ -66,6 +75,7 @@ async def _measure(
     from benchmarks.load_shard import measure_load_shard
     from benchmarks.many import measure_aggregate
     from benchmarks.recovery import measure_recovery
+    from benchmarks.rpc import WORKS, measure_rpc
     from benchmarks.seeding import measure_seeding
     from benchmarks.torrent import measure_swarm, measure_torrents
 
@@ -124,6 +134,8 @@ async def _measure(
             results.append(await measure_idle(path, progress=status.update))
         if "gateway-p99" in names:
             results.append(await measure_answers(path, progress=status.update))
+        for each in [each for each in names if rpc and each in WORKS]:
+            results.append(await measure_rpc(each, path, runs=runs, progress=status.update))
     return results
 
 
