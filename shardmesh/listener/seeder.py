@@ -99,6 +99,7 @@ async def open_seeder(options: SeederOptions) -> AsyncIterator[Seeder]:
                 signer=identity,
                 logger=logger.getChild("seeder"),
             )
+            membership.updates.on_removed(files.cut_off)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(membership.run)
                 files.start()

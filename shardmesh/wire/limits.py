@@ -411,6 +411,9 @@ TORRENT_SOURCES_MAX: Final = 50
 TORRENT_ASK_INTERVAL_MAX_S: Final = 15.0
 """A download asks the other nodes for pieces at least this often; at first every second."""
 
+TORRENT_MEMBER_S: Final = 600.0
+"""So long a member's address may connect after it was asked or has asked about a file."""
+
 TORRENT_SEEDED_FILES_MAX: Final = 1000
 """Files that a node seeds; each costs some ten KiB of memory and a record in the DHT."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import new_identity
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions, open_files
 from shardmesh.swarm.torrents.settings import session_settings
+from shardmesh.wire.cluster_secret import ClusterSecret
 from shardmesh.wire.torrent_file import TorrentFile
 
 MB = 1_000_000
@@ -73,8 +75,9 @@ class FileNode:
 class FileMesh:
     """Nodes that find each other; made with a folder for all of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, secret: ClusterSecret | None = None) -> None:
         self.folder = folder
+        self.secret = secret
         self.table: dict[str, dict[str, list[str]]] = {}
 
     @asynccontextmanager
@@ -85,7 +88,7 @@ class FileMesh:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         async with open_host(
-            new_identity(), listen_host="127.0.0.1", admission=Admission(None)
+            new_identity(), listen_host="127.0.0.1", admission=Admission(self.secret)
         ) as host:
             dht = TableDht(self.table, host)
             async with open_files(
@@ -149,6 +152,37 @@ def make_model(
     write_manifest(manifest, folder / "manifest.json")
     write_publication(folder, signed)
     return open_publication(signed, manifest_digest=manifest.digest())
+
+
+class Stranger:
+    """A BitTorrent end outside of the mesh that has found a port and knows a file's torrent."""
+
+    def __init__(self, torrent: TorrentFile, folder: Path, host: str) -> None:
+        """Comes from `host`, another address of loopback.  Raises OSError where there is none."""
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+        folder.mkdir()
+        settings = session_settings(host, 0, upload_rate=0, download_rate=0)
+        own = {"outgoing_interfaces": host, "alert_mask": lt.alert_category.connect}
+        self._session = lt.session({**settings, **own})
+        params = lt.load_torrent_buffer(torrent.encode())
+        params.save_path = str(folder)
+        params.flags = lt.torrent_flags.update_subscribe
+        self._handle = self._session.add_torrent(params)
+
+    def dial(self, port: int) -> None:
+        self._handle.connect_peer(("127.0.0.1", port))
+
+    @property
+    def n_bytes(self) -> int:
+        """What it has got."""
+        return int(self._handle.status().total_payload_download)
+
+    @property
+    def n_failed(self) -> int:
+        """How often a connection was refused or broken off."""
+        alerts = self._session.pop_alerts()
+        return sum(isinstance(alert, lt.peer_disconnected_alert) for alert in alerts)
 
 
 class Poisoner:

@@ -13,7 +13,7 @@ from shardmesh.errors import InputError, OurError, ShardmeshError, ungrouped
 from shardmesh.shards.partial import PartialFile
 from shardmesh.shards.publication import PublishedFile
 from shardmesh.swarm.host import Host
-from shardmesh.swarm.torrents.exchange import Source, connect_with, endpoints_of
+from shardmesh.swarm.torrents.exchange import Source, connect_with, take_in
 from shardmesh.swarm.torrents.progress import (
     PROGRESS_LOGGER,
     DownloadProgress,
@@ -149,7 +149,7 @@ class Download:
     ) -> TorrentFile:
         async with trio.open_nursery() as nursery:
             found = await self._find_torrent(torrents, sources)
-            known = [e for source in self._found.values() for e in endpoints_of(host, source)]
+            known = [e for source in self._found.values() for e in take_in(host, torrents, source)]
             self._torrent = await torrents.add(
                 found, self._partial.folder, is_whole=False, sources=known
             )

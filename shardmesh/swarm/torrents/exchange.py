@@ -29,7 +29,7 @@ from shardmesh.wire.torrent_messages import (
 )
 
 _ASK_TIMEOUT_S: Final = 5.0
-_HOSTS_DIALED_MAX: Final = 4
+_HOSTS_MAX: Final = 4
 
 
 class FindPublication(Protocol):
@@ -51,6 +51,7 @@ def serve_torrents(host: Host, torrents: TorrentSession, find_publication: FindP
     """Answers other nodes; who asks for a file that is here is also dialed, once it says where."""
 
     def answer_file(request: FileRequest, peer_id: str) -> FileResponse:
+        _admit(host, torrents, peer_id)
         torrent = torrents.get(request.info_hash)
         if torrent is None or torrent.error is not None:
             return FileResponse(port=0, torrent=None)
@@ -100,19 +101,29 @@ async def ask_for_model(host: Host, peer_id: str, manifest_digest: str) -> bytes
     return decode_cbor(await _ask(host, peer_id, request), ModelResponse).publication
 
 
-def endpoints_of(host: Host, source: Source) -> list[Endpoint]:
-    """Where a source gives pieces: at the addresses that its node is known by and at no others."""
+def take_in(host: Host, torrents: TorrentSession, source: Source) -> list[Endpoint]:
+    """Lets a source connect; where it gives pieces: at addresses that its node is known by."""
     if not source.port:
         return []
-    return [(address, source.port) for address in host.hosts_of(source.peer_id)[:_HOSTS_DIALED_MAX]]
+    _admit(host, torrents, source.peer_id)
+    return [(address, source.port) for address in _hosts(host, source.peer_id)]
 
 
 def connect_with(host: Host, torrents: TorrentSession, info_hash: bytes, source: Source) -> None:
     """Dials a source's BitTorrent."""
     torrent = torrents.get(info_hash)
     if torrent is not None:
-        for address, port in endpoints_of(host, source):
+        for address, port in take_in(host, torrents, source):
             torrents.connect(torrent, address, port)
+
+
+def _admit(host: Host, torrents: TorrentSession, peer_id: str) -> None:
+    """A member behind a relay connects from an address that nobody here knows."""
+    torrents.admit(peer_id, [] if host.is_relayed(peer_id) else _hosts(host, peer_id))
+
+
+def _hosts(host: Host, peer_id: str) -> list[str]:
+    return host.hosts_of(peer_id)[:_HOSTS_MAX]
 
 
 async def _ask(host: Host, peer_id: str, request: TorrentRequest) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -217,6 +217,10 @@ class FileService:
         """Stops giving a file."""
         await self._seeder.release(info_hash)
 
+    async def cut_off(self, peer_ids: Collection[str]) -> None:
+        """These nodes are no members any more: nothing is exchanged with them from now on."""
+        await self._torrents.shut_out(peer_ids)
+
     def start(self, is_busy: IsBusy | None = None) -> None:
         """From now on gives all files, and backs off while the node `is_busy`."""
         self._nursery.start_soon(self._seeder.run)
@@ -274,6 +278,7 @@ async def open_files(
             port=options.port,
             upload_rate=options.upload_rate,
             download_rate=options.download_rate,
+            members_only=not host.admission.is_public,
         ) as torrents,
         trio.open_nursery() as nursery,
     ):

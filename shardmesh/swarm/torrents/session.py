@@ -7,7 +7,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +16,9 @@ import libtorrent as lt
 import trio
 
 from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
+from shardmesh.swarm.torrents.gate import Gate
 from shardmesh.swarm.torrents.progress import RateMeter
-from shardmesh.swarm.torrents.settings import limit_all_addresses, session_settings
+from shardmesh.swarm.torrents.settings import let_in, limit_all_addresses, session_settings
 from shardmesh.wire.limits import TORRENT_SOURCES_MAX
 from shardmesh.wire.torrent_file import TorrentFile
 
@@ -83,10 +84,32 @@ class Torrent:
 class TorrentSession:
     """libtorrent's session; made by `open_torrents`.  All methods return quickly."""
 
-    def __init__(self, session: lt.session, port: int) -> None:
+    def __init__(self, session: lt.session, port: int, gate: Gate | None) -> None:
         self.port = port
         self._session: lt.session = session
         self._torrents: dict[bytes, Torrent] = {}
+        self._gate = gate
+        self._let_in: frozenset[str] | None = None
+        self._apply_gate()
+
+    def admit(self, peer_id: str, hosts: Collection[str]) -> None:
+        """Lets a member connect for a while from its addresses; from all if it has none."""
+        if self._gate is not None:
+            self._gate.note(peer_id, hosts, time.monotonic())
+            self._apply_gate()
+
+    async def shut_out(self, peer_ids: Collection[str]) -> None:
+        """These are no members any more; their connections end, unless a member shares them."""
+        if self._gate is not None:
+            self._gate.forget(peer_ids)
+            self._apply_gate()
+        await trio.lowlevel.checkpoint()
+
+    def _apply_gate(self) -> None:
+        hosts = None if self._gate is None else self._gate.hosts(time.monotonic())
+        if hosts != self._let_in:
+            self._let_in = hosts
+            let_in(self._session, hosts)
 
     def get(self, info_hash: bytes) -> Torrent | None:
         """The torrent of this info-hash, if the session has it."""
@@ -217,6 +240,7 @@ class TorrentSession:
 
     async def _keep_updating(self) -> None:
         while True:
+            self._apply_gate()
             if self._torrents:
                 self._session.post_torrent_updates()
             await trio.sleep(_UPDATE_INTERVAL_S)
@@ -308,10 +332,16 @@ def no_room(sentence: str) -> InputError:
 
 @asynccontextmanager
 async def open_torrents(
-    *, listen_host: str, port: int = 0, upload_rate: int = 0, download_rate: int = 0
+    *,
+    listen_host: str,
+    port: int = 0,
+    upload_rate: int = 0,
+    download_rate: int = 0,
+    members_only: bool = False,
 ) -> AsyncIterator[TorrentSession]:
     """A session that listens until the block is left; rates in bytes per second, 0 for no limit.
 
+    With `members_only` it refuses connections with addresses that were not admitted.
     Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
     """
     settings = session_settings(
@@ -319,7 +349,7 @@ async def open_torrents(
     )
     session, own_port = await trio.to_thread.run_sync(_start, settings)
     sessions = [session]
-    torrents = TorrentSession(session, own_port)
+    torrents = TorrentSession(session, own_port, Gate() if members_only else None)
     here, there = socket.socketpair()
     failure: Exception | None = None
     try:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from typing import Any, Final
 
 import libtorrent as lt
 
 from shardmesh.wire.limits import TORRENT_BYTES_MAX, TORRENT_NESTING_MAX, TORRENT_SOURCES_MAX
+
+_EVERYBODY: Final = (
+    ("0.0.0.0", "255.255.255.255"),
+    ("::", str(ipaddress.IPv6Address(2**128 - 1))),
+)
+_BLOCKED: Final = 1
 
 PRIVATE: Final[dict[str, Any]] = {
     # Who has what is told by our own DHT and by /torrent/1.0; nothing leaves the mesh.
@@ -91,6 +98,17 @@ def limit_all_addresses(session: lt.session) -> None:
     """Makes the rate limits hold for every node; by default those nearby are exempt."""
     everyone = lt.ip_filter()
     only_global = 1 << session.global_peer_class_id
-    everyone.add_rule("0.0.0.0", "255.255.255.255", only_global)
-    everyone.add_rule("::", str(ipaddress.IPv6Address(2**128 - 1)), only_global)
+    for first, last in _EVERYBODY:
+        everyone.add_rule(first, last, only_global)
     session.set_peer_class_filter(everyone)
+
+
+def let_in(session: lt.session, hosts: Collection[str] | None) -> None:
+    """Refuses connections with all other addresses, those that exist too; None: with nobody."""
+    rules = lt.ip_filter()
+    if hosts is not None:
+        for first, last in _EVERYBODY:
+            rules.add_rule(first, last, _BLOCKED)
+        for host in hosts:
+            rules.add_rule(host, host, 0)
+    session.set_ip_filter(rules)
