@@ -202,3 +202,20 @@ class Poisoner:
     @property
     def n_bytes_sent(self) -> int:
         return int(self._handle.status().total_payload_upload)
+
+
+class Miser:
+    """A BitTorrent end that has a file and never sends a piece of it."""
+
+    def __init__(self, torrent: TorrentFile, folder: Path) -> None:
+        settings = session_settings("127.0.0.1", 0, upload_rate=0, download_rate=0)
+        self._session = lt.session({**settings, "unchoke_slots_limit": 0})
+        params = lt.load_torrent_buffer(torrent.encode())
+        params.save_path = str(folder)
+        params.flags = lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
+        self._handle = self._session.add_torrent(params)
+        self.port: int = self._session.listen_port()
+
+    @property
+    def n_connections(self) -> int:
+        return int(self._handle.status().num_peers)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import libtorrent as lt
 import pytest
 import trio
-from support.torrents import MB, FileMesh, FileNode, Poisoner, make_model
+from support.torrents import MB, FileMesh, FileNode, Miser, Poisoner, make_model
 
 from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.shards.hashing import hash_file
@@ -21,6 +23,8 @@ from shardmesh.swarm.torrents import download as download_module
 from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
 from shardmesh.swarm.torrents.progress import eta_s
 from shardmesh.swarm.torrents.service import BUSY_RATE_BYTES_PER_S, backed_off
+from shardmesh.swarm.torrents.session import open_torrents
+from shardmesh.swarm.torrents.settings import session_settings
 from shardmesh.swarm.torrents.sources import file_key
 
 pytestmark = pytest.mark.processes
@@ -261,6 +265,44 @@ async def test_one_poisoner_among_five(tmp_path: Path, caplog: pytest.LogCapture
         assert is_right(node.folder / "shard-0.gguf", model)
     assert poisoner.n_bytes_sent > 0, "the poisoner was never asked"
     assert "is dropped for what it sent" in caplog.text
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+async def test_a_source_that_gives_nothing_holds_nobody_up(tmp_path: Path, is_silent: bool) -> None:
+    """One that says nothing at all, and one that has the file and never sends a piece."""
+    model = make_model(tmp_path / "a", 4 * MB)
+    torrent = hash_file(tmp_path / "a" / "shard-0.gguf").torrent
+    mesh = FileMesh(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        miser = None if is_silent else Miser(torrent, tmp_path / "a")
+        port = silent.getsockname()[1] if miser is None else miser.port
+        async with mesh.node("b") as node, trio.open_nursery() as nursery:
+            async with mesh.node("a", upload_rate=1):  # it tells the torrent, and is gone
+                nursery.start_soon(partial(fetch, node, model))
+                torrents = node.files._torrents
+                await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
+                there = torrents.get(torrent.info_hash())
+                assert there is not None
+                await wait_until(lambda: there._handle is not None, "it is added")
+                torrents.connect(there, "127.0.0.1", port)
+                if miser is not None:
+                    await wait_until(lambda: miser.n_connections > 0, "it is asked")
+            async with mesh.node("a"):
+                await wait_until(lambda: (node.folder / "shard-0.gguf").exists(), "it is complete")
+        assert is_right(tmp_path / "b" / "shard-0.gguf", model)
+
+
+async def test_nothing_is_looked_for_outside_of_the_mesh() -> None:
+    known = lt.default_settings()
+    settings = session_settings("127.0.0.1", 0, upload_rate=0, download_rate=0)
+    assert settings.keys() <= known.keys()
+    async with open_torrents(listen_host="127.0.0.1") as torrents:
+        applied = torrents._session.get_settings()
+        assert not torrents._session.is_dht_running()
+    for name in ("dht", "lsd", "upnp", "natpmp", "incoming_utp", "outgoing_utp"):
+        assert applied[f"enable_{name}"] is False
+    assert (applied["dht_bootstrap_nodes"], applied["webtorrent_stun_server"]) == ("", "")
+    assert applied["ssrf_mitigation"] is True
 
 
 async def test_another_torrent_than_asked_for(tmp_path: Path) -> None:
