@@ -12,7 +12,6 @@ from shardmesh.demo_model import DEMO_MODEL
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not DEMO_MODEL.exists(), reason="the demo model is not here"),
 ]
