@@ -30,6 +30,9 @@ class Feed:
         self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
         self.n_sent = 0  # the next position
         self.n_done = 0  # positions whose results have come
+        self.n_compared = 0  # of them, from the last stage that is there now
+        self._given: dict[int, int | None] = {}  # the token sampled behind a position's micro-batch
+        self._is_comparable = True
         self._session_id = session_id
         self._due: deque[TokenBatch] = deque()  # sent, and no result has come
         self._guesses: deque[int] = deque()  # the last positions of what was sent
@@ -52,7 +55,7 @@ class Feed:
         self.n_sent = 0
         for piece in pieces:
             self._keep(self._batch(piece, sample=False, embed=False, check=b""))
-        self.n_done = self.n_sent
+        self.n_done = self.n_compared = self.n_sent
 
     def add(self, tokens: Sequence[int], *, sample: bool, embed: bool) -> None:
         """What comes next is known; raises what the link's `send` raises.
@@ -96,7 +99,41 @@ class Feed:
         if not fits:
             raise ProtocolError("a result is not the one that was asked for")
         self._due.popleft()
+        self._given[done.position] = _token(done)
         self.n_done += done.n_tokens
+        self.n_compared = self.n_done
+
+    def begin_again(self) -> None:
+        """Another last stage will compute all results again, which must be the same."""
+        self.n_compared = 0 if self._is_comparable else self.n_done
+
+    def compare_no_more(self) -> None:
+        """Stages do not compute alike any more, so results that differ mean nothing."""
+        self._is_comparable = False
+        self.n_compared = self.n_done
+
+    def results_from(self, kept_from: int) -> int:
+        """From which position the last stage is to give results, which it keeps from `kept_from`.
+
+        Those below `n_done` are only compared.
+        """
+        self.n_compared = min(self.n_done, max(self.n_compared, kept_from))
+        return self.n_compared
+
+    def is_again(self, done: BatchDone) -> bool:
+        """Whether a result is of a position that had one before."""
+        return done.position < self.n_done
+
+    def compare(self, done: BatchDone) -> None:
+        """A result that came before from another replica; raises ProtocolError (theirs)."""
+        if done.position != self.n_compared:
+            raise ProtocolError("a result is not the one that was asked for")
+        if _token(done) != self._given.get(done.position):
+            raise ProtocolError(
+                "it computed the text again and got another token than there was",
+                code="OTHER_TOKEN",
+            )
+        self.n_compared += done.n_tokens
 
     def _send(self, tokens: Sequence[int], *, sample: bool, embed: bool, check: bytes) -> None:
         batch = self._batch(tokens, sample=sample, embed=embed, check=check)
@@ -120,3 +157,7 @@ class Feed:
             branch=self._branch,
             check=check,
         )
+
+
+def _token(done: BatchDone) -> int | None:
+    return done.sampled.token if done.sampled is not None else None

@@ -256,11 +256,24 @@ class Session:
             if scope.cancelled_caught:
                 self._longest_step_s *= 2  # asked once, it is asked again only after a longer while
                 raise _BrokenError(None, UnreachableError("no result", code="STAGE_TIMEOUT"))
-            if isinstance(event, BatchDone):
+            if isinstance(event, BatchDone) and not self._is_again(number, event):
                 return number, event
             if isinstance(event, BatchTaken) and number == 0:
                 with self._first_hop():
                     self._feed.outgoing.taken(event.n_taken)
+
+    def _is_again(self, number: int, done: BatchDone) -> bool:
+        """Whether a result was here before; raises _BrokenError if it was another one then."""
+        if number != len(self._links) - 1 or not self._feed.is_again(done):
+            return False
+        try:
+            self._feed.compare(done)
+            n_taken = self._feed.n_compared
+            taken = BatchTaken(session=self.session_id, epoch=self._epoch, n_taken=n_taken)
+        except ProtocolError as error:
+            raise _BrokenError(number, error) from None
+        self._send(number, taken)
+        return True
 
     def _accept(self, result: tuple[int, BatchDone]) -> BatchDone:
         """A result that is the one asked for; raises _BrokenError for whoever gave another."""
@@ -395,6 +408,8 @@ class Session:
         stages[number], link = await replacements.replace(self.chain, number, self._settings.n_ctx)
         self._links[number] = link
         self.chain = Chain(tuple(stages))
+        if stages[number].fingerprint != lost.fingerprint:
+            self._feed.compare_no_more()
         self._unfinished.append(
             Repair(
                 epoch=self._epoch + 1,
@@ -415,6 +430,8 @@ class Session:
         self._feed.take_back()
         while True:
             held = await self._ask_all(fresh, timeout_s)
+            if self._is_open and len(held) - 1 in fresh:
+                self._feed.begin_again()
             if not self._is_open:
                 held = self._begin_behind(held)
             plan = plan_replay(held, self._feed.n_done)
@@ -426,7 +443,8 @@ class Session:
         if late is not None and self._has_other(late):
             slow = UnreachableError("the stage does not get on with its work", code="STAGE_LATE")
             raise _BrokenError(late, slow)
-        for number, send_from in enumerate(plan.send_from[1:]):
+        n_results = self._feed.results_from(held[-1].kept_from)
+        for number, send_from in enumerate((*plan.send_from[1:-1], n_results)):
             resume = ResumeSession(
                 session=self.session_id,
                 epoch=self._epoch,
@@ -507,7 +525,9 @@ class Session:
         return next((n for n in silent if n in fresh), silent[-1])
 
     def _send(
-        self, number: int, message: OpenSession | RepairSession | ResumeSession | TrimSession
+        self,
+        number: int,
+        message: OpenSession | RepairSession | ResumeSession | TrimSession | BatchTaken,
     ) -> None:
         try:
             self._links[number].send(message)

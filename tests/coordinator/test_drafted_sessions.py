@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -217,7 +218,8 @@ async def test_a_replacement_that_samples_otherwise_goes_on_from_what_is_known(
     at: int, autojump_clock: trio.testing.MockClock
 ) -> None:
     expected = whole_tokens(SAMPLED, 24)
-    other = OtherMachine(fake_info(3, 4, 4, n_ctx=512), layer_start=3)
+    info = dataclasses.replace(fake_info(3, 4, 4, n_ctx=512), fingerprint="fake-2")
+    other = OtherMachine(info, layer_start=3)
     async with memory_mesh(engines(), [[], [], [other]], loop_worker) as mesh:
         async with session_of(mesh) as session:
             kill = {at: lambda: mesh.kill("stage-2")}
