@@ -8,9 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 from benchmarks.child import Answer, Child, open_child, serve_requests
 from benchmarks.generation import GREEDY, N_THREADS, Generation
+
+LLAMA_PIECE_TOKENS: Final = 512
+"""Rows that llama.cpp computes at once of a prompt unless told otherwise (n_ubatch)."""
 
 
 class Baseline:
@@ -19,9 +23,17 @@ class Baseline:
     def __init__(self, child: Child) -> None:
         self._child = child
 
-    async def generate(self, prompt: str, n_tokens: int) -> Generation:
-        """A generation that does not stop at the model's end of text."""
-        return Generation.of(await self._child.ask({"prompt": prompt, "n_tokens": n_tokens}))
+    async def generate(self, prompt: str, n_tokens: int, *, own_pieces: bool = False) -> Generation:
+        """A generation that does not stop at the model's end of text.
+
+        The prompt goes in the pieces of a mesh, which gives the same bits, or in llama.cpp's own.
+        """
+        request = {
+            "prompt": prompt,
+            "n_tokens": n_tokens,
+            "piece_tokens": LLAMA_PIECE_TOKENS if own_pieces else 0,
+        }
+        return Generation.of(await self._child.ask(request))
 
 
 @asynccontextmanager
@@ -45,7 +57,9 @@ def _main(model: Path, tokenizer_path: Path) -> None:
             return {}
         started_s = time.perf_counter()
         prompt = tokenizer.encode(request["prompt"])
-        whole = reference_tokens(engine, prompt, GREEDY, request["n_tokens"])
+        whole = reference_tokens(
+            engine, prompt, GREEDY, request["n_tokens"], piece_tokens=request["piece_tokens"]
+        )
         return dataclasses.asdict(
             Generation(
                 n_prompt_tokens=len(prompt),

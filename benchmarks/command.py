@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
 FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
-NAMES = ("decode", "aggregate", "prefill", "hop", "recovery", *FILE_NAMES, *GATEWAY_NAMES)
+NAMES = ("decode", "aggregate", "prefill", "prefix", "hop", "recovery", *FILE_NAMES, *GATEWAY_NAMES)
+
+MODEL_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", "seeding")
+"""With the gateway's, those that need the model."""
 
 
 @click.command()
@@ -74,6 +77,7 @@ async def _measure(
     from benchmarks.hop import measure_hops
     from benchmarks.load_shard import measure_load_shard
     from benchmarks.many import measure_aggregate
+    from benchmarks.prefix import measure_prefix
     from benchmarks.recovery import measure_recovery
     from benchmarks.rpc import WORKS, measure_rpc
     from benchmarks.seeding import measure_seeding
@@ -81,7 +85,7 @@ async def _measure(
 
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
-        if set(names) & {"decode", "aggregate", "prefill", "recovery", "seeding", *GATEWAY_NAMES}:
+        if set(names) & {*MODEL_NAMES, *GATEWAY_NAMES}:
             status.update("making the model")
             path = await trio.to_thread.run_sync(_model_path, model)
         if "decode" in names:
@@ -104,6 +108,12 @@ async def _measure(
             results.append(
                 await measure_prefill(
                     path, runs=runs, progress=lambda what: status.update(f"prefill: {what}")
+                )
+            )
+        if "prefix" in names:
+            results.append(
+                await measure_prefix(
+                    path, runs=runs, progress=lambda what: status.update(f"prefix: {what}")
                 )
             )
         if "hop" in names:

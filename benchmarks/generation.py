@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Final
 
 from shardmesh.engine.base import SamplingSettings
+from shardmesh.engine.tokenizer import Tokenizer
 
 GREEDY: Final = SamplingSettings(temperature=0.0)
 """The same tokens on both sides, which is checked."""
@@ -13,6 +15,7 @@ GREEDY: Final = SamplingSettings(temperature=0.0)
 N_THREADS: Final = 1
 """Of each process: the baseline's, and each stage's."""
 
+LONG_TEXT: Final = "The old king went into the deep forest, and the wind was very cold there. "
 DECODE_PROMPT: Final = "Once upon a time there was a king who"
 
 
@@ -35,3 +38,13 @@ class Generation:
     def prefill_tokens_per_s(self) -> float:
         """Of a generation of one token: the prompt's tokens by the time to it."""
         return self.n_prompt_tokens / self.total_s
+
+
+def long_prompt(tokenizer_path: Path, n_tokens: int, beginning: str = "") -> str:
+    """A text of at most so many tokens, and nearly as many."""
+    with Tokenizer.open(tokenizer_path) as tokenizer:
+        words = (beginning + LONG_TEXT * n_tokens).split()
+        n_words = n_tokens
+        while len(tokenizer.encode(" ".join(words[:n_words]))) > n_tokens:
+            n_words -= 1
+        return " ".join(words[:n_words])

@@ -33,10 +33,16 @@ class Mesh:
         self.where = tuple(where)  # flags of commands that are to find this mesh
         self.timings: list[Timings] = []  # of all generations
 
-    async def generate(self, prompt: str, n_tokens: int) -> Generation:
+    async def generate(
+        self, prompt: str, n_tokens: int, *, reuse_prefix: bool = False
+    ) -> Generation:
         """A generation that does not stop at the model's end of text."""
         request = CompletionRequest(
-            prompt=prompt, n_tokens_max=n_tokens, sampling=GREEDY, ignore_end=True
+            prompt=prompt,
+            n_tokens_max=n_tokens,
+            sampling=GREEDY,
+            ignore_end=True,
+            reuse_prefix=reuse_prefix,
         )
         tokens: list[int] = []
         asked_s = time.perf_counter()

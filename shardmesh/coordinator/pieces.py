@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 PIECE_TOKENS = 32
-"""Long enough for matrix products, short enough that all stages get to work on a usual prompt."""
+"""Long enough for matrix products, short enough that all stages get to work on a usual prompt.
+
+Longer ones for later positions were tried: `docs/performance.md`, "What decides the bits".
+"""
 
 
 def next_border(position: int) -> int:

@@ -27,8 +27,11 @@ def reference_tokens(
     n_tokens: int,
     *,
     adapter: str = "",
+    piece_tokens: int = 0,
 ) -> Reference:
     """`n_tokens` tokens after the prompt, over the micro-batches that a coordinator would send.
+
+    With `piece_tokens` the prompt goes in pieces of so many, whose bits are not those of a chain.
 
     `engine` holds a whole model; its sequence 0 is used.  Raises EngineError (ours).
     """
@@ -37,6 +40,8 @@ def reference_tokens(
     tokens: list[int] = []
     times_s: list[float] = []
     waiting = list(pieces_of(prompt))
+    if piece_tokens:
+        waiting = [prompt[i : i + piece_tokens] for i in range(0, len(prompt), piece_tokens)]
     position = 0
     while len(tokens) < n_tokens:
         piece = waiting.pop(0)
