@@ -126,9 +126,9 @@ def check_roll_back(path: Path) -> str:
 
 
 def roll_back(path: Path, writing: Any) -> None:
-    """The logits of some single tokens, twice."""
+    """The logits of some single tokens: once, again behind a trim, again in a copy."""
     silence()
-    engine = load_engine(path, EngineOptions(n_ctx=N_PREFILL + N_SINGLE, n_parallel=1))
+    engine = load_engine(path, EngineOptions(n_ctx=N_PREFILL + N_SINGLE, n_parallel=2))
     engine.open_sequence(0)
     tokens = [(7 * i + 3) % engine.info.n_vocab for i in range(N_PREFILL + N_SINGLE)]
     engine.compute([MicroBatch(sequence=0, position=0, tokens=tuple(tokens[:N_PREFILL]))])
@@ -136,15 +136,18 @@ def roll_back(path: Path, writing: Any) -> None:
     try:
         for _ in range(2):
             engine.trim_sequence(0, N_PREFILL)
-            passes.append([logits(engine, i, tokens[i]) for i in range(N_PREFILL, len(tokens))])
+            passes.append([logits(engine, 0, i, tokens[i]) for i in range(N_PREFILL, len(tokens))])
+        engine.copy_sequence(0, 1)
+        engine.open_sequence(1, n_keep=N_PREFILL)
+        passes.append([logits(engine, 1, i, tokens[i]) for i in range(N_PREFILL, len(tokens))])
     except EngineError as error:
         writing.send_bytes(error.code.encode())
         return
-    writing.send_bytes(b"exact" if passes[0] == passes[1] else b"other bits")
+    writing.send_bytes(b"exact" if passes[0] == passes[1] == passes[2] else b"other bits")
 
 
-def logits(engine: Engine, position: int, token: int) -> bytes:
-    micro = MicroBatch(sequence=0, position=position, tokens=(token,), want_logits=True)
+def logits(engine: Engine, sequence: int, position: int, token: int) -> bytes:
+    micro = MicroBatch(sequence=sequence, position=position, tokens=(token,), want_logits=True)
     (output,) = engine.compute([micro])
     return b"" if output.logits is None else output.logits.tobytes()
 

@@ -209,7 +209,7 @@ async def _answer(
     try:
         async with client.coordinator.complete(request) as completion:
             if show_choice and completion.explanation is not None:
-                _print_choice(completion.explanation)
+                _print_choice(completion.explanation, can_reuse=completion.can_reuse)
             async for item in completion.items:
                 if isinstance(item, Piece):
                     texts.append(item.text)
@@ -250,7 +250,7 @@ def _as_json(
     )
 
 
-def _print_choice(explanation: Explanation) -> None:
+def _print_choice(explanation: Explanation, *, can_reuse: bool) -> None:
     """On standard error, before the text."""
     from rich.console import Console
     from rich.table import Table
@@ -278,6 +278,10 @@ def _print_choice(explanation: Explanation) -> None:
             f"{each.hop_us / 1e3:.2f}",
         )
     console.print(table)
+    if not can_reuse:
+        console.print(
+            "This architecture cannot be rolled back: prompts that begin alike are computed anew."
+        )
 
 
 def _reuse_note(timings: Timings, *, can_reuse: bool) -> str:

@@ -18,7 +18,7 @@ from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.pace import Explanation
-from shardmesh.coordinator.prefixes import PromptPrefix, asker_key
+from shardmesh.coordinator.prefixes import prefix_of
 from shardmesh.coordinator.replacements import ReplicaFinder
 from shardmesh.coordinator.request import (
     WAIT_S_DEFAULT,
@@ -134,7 +134,7 @@ class Coordinator:
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
                 wire=request.wire,
-                prefix=self._prefix(request, model, prompt),
+                prefix=prefix_of(prompt, request, model.manifest, self._prefix_secret),
             )
             finder = self._finder(wish, request.wait_s)
             is_due, results = self.auditor.is_due(), list[Sampled]()
@@ -166,20 +166,6 @@ class Coordinator:
             if is_due and results and not session.repairs and not request.given:
                 whole = Transcript(session.chain, settings, tuple(prompt), tuple(results))
                 self.auditor.start(whole, self._allowed(wish))
-
-    def _prefix(
-        self, request: CompletionRequest, model: OpenModel, prompt: Sequence[int]
-    ) -> PromptPrefix | None:
-        if not (request.reuse_prefix and model.manifest.can_roll_back):
-            return None
-        key = asker_key(
-            self._prefix_secret,
-            tenant=request.tenant,
-            manifest_digest=model.manifest.digest(),
-            adapter=request.adapter,
-            wire=request.wire,
-        )
-        return PromptPrefix(tuple(prompt), key)
 
     async def embed(
         self, texts: Sequence[str | Sequence[int]], *, model: str | None = None

@@ -11,8 +11,11 @@ import dataclasses
 import hashlib
 import itertools
 import struct
+from collections.abc import Sequence
 
 from shardmesh.coordinator.pieces import whole_borders
+from shardmesh.coordinator.request import CompletionRequest
+from shardmesh.shards.manifest import Manifest
 from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.limits import PREFIX_PIECES_MAX
 from shardmesh.wire.messages import PrefixPiece
@@ -47,6 +50,25 @@ class PromptPrefix:
         """
         n_most = min(n_held, len(self.tokens) - 1)
         return max((end for end in whole_borders(n_most)), default=0)
+
+
+def prefix_of(
+    prompt: Sequence[int], request: CompletionRequest, manifest: Manifest, secret: bytes
+) -> PromptPrefix | None:
+    """What may be reused of a prompt; None if the request or the model does not allow it.
+
+    `secret` is the coordinator's, 32 bytes.
+    """
+    if not (request.reuse_prefix and manifest.can_roll_back):
+        return None
+    key = asker_key(
+        secret,
+        tenant=request.tenant,
+        manifest_digest=manifest.digest(),
+        adapter=request.adapter,
+        wire=request.wire,
+    )
+    return PromptPrefix(tuple(prompt), key)
 
 
 def asker_key(

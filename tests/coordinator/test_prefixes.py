@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of, whole_borders
-from shardmesh.coordinator.prefixes import PromptPrefix, asker_key
+from shardmesh.coordinator.prefixes import PromptPrefix, asker_key, prefix_of
+from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.listener.kept_sequences import n_common
+from shardmesh.shards.manifest import Manifest, TokenizerEntry
 from shardmesh.wire.limits import PREFIX_PIECES_MAX
 
 KEY = bytes(32)
@@ -70,9 +75,10 @@ def test_every_asker_has_a_key_of_its_own() -> None:
         asker_key(KEY, **{**base, "tenant": "alic", "manifest_digest": "ed"}),
         asker_key(KEY, **{**base, "manifest_digest": "e"}),
         asker_key(KEY, **{**base, "adapter": "a"}),
+        asker_key(KEY, **base, wire="f16"),
         asker_key(bytes(31) + b"1", **base),
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
     assert asker_key(KEY, **base) in keys
 
 
@@ -89,6 +95,32 @@ def test_what_is_reused_is_whole_pieces_and_leaves_a_token(
 def test_a_very_long_prompt_is_named_as_far_as_a_message_allows() -> None:
     prompt = tuple(range(10)) * (PREFIX_PIECES_MAX * 128 // 10 + 100)
     assert len(PromptPrefix(prompt, KEY).pieces_for(STAGE)) == PREFIX_PIECES_MAX
+
+
+def test_what_decides_whether_a_prompt_may_be_reused() -> None:
+    manifest = Manifest(
+        schema_version=1,
+        model_name="m",
+        architecture="llama",
+        n_layer=1,
+        n_embd=64,
+        n_ctx_train=512,
+        can_roll_back=True,
+        adapters=(),
+        quantization="F32",
+        slicer_version="0.1.0",
+        shards=(),
+        tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
+    )
+    request = CompletionRequest(prompt="x", tenant="alice")
+    prefix = prefix_of([1, 2], request, manifest, KEY)
+    assert prefix is not None
+    bobs = prefix_of([1, 2], dataclasses.replace(request, tenant="bob"), manifest, KEY)
+    assert bobs is not None
+    assert bobs.key != prefix.key
+    assert prefix_of([1], dataclasses.replace(request, reuse_prefix=False), manifest, KEY) is None
+    recurrent = msgspec.structs.replace(manifest, can_roll_back=False)
+    assert prefix_of([1], request, recurrent, KEY) is None
 
 
 def test_neither_prompt_nor_key_is_printed() -> None:
