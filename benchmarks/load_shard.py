@@ -1,4 +1,4 @@
-"""`load-shard`: from LOAD_SHARD for a shard that a node lacks until all know that it serves it.
+"""`load-shard`: from LOAD_SHARD for a shard that a node lacks until it announces that it serves it.
 
 Beside it, what nobody can save: the bare transfer of the same file between two processes, and the
 loading of the same shard by the same node when the file is there.

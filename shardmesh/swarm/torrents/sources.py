@@ -103,6 +103,8 @@ class Sources:
         for peer_id, addresses in found.items():
             if addresses and self._directory.get(peer_id) is None:
                 self._host.learn(peer_id, addresses)
+        if not found and not self._host.connected():
+            return []  # before it has joined a node finds nobody; asked again next time
         if len(self._hints) >= _HINTS_KEPT:
             self._hints.clear()
         self._hints[key] = (trio.current_time(), list(found))
