@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from support.console_server import ANSWER, ConsoleServer
+from support.console_server import ANSWER, ConsoleServer, console_server
 from support.pages import OpenPage
 
+from shardmesh.errors import BusyError
+from shardmesh.web.errors import body_of
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.processes, pytest.mark.browser]
 
@@ -109,11 +112,12 @@ def test_conversations_are_kept_in_the_browser(four: ConsoleServer, open_page: O
 
 def test_an_error_is_a_sentence(four: ConsoleServer, open_page: OpenPage) -> None:
     page = open_page(four.url)
-    error = {"error": {"message": "no room now", "code": "BUSY", "next_step": "try again"}}
+    error = body_of(BusyError("no room now", next_step="try again"))
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json=error))
     ask(page, "Hello")
     page.wait_for_selector(".answer-note.bad")
-    assert page.locator(".answer-note.bad").inner_text() == "no room now try again"
+    told = page.locator(".answer-note.bad").inner_text()
+    assert told == "No room now. Next step: try again"
     page.unroute("**/v1/chat/completions")
     page.click("[aria-label='Answer again']")
     page.wait_for_selector(DONE)
@@ -134,6 +138,24 @@ def test_a_missing_token_is_asked_for(four: ConsoleServer, open_page: OpenPage) 
         "shardmesh",
         "bearer.c2VjcmV0IMO8",
     ]
+
+
+def test_a_token_that_may_not_look_is_told_so(browser: Browser) -> None:
+    tokens = [f"bot/inference:{'a' * 20}", f"eye/read:{'b' * 20}"]
+    with console_server(tokens) as server:
+        server.call(lambda mesh: mesh.add(0, 1, 2, 3))
+        page = browser.new_page()
+        page.goto(server.url)
+        page.fill("#token-dialog[open] #token-input", "a" * 20)
+        page.click("text=Use this token")
+        page.wait_for_selector("#token-dialog[open] >> text=with the right “read”")
+        assert page.locator("#live").inner_text() == "token needed"
+        page.fill("#token-input", "b" * 20)
+        page.click("text=Use this token")
+        page.wait_for_selector("#live[data-state=live]")
+        ask(page, "Hello")
+        page.wait_for_selector(".answer-note.bad >> text=it lacks the right `inference`")
+        page.close()
 
 
 HOSTILE = (

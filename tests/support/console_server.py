@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -27,9 +27,11 @@ from shardmesh.web.console import Console
 from shardmesh.web.console_routes import page, router
 from shardmesh.web.event_store import open_event_store
 from shardmesh.web.events import EventHub
+from shardmesh.web.guard import Guard, GuardSettings
 from shardmesh.web.roster import Report
 from shardmesh.web.server import bind_sockets, serve_app
 from shardmesh.web.sessions import SessionBoard
+from shardmesh.web.tokens import ApiTokens
 from shardmesh.web.watch import MeshWatch
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.messages import StageTiming
@@ -240,9 +242,10 @@ def large_mesh(n_stages: int, n_replicas: int) -> list[Announcement]:
 class ConsoleServer:
     """A running server; made by `console_server`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Sequence[str]) -> None:
         self.url = ""
         self.mesh: SyntheticMesh
+        self._tokens = ApiTokens(tokens)
         self._token: trio.lowlevel.TrioToken
         self._scope: trio.CancelScope
         self._ready = threading.Event()
@@ -278,18 +281,20 @@ class ConsoleServer:
             app.include_router(page)
             mesh.routes(app)
             sockets = bind_sockets("127.0.0.1", [0])
-            self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
+            port = sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}/"
+            guard = GuardSettings(tokens=self._tokens, ports=frozenset({port}))
             self._token = trio.lowlevel.current_trio_token()
             nursery.start_soon(console.run)
-            nursery.start_soon(serve_app, app, sockets)
+            nursery.start_soon(serve_app, Guard(app, guard, {}), sockets)
             self._ready.set()
         await store.close()
 
 
 @contextmanager
-def console_server() -> Iterator[ConsoleServer]:
+def console_server(tokens: Sequence[str] = ()) -> Iterator[ConsoleServer]:
     """A server on a free port of loopback, gone at the end of the block."""
-    server = ConsoleServer()
+    server = ConsoleServer(tokens)
     server.start()
     try:
         yield server

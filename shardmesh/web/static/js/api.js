@@ -21,16 +21,17 @@ export function socketProtocols() {
   return ["shardmesh", `bearer.${encoded}`];
 }
 
-/** An error in OpenAI's shape, or whatever came instead, as one sentence. */
+/** An error in OpenAI's shape, or whatever came instead; the message says what to do next too. */
 export class ApiError extends Error {
   constructor(status, body) {
     const error = body?.error ?? {};
-    super(error.message || body?.detail || `the gateway answered ${status}`);
+    super(sentence(error.message || body?.detail || `the gateway answered ${status}`));
     this.status = status;
     this.code = String(error.code ?? "");
-    this.nextStep = error.next_step || "";
   }
 }
+
+const sentence = (words) => words.charAt(0).toUpperCase() + words.slice(1);
 
 export async function request(path, { method = "GET", body, signal } = {}) {
   const headers = { Accept: "application/json" };

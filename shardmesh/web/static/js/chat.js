@@ -240,7 +240,7 @@ export class Chat {
     try {
       await this.stream(conversation, asked, running);
     } catch (error) {
-      if (error.name !== "AbortError") message.meta.error = `${error.message}${error.nextStep ? ` ${error.nextStep}` : ""}`;
+      if (error.name !== "AbortError") message.meta.error = error.message;
       else message.meta.reason = "stopped";
     }
     if (this.running === running) this.running = null;

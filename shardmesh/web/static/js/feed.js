@@ -57,7 +57,7 @@ export class Feed {
   closed(socket, event) {
     if (socket !== this.socket) return;
     clearTimeout(this.silence);
-    this.tell.onStatus("lost");
+    this.tell.onStatus(NOT_ALLOWED[event.code] ? "refused" : "lost");
     if (NOT_ALLOWED[event.code]) {
       askForToken(NOT_ALLOWED[event.code]);
       return;

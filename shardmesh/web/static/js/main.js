@@ -12,7 +12,7 @@ import { followSections, themeSwitch } from "./shell.js";
 import { SummaryView } from "./summary.js";
 import { WaterfallView } from "./waterfall.js";
 
-const LIVE = { connecting: "connecting", live: "live", lost: "no connection, trying again" };
+const LIVE = { connecting: "connecting", live: "live", lost: "no connection, trying again", refused: "token needed" };
 
 const dialog = new NodeDialog();
 const openNode = (peerId) => dialog.open(peerId);

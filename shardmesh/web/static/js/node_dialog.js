@@ -118,7 +118,7 @@ export class NodeDialog {
     try {
       await requestJson(`v1/nodes/${peerId}/shard`, { method, body });
     } catch (error) {
-      if (this.peerId === peerId && this.dialog.open) text(this.fault, `${error.message}${error.nextStep ? ` ${error.nextStep}` : ""}`);
+      if (this.peerId === peerId && this.dialog.open) text(this.fault, error.message);
       else toast(`${name}: ${error.message}`, { bad: true });
     } finally {
       this.load.disabled = this.unload.disabled = false;
