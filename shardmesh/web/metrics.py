@@ -27,14 +27,13 @@ from shardmesh.web.events import Event
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside every counter, which nobody reads
 
-STAGES_COUNTED_MAX: Final = 1000
-"""Pairs of node and layers with figures of their own; those that served longest ago are dropped."""
+SERIES_MAX: Final = 3000
+"""Of a counter whose labels other nodes choose; those that rose longest ago are dropped."""
 
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _LABELS = ("node", "model")
-_PARTS = ("compute", "queue", "wire")
 _DOWNLOADS = {"download.finished": "finished", "download.failed": "failed"}
 
 
@@ -83,14 +82,14 @@ class Metrics:
             "Time of a token behind the first, the mean of each choice",
             _TOKEN_BUCKETS_S,
         )
-        self._stage_seconds = counter(
-            "shardmesh_stage_seconds",
-            "Where the time of tokens behind the first went: compute, queue, and the wire behind "
-            "the stage",
-            *("layers", "part"),
+        self._stage_seconds = _Series(
+            counter(
+                "shardmesh_stage_seconds",
+                "Where the time of tokens behind the first went: compute, queue, and the wire "
+                "behind the stage",
+                *("layers", "part"),
+            )
         )
-        self._stages: collections.OrderedDict[tuple[str, ...], list[Counter]]
-        self._stages = collections.OrderedDict()
         self._recoveries = counter(
             "shardmesh_recoveries", "Stages that were replaced while a choice was generated"
         )
@@ -99,8 +98,10 @@ class Metrics:
             "Answers that another replica computed again, by what came",
             "outcome",
         )
-        self._downloads = counter(
-            "shardmesh_downloads", "Files that listeners fetched, by how that ended", "outcome"
+        self._downloads = _Series(
+            counter(
+                "shardmesh_downloads", "Files that listeners fetched, by how that ended", "outcome"
+            )
         )
         # The names of the specification, for dashboards that know them.
         self._spec_requests = counter("llm_model_requests", "Choices that ended")
@@ -130,10 +131,10 @@ class Metrics:
         """Where the time of a token went, stage by stage; the hops with the first one before."""
         for peer_id, timing, hop_ms in zip(peer_ids, step.stages, hops_ms[1:], strict=False):
             layers = f"{timing.layer_start}-{timing.layer_end}"
-            compute, queue, wire = self._counters_of_stage(peer_id, model, layers)
-            compute.inc(timing.compute_us / 1e6)
-            queue.inc(timing.queue_us / 1e6)
-            wire.inc(hop_ms / 1e3)
+            rise = self._stage_seconds.rise
+            rise(timing.compute_us / 1e6, peer_id, model, layers, "compute")
+            rise(timing.queue_us / 1e6, peer_id, model, layers, "queue")
+            rise(hop_ms / 1e3, peer_id, model, layers, "wire")
 
     def finished(self, model: str, n_prompt_tokens: int, timings: Timings) -> None:
         """A choice came to its end."""
@@ -170,7 +171,7 @@ class Metrics:
             self._recoveries.labels(self._node, model).inc()
         elif event.kind in _DOWNLOADS:
             peer_id = str(event.data.get("peer_id", ""))
-            self._downloads.labels(peer_id, model, _DOWNLOADS[event.kind]).inc()
+            self._downloads.rise(1, peer_id, model, _DOWNLOADS[event.kind])
 
     def text(self) -> bytes:
         """All figures as Prometheus reads them."""
@@ -180,14 +181,21 @@ class Metrics:
         self._requests.labels(self._node, model, outcome).inc()
         self._spec_requests.labels(self._node, model).inc()
 
-    def _counters_of_stage(self, *stage: str) -> list[Counter]:
-        """Kept at hand: looking a counter up by its labels costs more than counting."""
-        known = self._stages.get(stage)
+
+class _Series:
+    """A counter with a bound on its series, each kept at hand: looking one up by its labels costs
+    more than counting."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._known: collections.OrderedDict[tuple[str, ...], Counter] = collections.OrderedDict()
+
+    def rise(self, amount: float, *labels: str) -> None:
+        """Adds to the series with these labels."""
+        known = self._known.get(labels)
         if known is None:
-            known = [self._stage_seconds.labels(*stage, part) for part in _PARTS]
-            self._stages[stage] = known
-            if len(self._stages) > STAGES_COUNTED_MAX:
-                dropped, _ = self._stages.popitem(last=False)
-                for part in _PARTS:
-                    self._stage_seconds.remove(*dropped, part)
-        return known
+            known = self._known[labels] = self._counter.labels(*labels)
+            if len(self._known) > SERIES_MAX:
+                self._counter.remove(*self._known.popitem(last=False)[0])
+        self._known.move_to_end(labels)
+        known.inc(amount)

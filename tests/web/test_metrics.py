@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,7 +12,7 @@ from support.roster import LAYERS, announced, peer_id_of_number
 from shardmesh.coordinator.timings import Step, Timings
 from shardmesh.web.events import EventHub
 from shardmesh.web.mesh_figures import MeshFigures
-from shardmesh.web.metrics import STAGES_COUNTED_MAX, Metrics
+from shardmesh.web.metrics import SERIES_MAX, Metrics
 from shardmesh.web.queue import ModelQueue
 from shardmesh.web.roster import Download, Report
 from shardmesh.wire.messages import StageTiming
@@ -142,11 +143,21 @@ def test_how_the_mesh_stands(metrics: Metrics) -> None:
     assert len(read(metrics, "shardmesh_kv_tokens")) == 1, "those that do not answer have none"
 
 
-def test_stages_that_served_first_make_room() -> None:
+def test_series_that_rose_longest_ago_make_room() -> None:
     metrics = Metrics("gateway")
     one = Step(elapsed_us=1.0, first_hop_us=1.0, stages=STEP.stages[:1])
-    for number in range(STAGES_COUNTED_MAX + 1):
+    n_stages = SERIES_MAX // 3
+    for number in (*range(n_stages), 0, n_stages):
         metrics.step(MODEL, [f"node {number}"], one, [0.1, 0.1])
     found = read(metrics, "shardmesh_stage_seconds_total", part="wire")
-    assert len(found) == STAGES_COUNTED_MAX
-    assert read(metrics, "shardmesh_stage_seconds_total", node="node 0") == []
+    assert len(found) == n_stages
+    assert read(metrics, "shardmesh_stage_seconds_total", node="node 0", part="wire") == [0.0002]
+    assert read(metrics, "shardmesh_stage_seconds_total", node="node 1") == []
+
+
+def test_each_figure_stands_in_the_documents(metrics: Metrics) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        if not family.name.startswith("process_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            assert f"`{name}" in document, name
