@@ -174,7 +174,7 @@ async def _wait_audit(auditor: Auditor) -> None:
     """Waits until an audit of the answer is over, if there is one."""
     await auditor.wait_idle()
     if auditor.n_skipped:
-        click.echo("audit: no other replica that computes alike could do it again", err=True)
+        click.echo("audit: no other replica that computes alike had room for it", err=True)
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:

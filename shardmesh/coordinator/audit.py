@@ -66,9 +66,14 @@ Replay = Callable[[Chain], Awaitable[Results]]
 
 
 def auditable(chain: Chain, known: Sequence[Replica], n_ctx: int) -> dict[int, list[Replica]]:
-    """Other replicas by number of the stage: of the same layers, and that compute the same bits."""
+    """Other replicas by number of the stage: of the same layers, and that compute the same bits.
+
+    None if a stage is so busy that an audit would take the place of a person's request.
+    """
     found: dict[int, list[Replica]] = {}
     taken = {stage.peer_id for stage in chain.stages}
+    if not all(_has_room(replica) for replica in known if replica.peer_id in taken):
+        return found
     for number, stage in enumerate(chain.stages):
         others = [
             replica
@@ -79,10 +84,16 @@ def auditable(chain: Chain, known: Sequence[Replica], n_ctx: int) -> dict[int, l
             and (replica.layer_start, replica.layer_end) == (stage.layer_start, stage.layer_end)
             and replica.fingerprint == stage.fingerprint
             and replica.n_ctx >= n_ctx
+            and _has_room(replica)
         ]
         if others:
             found[number] = others
     return found
+
+
+def _has_room(replica: Replica) -> bool:
+    """Whether there is a sequence left besides the one that an audit takes, as far as is known."""
+    return replica.n_sessions == 0 or replica.n_sessions + 1 < replica.n_parallel
 
 
 def with_stage(chain: Chain, number: int, replica: Replica) -> Chain:

@@ -21,7 +21,7 @@ from shardmesh.coordinator.audit import (
     recompute,
 )
 from shardmesh.coordinator.auditor import Auditor
-from shardmesh.coordinator.chain import Chain
+from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.replacements import ReplicaHealth, candidates
 from shardmesh.coordinator.session import Session, SessionSettings
@@ -172,6 +172,20 @@ async def test_only_those_that_compute_alike_are_compared() -> None:
         assert auditable(mesh.chain, other, 200) == {}
         assert auditable(mesh.chain, known, 10_000) == {}
         assert auditable(mesh.chain, mesh.chain.stages, 200) == {}
+
+
+async def test_nobody_is_kept_waiting_by_an_audit() -> None:
+    async with memory_mesh(fake_chain(CUTS), [[stage(0)], [stage(1)]]) as mesh:
+
+        def with_sessions(peer_id: str, n_sessions: int) -> list[Replica]:
+            return [
+                dataclasses.replace(r, n_parallel=4, n_sessions=n_sessions * (r.peer_id == peer_id))
+                for r in mesh.known()
+            ]
+
+        assert auditable(mesh.chain, with_sessions("stage-0", 2), 200).keys() == {0, 1}
+        assert auditable(mesh.chain, with_sessions("stage-0", 3), 200) == {}
+        assert auditable(mesh.chain, with_sessions("stage-0-1", 3), 200).keys() == {1}
 
 
 # -- the auditor -------------------------------------------------------------------------------

@@ -120,6 +120,17 @@ def test_what_was_counted(metrics: Metrics) -> None:
         assert found == pytest.approx([seconds])
 
 
+def test_audits_are_counted_by_what_they_found() -> None:
+    hub, counted = EventHub(), Metrics("gateway")
+    hub.tell(counted.event)
+    for outcome in ("same", "same", "differs"):
+        data = {"outcome": outcome, "model_name": MODEL}
+        hub.publish(f"audit.{outcome}", is_lasting=outcome != "same", data=data)
+    own = {"node": "gateway", "model": MODEL}
+    assert read(counted, "shardmesh_audits_total", **own, outcome="same") == [2]
+    assert read(counted, "shardmesh_audits_total", **own, outcome="differs") == [1]
+
+
 def test_the_names_of_the_specification(metrics: Metrics) -> None:
     own = {"node": "gateway", "model": MODEL}
     assert read(metrics, "llm_model_requests_total", **own) == [3]
