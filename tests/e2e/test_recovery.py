@@ -29,6 +29,9 @@ N_TOKENS = 60
 PROMPT = "Once upon a time there was a king who went to the river and said: " * 15
 STATUS_WITHIN_S = 30.0
 SAMPLING = SamplingSettings(temperature=0.9, repeat_penalty=1.2, seed=5)
+REQUEST = CompletionRequest(
+    prompt=PROMPT, n_tokens_max=N_TOKENS, sampling=SAMPLING, ignore_end=True, wait_s=30.0
+)
 IN_PREFILL, IN_DECODE = "prefill", "decode"
 
 
@@ -84,12 +87,9 @@ def write(
     """The text of a run that is disturbed in the middle of its prompt or of its answer."""
 
     async def use(client: Client) -> tuple[str, list[Repair]]:
-        request = CompletionRequest(
-            prompt=PROMPT, n_tokens_max=N_TOKENS, sampling=SAMPLING, ignore_end=True, wait_s=30.0
-        )
         text, n_pieces = "", 0
         async with (
-            client.coordinator.complete(request) as completion,
+            client.coordinator.complete(REQUEST) as completion,
             trio.open_nursery() as nursery,
         ):
             if disturb is not None and when == IN_PREFILL:
@@ -158,6 +158,35 @@ def test_a_stopped_listener(replicated: Replicated, when: str) -> None:
             process.resume()
     assert text == replicated.text
     assert [repair.code for repair in repairs] == ["STAGE_LOST"]
+    replicated.wait_complete()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_stage_of_a_text_that_began_behind_a_reused_prompt(
+    replicated: Replicated, stage: int
+) -> None:
+    """The one that comes in its place never had the prompt, and nobody kept its hidden states."""
+
+    async def use(client: Client) -> tuple[str, list[Repair], int, str]:
+        async with client.coordinator.complete(REQUEST) as first:
+            async for _ in first.items:
+                pass
+        peer_ids = tuple(each.peer_id for each in first.chain.stages)
+        request = dataclasses.replace(REQUEST, via=peer_ids)
+        text, n_pieces = "", 0
+        async with client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Piece):
+                    text, n_pieces = text + item.text, n_pieces + 1
+                    if n_pieces == N_TOKENS // 2:
+                        replicated.node(peer_ids[stage]).running.data_process().kill()
+            n_reused = completion.session.n_reused
+            return text, list(completion.repairs), n_reused, peer_ids[stage]
+
+    text, repairs, n_reused, killed = as_client(replicated.mesh, use)
+    assert n_reused > 100
+    assert text == replicated.text
+    assert [repair.lost_peer_id for repair in repairs] == [killed]
     replicated.wait_complete()
 
 
