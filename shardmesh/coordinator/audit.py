@@ -16,7 +16,8 @@ from typing import Literal
 
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.generate import prefill
-from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session, SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
+from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.errors import ProtocolError
 from shardmesh.wire.messages import BatchDone, Sampled
 

@@ -21,7 +21,8 @@ from shardmesh.coordinator.audit import (
     recompute,
 )
 from shardmesh.coordinator.chain import Chain, Replica
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.errors import InputError, ShardmeshError
 
 logger = logging.getLogger(__name__)

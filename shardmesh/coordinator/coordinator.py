@@ -17,6 +17,7 @@ from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pace import Explanation
 from shardmesh.coordinator.prefixes import prefix_of
 from shardmesh.coordinator.replacements import ReplicaFinder
@@ -29,7 +30,7 @@ from shardmesh.coordinator.request import (
     uses_history,
 )
 from shardmesh.coordinator.router import SessionRouter
-from shardmesh.coordinator.session import Repair, Session, SessionSettings
+from shardmesh.coordinator.session import Repair, Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
 from shardmesh.engine.tokenizer import Tokenizer

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 import trio
 
 from shardmesh.coordinator.chain import Chain
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import (
     INBOX_MESSAGES_MAX,
     Event,
     Replacements,
     Session,
-    SessionSettings,
     StageMessage,
     Suspected,
 )

@@ -12,8 +12,13 @@ import trio
 
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.feed import Feed
+from shardmesh.coordinator.openings import (
+    Place,
+    SessionSettings,
+    open_message,
+    repair_message,
+)
 from shardmesh.coordinator.pieces import pieces_of
-from shardmesh.coordinator.prefixes import PromptPrefix
 from shardmesh.coordinator.recovery import (
     EMPTY,
     Held,
@@ -28,18 +33,15 @@ from shardmesh.coordinator.recovery import (
 )
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.wire.hidden_states import EXACT, WireType
 from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
 from shardmesh.wire.messages import (
     BatchDone,
     BatchTaken,
     CloseSession,
     HopFailed,
-    NextStage,
     OpenSession,
     RepairSession,
     ResumeSession,
-    Sampling,
     SessionFailed,
     SessionOpened,
     SessionRepaired,
@@ -79,18 +81,6 @@ class Suspected:
 StageEvent = BatchDone | BatchTaken | SessionOpened | SessionRepaired
 StageMessage = StageEvent | HopFailed | SessionFailed
 Event = StageMessage | Suspected | ShardmeshError
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionSettings:
-    """What a session needs from its chain."""
-
-    n_ctx: int
-    sampling: Sampling
-    history: tuple[int, ...] = ()
-    adapter: str = ""  # a LoRA adapter of the manifest
-    wire: WireType = EXACT  # how hidden states travel from stage to stage
-    prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -492,9 +482,13 @@ class Session:
     async def _ask_all(self, fresh: set[int], timeout_s: float) -> list[Held]:
         """Opens the session on fresh stages, stops it on the others; what each of them has."""
         for number in range(len(self._links)):
-            self._send(
-                number, self._open_message(number) if number in fresh else self._halt(number)
-            )
+            place = Place(self.session_id, self._epoch, self.chain.stages, number)
+            if number in fresh:
+                draft_key = self._feed.draft_key
+                opening = open_message(place, self._settings, draft_key, reuse=not self._is_open)
+                self._send(number, opening)
+            else:
+                self._send(number, repair_message(place, self._feed.branches))
         answers: dict[int, Held] = {}
         with trio.move_on_after(timeout_s) as scope:
             while len(answers) < len(self._links):
@@ -546,45 +540,6 @@ class Session:
         except ShardmeshError as error:
             # A stage that cannot be told frees the session when its link ends, so end it.
             link.close(error)
-
-    def _open_message(self, number: int) -> OpenSession:
-        stage, (previous, following) = self.chain.stages[number], self._neighbours(number)
-        prefix = self._settings.prefix
-        return OpenSession(
-            session=self.session_id,
-            epoch=self._epoch,
-            manifest_digest=stage.manifest_digest,
-            layer_start=stage.layer_start,
-            layer_end=stage.layer_end,
-            n_ctx=self._settings.n_ctx,
-            previous_stage=previous,
-            next_stage=following,
-            sampling=None if following is not None else self._settings.sampling,
-            history=() if following is not None else self._settings.history,
-            adapter=self._settings.adapter,
-            wire=self._settings.wire,
-            draft_key=b"" if following is not None else self._feed.draft_key,
-            # In a repair only what is lost is computed again, from the beginning.
-            prefix=prefix.pieces_for(stage.peer_id) if prefix and not self._is_open else (),
-        )
-
-    def _halt(self, number: int) -> RepairSession:
-        previous, following = self._neighbours(number)
-        return RepairSession(
-            session=self.session_id,
-            epoch=self._epoch,
-            previous_stage=previous,
-            next_stage=following,
-            branches=self._feed.branches,
-        )
-
-    def _neighbours(self, number: int) -> tuple[str | None, NextStage | None]:
-        stages = self.chain.stages
-        previous = stages[number - 1].peer_id if number else None
-        if number == len(stages) - 1:
-            return previous, None
-        following = stages[number + 1]
-        return previous, NextStage(peer_id=following.peer_id, addresses=following.addresses)
 
 
 @contextmanager

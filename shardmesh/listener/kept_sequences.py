@@ -6,6 +6,7 @@ used goes first.  A kept sequence is a free one for everybody who counts.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable
 
@@ -118,4 +119,4 @@ def n_common(wanted: Prefix, held: Prefix) -> int:
 
 def held_of(prefix: Prefix, n_computed: int) -> Prefix:
     """The pieces that are wholly computed."""
-    return tuple(piece for piece in prefix if piece.end <= n_computed)
+    return prefix[: bisect.bisect_right(prefix, n_computed, key=lambda piece: piece.end)]

@@ -167,8 +167,8 @@ class Stage:
             self.counters.n_sessions_refused += 1
             self._refuse(link, message.session, message.epoch, error)
             return
-        running = [(s.sequence, s.held_prefix) for s in self._sessions.values()]
-        place = self._sequences.take(message.prefix, running)
+        running = ((s.sequence, s.held_prefix) for s in self._sessions.values())
+        place = self._sequences.take(message.prefix, running if message.prefix else ())
         session = new_session(message, place, link, info)
         self._sessions[message.session] = session
         self.counters.n_sessions_opened += 1

@@ -23,8 +23,9 @@ from shardmesh.coordinator.audit import (
 from shardmesh.coordinator.auditor import Auditor
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.replacements import ReplicaHealth, candidates
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import MicroBatch, Output
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import InputError

@@ -17,7 +17,8 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import prefill
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.listener.stage_session import Work

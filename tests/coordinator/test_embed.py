@@ -7,7 +7,7 @@ import pytest
 from support.mesh import GREEDY, memory_mesh
 
 from shardmesh.coordinator.embed import EMBEDDING_TOKENS, Embedding, embed_tokens
-from shardmesh.coordinator.session import SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.engine.base import MicroBatch
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import ProtocolError

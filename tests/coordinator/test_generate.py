@@ -11,7 +11,8 @@ from support.letters import Letters
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import Finished, Piece, generate
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info

@@ -15,9 +15,10 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of
 from shardmesh.coordinator.replacements import ASIDE_MIN_S
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError

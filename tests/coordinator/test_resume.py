@@ -11,8 +11,8 @@ from support.letters import Letters
 from support.mesh import MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.request import CompletionRequest
-from shardmesh.coordinator.session import SessionSettings
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.fake import fake_chain
 from shardmesh.engine.text import TextDecoder

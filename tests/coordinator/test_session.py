@@ -12,12 +12,12 @@ from support.far_end import Recorder
 from support.mesh import GREEDY, linked_pair
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.router import SessionRouter
 from shardmesh.coordinator.session import (
     INBOX_MESSAGES_MAX,
     OPEN_TIMEOUT_S,
     STEP_TIMEOUT_S,
-    SessionSettings,
 )
 from shardmesh.errors import BusyError, ProtocolError, UnreachableError
 from shardmesh.links.link import Link

@@ -27,18 +27,19 @@ WANTED = PROMPTS[0][:N_SHARED] + PROMPTS[1][: 40 + N_SINGLE]
 @pytest.fixture(
     scope="module",
     params=[
-        ("llama", "f32", False, 0),
-        ("llama", "q4_k", False, 0),
-        ("llama", "q8_0", True, 0),
-        ("qwen3", "f16", False, 0),
-        ("phi3", "f16", False, 64),
+        ("llama", "f32", 0, "f16"),
+        ("llama", "q4_k", 0, "f16"),
+        ("llama", "q8_0", 0, "q8_0"),
+        ("qwen3", "f16", 0, "f16"),
+        ("phi3", "f16", 64, "f16"),
     ],
     ids=lambda param: "-".join(map(str, param)),
 )
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    architecture, weights, flash_attention, window = request.param
+    """Several architectures and types; one with a sliding window, one with a quantized cache."""
+    architecture, weights, window, cache_type = request.param
     path: Path = tmp_path_factory.mktemp("model") / "m.gguf"
     write_model(
         path,
@@ -49,7 +50,14 @@ def engine(
         n_embd=256,
         sliding_window=window,
     )
-    options = EngineOptions(n_ctx=512, n_parallel=4, n_threads=1, flash_attention=flash_attention)
+    options = EngineOptions(
+        n_ctx=512,
+        n_parallel=4,
+        n_threads=1,
+        cache_type_k=cache_type,
+        cache_type_v=cache_type,
+        flash_attention=cache_type == "q8_0",
+    )
     with opened(path, options) as engine:
         yield engine
 

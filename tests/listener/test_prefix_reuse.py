@@ -11,9 +11,10 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.prefixes import PromptPrefix
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import EngineError, ShardmeshError
 from shardmesh.listener.kept_sequences import KeptSequences

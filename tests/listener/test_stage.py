@@ -12,8 +12,9 @@ import trio
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS
-from shardmesh.coordinator.session import Session, SessionSettings
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError

@@ -14,7 +14,7 @@ from support.mesh import GREEDY, memory_mesh
 from support.models import write_model
 
 from shardmesh.coordinator.generate import prefill
-from shardmesh.coordinator.session import SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.engine.base import Hidden, MicroBatch, Output
 from shardmesh.engine.fake import fake_chain
 from shardmesh.errors import ShardmeshError

@@ -25,9 +25,10 @@ from sim.world import BOUNDARIES, N_CTX, SimulatedCoordinator, World
 from support.mesh import GREEDY
 
 from shardmesh.coordinator.generate import prefill
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.prefixes import PromptPrefix
-from shardmesh.coordinator.session import Repair, Session, SessionSettings
+from shardmesh.coordinator.session import Repair, Session
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import OurError, ShardmeshError

@@ -14,7 +14,7 @@ from sim.world import BOUNDARIES, N_CTX, World
 from support.mesh import GREEDY
 
 from shardmesh.coordinator.generate import prefill
-from shardmesh.coordinator.session import SessionSettings
+from shardmesh.coordinator.openings import SessionSettings
 
 PROMPT = tuple(range(40))
 N_TOKENS = 3

@@ -1,0 +1,83 @@
+"""What a stage is told when a session is opened on it, or when its neighbours change.  Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from shardmesh.coordinator.chain import Replica
+from shardmesh.coordinator.prefixes import PromptPrefix
+from shardmesh.wire.hidden_states import EXACT, WireType
+from shardmesh.wire.messages import NextStage, OpenSession, RepairSession, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionSettings:
+    """What a session needs from its chain."""
+
+    n_ctx: int
+    sampling: Sampling
+    history: tuple[int, ...] = ()
+    adapter: str = ""  # a LoRA adapter of the manifest
+    wire: WireType = EXACT  # how hidden states travel from stage to stage
+    prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A stage's place in the chain of a session, in one epoch."""
+
+    session: bytes
+    epoch: int
+    stages: tuple[Replica, ...]
+    number: int
+
+    @property
+    def stage(self) -> Replica:
+        return self.stages[self.number]
+
+    @property
+    def previous(self) -> str | None:
+        """Peer id of the stage before it."""
+        return self.stages[self.number - 1].peer_id if self.number else None
+
+    @property
+    def following(self) -> NextStage | None:
+        """None on the last stage."""
+        if self.number == len(self.stages) - 1:
+            return None
+        after = self.stages[self.number + 1]
+        return NextStage(peer_id=after.peer_id, addresses=after.addresses)
+
+
+def open_message(
+    place: Place, settings: SessionSettings, draft_key: bytes, *, reuse: bool
+) -> OpenSession:
+    """Without `reuse` the stage begins with nothing: what is lost is computed again in a repair."""
+    stage, prefix, is_last = place.stage, settings.prefix, place.following is None
+    return OpenSession(
+        session=place.session,
+        epoch=place.epoch,
+        manifest_digest=stage.manifest_digest,
+        layer_start=stage.layer_start,
+        layer_end=stage.layer_end,
+        n_ctx=settings.n_ctx,
+        previous_stage=place.previous,
+        next_stage=place.following,
+        sampling=settings.sampling if is_last else None,
+        history=settings.history if is_last else (),
+        adapter=settings.adapter,
+        wire=settings.wire,
+        draft_key=draft_key if is_last else b"",
+        prefix=prefix.pieces_for(stage.peer_id) if prefix is not None and reuse else (),
+    )
+
+
+def repair_message(place: Place, branches: tuple[tuple[int, int], ...]) -> RepairSession:
+    """For a stage that holds the session."""
+    return RepairSession(
+        session=place.session,
+        epoch=place.epoch,
+        previous_stage=place.previous,
+        next_stage=place.following,
+        branches=branches,
+    )
