@@ -150,7 +150,7 @@ async def _stream_on(gateway: GatewayProcess) -> None:
     """One answer after the other, until cancelled."""
     async with open_connection(gateway) as connection:
         while True:
-            await connection.complete(DECODE_PROMPT, STREAM_TOKENS)
+            await connection.drain(DECODE_PROMPT, STREAM_TOKENS)
 
 
 @asynccontextmanager

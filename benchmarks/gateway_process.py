@@ -92,18 +92,8 @@ class Connection:
 
     async def complete(self, prompt: str, n_tokens: int) -> Generation:
         """A streamed completion; its times are those at which the bytes arrived here."""
-        body = json.dumps(
-            {
-                "prompt": prompt,
-                "max_tokens": n_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
         started_s = time.perf_counter()
-        await self._ask("POST /v1/completions", body)
+        await self._ask("POST /v1/completions", _completion_body(prompt, n_tokens))
         _, rest = await self._head()
         pieces_s: list[float] = []
         n_prompt_tokens = 0
@@ -132,6 +122,13 @@ class Connection:
             decode_tokens_per_s=(n_tokens - 1) / decode_s if decode_s > 0 else None,
         )
 
+    async def drain(self, prompt: str, n_tokens: int) -> None:
+        """The same answer, not looked at: a client that takes little from who is measured."""
+        await self._ask("POST /v1/completions", _completion_body(prompt, n_tokens))
+        _, end = await self._head()
+        while not end.endswith(b"\r\n0\r\n\r\n"):
+            end = (end + await self._receive())[-16:]
+
     async def _ask(self, what: str, body: bytes) -> None:
         head = f"{what} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
         if body:
@@ -153,6 +150,19 @@ class Connection:
         if not data:
             raise OurError("the gateway ended a connection")
         return bytes(data)
+
+
+def _completion_body(prompt: str, n_tokens: int) -> bytes:
+    return json.dumps(
+        {
+            "prompt": prompt,
+            "max_tokens": n_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
 
 
 def _require_equal(n_found: int, n_wanted: int) -> None:
