@@ -274,6 +274,22 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("shardmesh"))
 
 
+def _parse_drafts(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
+    from shardmesh.coordinator.drafts import parse_drafts
+
+    return parse_drafts(text)
+
+
+drafts_option = click.option(
+    "--drafts",
+    metavar="auto|off|N",
+    default="auto",
+    show_default=True,
+    envvar="LLAMA_DRAFTS",
+    callback=_parse_drafts,
+    help="Tokens to guess ahead where the text repeats itself: as many as pay, none, or at most N.",
+)
+
 audit_option = click.option(
     "--audit",
     "audit_rate",

@@ -16,6 +16,7 @@ from shardmesh.cli.options import (
     cache_dir,
     cluster_option,
     config_option,
+    drafts_option,
     shards_dir_option,
     wire_option,
 )
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compute the whole prompt, whatever the stages hold of it, and leave nothing there.",
 )
+@drafts_option
 @audit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
@@ -106,6 +108,7 @@ def command(
     wait_s: float,
     wire: WireType,
     no_prefix_reuse: bool,
+    drafts: int | None,
     audit_rate: float,
     as_json: bool,
     timings: bool,
@@ -137,6 +140,7 @@ def command(
         avoid=_names(avoid),
         wait_s=wait_s,
         wire=wire,
+        n_drafts=drafts,
         reuse_prefix=not no_prefix_reuse,
         sampling=SamplingSettings(
             temperature=temperature,
@@ -209,7 +213,7 @@ async def _answer(
     try:
         async with client.coordinator.complete(request) as completion:
             if show_choice and completion.explanation is not None:
-                _print_choice(completion.explanation, can_reuse=completion.can_reuse)
+                _print_choice(completion.explanation, can_roll_back=completion.can_roll_back)
             async for item in completion.items:
                 if isinstance(item, Piece):
                     texts.append(item.text)
@@ -222,7 +226,9 @@ async def _answer(
                     click.echo()
                     is_line_open = False
                     if show_timings:
-                        _print_timings(item, can_reuse=completion.can_reuse, wire=request.wire)
+                        _print_timings(
+                            item, can_roll_back=completion.can_roll_back, wire=request.wire
+                        )
     except (ShardmeshError, KeyboardInterrupt):
         if is_line_open:
             click.echo()  # what comes next shall not stick to the text
@@ -250,7 +256,7 @@ def _as_json(
     )
 
 
-def _print_choice(explanation: Explanation, *, can_reuse: bool) -> None:
+def _print_choice(explanation: Explanation, *, can_roll_back: bool) -> None:
     """On standard error, before the text."""
     from rich.console import Console
     from rich.table import Table
@@ -278,14 +284,15 @@ def _print_choice(explanation: Explanation, *, can_reuse: bool) -> None:
             f"{each.hop_us / 1e3:.2f}",
         )
     console.print(table)
-    if not can_reuse:
+    if not can_roll_back:
         console.print(
-            "This architecture cannot be rolled back: prompts that begin alike are computed anew."
+            "This architecture cannot be rolled back: prompts that begin alike are computed anew, "
+            "and no token is guessed ahead."
         )
 
 
-def _reuse_note(timings: Timings, *, can_reuse: bool) -> str:
-    if not can_reuse:
+def _reuse_note(timings: Timings, *, can_roll_back: bool) -> str:
+    if not can_roll_back:
         return " (none can be reused with this architecture)"
     return f" ({timings.n_reused_tokens} of them reused)" if timings.n_reused_tokens else ""
 
@@ -294,7 +301,18 @@ def _wire_note(wire: WireType) -> str:
     return "" if wire == "f32" else f"; hidden states as {wire}, which is not exact"
 
 
-def _print_timings(finished: Finished, *, can_reuse: bool, wire: WireType) -> None:
+def _drafts_note(timings: Timings, *, can_roll_back: bool) -> str:
+    if not can_roll_back:
+        return "no token can be guessed ahead with this architecture"
+    if not timings.n_drafts:
+        return "no token was guessed ahead"
+    return (
+        f"{timings.n_drafts} tokens guessed ahead, {timings.n_drafts_right} of them right; "
+        "steps overlap, so the parts below are more than the whole"
+    )
+
+
+def _print_timings(finished: Finished, *, can_roll_back: bool, wire: WireType) -> None:
     """On standard error, so that standard output holds the text alone."""
     from rich.console import Console
     from rich.table import Table
@@ -302,12 +320,14 @@ def _print_timings(finished: Finished, *, can_reuse: bool, wire: WireType) -> No
     timings = finished.timings
     console = Console(stderr=True)
     rate = timings.decode_tokens_per_s
+    reused = _reuse_note(timings, can_roll_back=can_roll_back)
     console.print(
-        f"{timings.n_prompt_tokens} prompt tokens{_reuse_note(timings, can_reuse=can_reuse)}, "
+        f"{timings.n_prompt_tokens} prompt tokens{reused}, "
         f"first token after {timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
         + (f" at {rate:.1f} tokens/s" if rate is not None else "")
         + _wire_note(wire)
     )
+    console.print(_drafts_note(timings, can_roll_back=can_roll_back))
     n_steps = max(1, timings.n_tokens - 1)
     table = Table(title="milliseconds of one token", title_justify="left")
     table.add_column("stage")

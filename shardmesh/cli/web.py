@@ -14,6 +14,7 @@ from shardmesh.cli.options import (
     cache_dir,
     cluster_option,
     config_option,
+    drafts_option,
     log_options,
     naming,
     naming_options,
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     envvar="LLAMA_NO_PREFIX_REUSE",
     help="Compute every prompt as a whole, and leave none of them in the stages.",
 )
+@drafts_option
 @audit_option
 @naming_options
 @shards_dir_option
@@ -116,6 +118,7 @@ def command(
     allowed_hosts: tuple[str, ...],
     wire: WireType,
     no_prefix_reuse: bool,
+    drafts: int | None,
     audit_rate: float,
     node_name: str,
     node_location: str,
@@ -159,6 +162,7 @@ def command(
             naming=naming(node_name, node_location, node_tags),
             wire=wire,
             reuse_prefix=not no_prefix_reuse,
+            n_drafts=drafts,
             audit_rate=audit_rate,
         ),
     )

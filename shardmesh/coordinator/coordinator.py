@@ -54,7 +54,7 @@ class Completion:
     items: AsyncIterator[Piece | Finished]
     tokenizer: Tokenizer  # until the block is left
     explanation: Explanation | None = None  # why the chain was chosen
-    can_reuse: bool = True  # False: this architecture's state cannot be cut, so nothing is reused
+    can_roll_back: bool = True  # False: this architecture allows neither drafts nor reused prompts
 
     @property
     def chain(self) -> Chain:
@@ -149,6 +149,7 @@ class Coordinator:
                     stops=stops,
                     ignore_end=request.ignore_end,
                     given=request.given,
+                    n_drafts=request.n_drafts if model.manifest.can_roll_back else 0,
                     started_s=started_s,
                 )
                 noted = _noting(items, results)

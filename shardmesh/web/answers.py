@@ -42,6 +42,8 @@ class ChoiceTimes(pydantic.BaseModel):
     total_ms: float
     tokens_per_s: float | None
     first_hop_ms: float
+    n_drafts: int  # tokens guessed ahead
+    n_drafts_right: int
     stages: list[StageTime]
     repairs: list[dict[str, Any]]  # stages that were replaced while it was generated
 

@@ -114,6 +114,7 @@ class _Run:
             request,
             model=self.model_name,
             wire=gateway.options.wire,
+            n_drafts=gateway.options.n_drafts,
             reuse_prefix=gateway.options.reuse_prefix,
         )
         self.session_id = answer_id if number == 0 else f"{answer_id}-{number}"
@@ -207,6 +208,8 @@ def timings_json(timings: Timings) -> dict[str, Any]:
         "total_ms": round(timings.total_s * 1e3, 3),
         "tokens_per_s": timings.decode_tokens_per_s and round(timings.decode_tokens_per_s, 3),
         "first_hop_ms": round(timings.first_hop_ms, 3),
+        "n_drafts": timings.n_drafts,
+        "n_drafts_right": timings.n_drafts_right,
         "stages": [
             {
                 "layer_start": stage.layer_start,

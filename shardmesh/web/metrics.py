@@ -72,6 +72,8 @@ class Metrics:
             "shardmesh_reused_prompt_tokens", "Tokens of prompts that the stages held already"
         )
         self._tokens = counter("shardmesh_generated_tokens", "Tokens that were generated")
+        self._drafts = counter("shardmesh_drafts", "Tokens that were guessed ahead")
+        self._drafts_right = counter("shardmesh_drafts_right", "Of them, those that came true")
         self._first_token = histogram(
             "shardmesh_first_token_seconds",
             "From the request to its first token",
@@ -142,6 +144,8 @@ class Metrics:
         self._ended(model, "finished")
         self._prompt_tokens.labels(*labels).inc(n_prompt_tokens)
         self._reused_tokens.labels(*labels).inc(timings.n_reused_tokens)
+        self._drafts.labels(*labels).inc(timings.n_drafts)
+        self._drafts_right.labels(*labels).inc(timings.n_drafts_right)
         self._first_token.labels(*labels).observe(timings.first_token_s)
         if timings.decode_tokens_per_s:
             self._token_time.labels(*labels).observe(1 / timings.decode_tokens_per_s)

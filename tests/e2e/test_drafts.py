@@ -1,0 +1,52 @@
+"""Guessing ahead, with real processes: the same text, and guesses that come true."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.processes import Mesh
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+
+SENTENCE = "The old king went into the deep forest, and the wind was very cold there. "
+PROMPT = SENTENCE * 6 + "The old king"
+SAMPLED = ("--temperature", "0.7", "--seed", "11", "--repeat-penalty", "1.05")
+
+
+def run(mesh: Mesh, *options: str) -> dict[str, Any]:
+    arguments = ("--max-tokens", "64", "--ignore-end", *options, *mesh.where)
+    done = mesh.space.run("run", PROMPT, "--json", *arguments)
+    assert done.code == 0, done.err
+    answer: dict[str, Any] = json.loads(done.out)
+    return answer
+
+
+@pytest.mark.parametrize("sampling", [("--temperature", "0"), SAMPLED], ids=["greedy", "sampled"])
+def test_the_text_is_the_same_whatever_is_guessed(mesh: Mesh, sampling: tuple[str, ...]) -> None:
+    alone = run(mesh, *sampling, "--drafts", "off")
+    assert alone["timings"]["n_drafts"] == 0
+    for drafts in ("8", "32", "auto"):
+        guessed = run(mesh, *sampling, "--drafts", drafts)
+        assert guessed["text"] == alone["text"]
+        if drafts != "auto":
+            assert guessed["timings"]["n_drafts"] > 0
+    if sampling != SAMPLED:
+        assert guessed["timings"]["n_drafts_right"] >= 0
+        eight = run(mesh, *sampling, "--drafts", "8")["timings"]
+        assert eight["n_drafts_right"] > 8
+
+
+def test_timings_tell_a_person(mesh: Mesh) -> None:
+    options = ("--temperature", "0", "--timings", "--max-tokens", "24", *mesh.where)
+    done = mesh.space.run("run", PROMPT, "--drafts", "4", *options)
+    assert "tokens guessed ahead" in done.err
+    done = mesh.space.run("run", PROMPT, "--drafts", "off", *options)
+    assert "no token was guessed ahead" in done.err
+
+
+def test_what_is_no_number_is_refused(mesh: Mesh) -> None:
+    done = mesh.space.run("run", "a", "--drafts", "99", *mesh.where)
+    assert done.code == 2
+    assert "--drafts is auto, off or 1 to 32" in done.err
