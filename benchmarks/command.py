@@ -14,9 +14,20 @@ if TYPE_CHECKING:
 
 GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
 FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
-NAMES = ("decode", "aggregate", "prefill", "prefix", "hop", "recovery", *FILE_NAMES, *GATEWAY_NAMES)
+FAR_NAMES = ("drafts", "latency")
+NAMES = (
+    "decode",
+    "aggregate",
+    "prefill",
+    "prefix",
+    "hop",
+    "recovery",
+    *FAR_NAMES,
+    *FILE_NAMES,
+    *GATEWAY_NAMES,
+)
 
-MODEL_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", "seeding")
+MODEL_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", "seeding", *FAR_NAMES)
 """With the gateway's, those that need the model."""
 
 
@@ -73,6 +84,7 @@ async def _measure(
     from rich.console import Console
 
     from benchmarks.against_llama import measure_decode, measure_prefill
+    from benchmarks.far import measure_drafts, measure_latency
     from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
     from benchmarks.hop import measure_hops
     from benchmarks.load_shard import measure_load_shard
@@ -114,6 +126,22 @@ async def _measure(
             results.append(
                 await measure_prefix(
                     path, runs=runs, progress=lambda what: status.update(f"prefix: {what}")
+                )
+            )
+        if "drafts" in names:
+            results.append(
+                await measure_drafts(
+                    path,
+                    n_shards=n_shards,
+                    n_tokens=n_tokens,
+                    runs=runs,
+                    progress=lambda what: status.update(f"drafts: {what}"),
+                )
+            )
+        if "latency" in names:
+            results.append(
+                await measure_latency(
+                    path, runs=runs, progress=lambda what: status.update(f"latency: {what}")
                 )
             )
         if "hop" in names:

@@ -35,8 +35,8 @@ class GatewayProcess:
 @asynccontextmanager
 async def open_gateway_process(where: Sequence[str]) -> AsyncIterator[GatewayProcess]:
     """A gateway of the mesh that `where` leads to; it has ended when the block is left."""
-    options = ("--port", "0", "--ws-port", "0", "--no-prefix-reuse", *where)
-    command = [sys.executable, "-m", "shardmesh", "web", *options]
+    options = ("--port", "0", "--ws-port", "0", "--no-prefix-reuse", "--drafts", "off")
+    command = [sys.executable, "-m", "shardmesh", "web", *options, *where]
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.generation import GREEDY, N_THREADS, Generation
-from shardmesh.cli.demo_mesh import start_mesh
+from shardmesh.cli.demo_mesh import OptionsOf, no_options, start_mesh
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.coordinator.timings import Timings
+from shardmesh.engine.base import SamplingSettings
 from shardmesh.errors import OurError
 from shardmesh.shards.costs import costs_of
 from shardmesh.shards.gguf_check import read_gguf
@@ -34,15 +35,22 @@ class Mesh:
         self.timings: list[Timings] = []  # of all generations
 
     async def generate(
-        self, prompt: str, n_tokens: int, *, reuse_prefix: bool = False
+        self,
+        prompt: str,
+        n_tokens: int,
+        *,
+        sampling: SamplingSettings = GREEDY,
+        n_drafts: int | None = 0,
+        reuse_prefix: bool = False,
     ) -> Generation:
-        """A generation that does not stop at the model's end of text."""
+        """A generation that does not stop at the model's end of text; plain, if not told."""
         request = CompletionRequest(
             prompt=prompt,
             n_tokens_max=n_tokens,
-            sampling=GREEDY,
-            ignore_end=True,
+            sampling=sampling,
+            n_drafts=n_drafts,
             reuse_prefix=reuse_prefix,
+            ignore_end=True,
         )
         tokens: list[int] = []
         asked_s = time.perf_counter()
@@ -74,7 +82,10 @@ def split(model: Path, n_shards: int, folder: Path) -> Path:
 
 @asynccontextmanager
 async def open_mesh(
-    folder: Path, n_shards: int, listen_options: Sequence[str] = ()
+    folder: Path,
+    n_shards: int,
+    listen_options: Sequence[str] = (),
+    options_of: OptionsOf = no_options,
 ) -> AsyncIterator[Mesh]:
     """A mesh of the shards in `folder`/shards; all of it has ended when the block is left."""
     async with (
@@ -85,6 +96,7 @@ async def open_mesh(
             on_change=lambda mesh: None,
             n_threads=N_THREADS,
             listen_options=listen_options,
+            options_of=options_of,
         ) as nodes,
         open_client(
             bootstraps=[nodes.bootstrap_address],

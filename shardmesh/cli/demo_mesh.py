@@ -92,6 +92,14 @@ def threads_per_node(n_shards: int) -> int:
     return max(1, ((os.cpu_count() or 1) - 1) // n_shards)
 
 
+OptionsOf = Callable[[int], Sequence[str]]
+"""Flags of `shardmesh listen` for the listener of a shard."""
+
+
+def no_options(shard_id: int) -> Sequence[str]:
+    return ()
+
+
 @asynccontextmanager
 async def start_mesh(
     folder: Path,
@@ -101,11 +109,12 @@ async def start_mesh(
     on_change: Callable[[DemoMesh], None],
     n_threads: int | None = None,
     listen_options: Sequence[str] = (),
+    options_of: OptionsOf = no_options,
 ) -> AsyncIterator[DemoMesh]:
     """A mesh that serves the shards in `folder`; all of it has ended when the block is left.
 
     `n_threads` of each stage, None for an even share of the cores; `listen_options` are further
-    flags of `shardmesh listen`.  Raises OurError with the last
+    flags of `shardmesh listen`, `options_of` those of one listener.  Raises OurError with the last
     words of a process that died, UnreachableError (the moment's) when they are not up in time.
     """
     secret = ClusterFiles(folder / "state", cluster).make()  # all that are started find it there
@@ -126,6 +135,7 @@ async def start_mesh(
                 *("--state-dir", str(folder / "state"), "--bootstrap", address),
                 *("--models-dir", str(folder / "models")),  # not what else lies on this disk
                 *("--threads", str(n_threads), *common, *listen_options),
+                *options_of(shard_id),
             ],
         )
         for shard_id in range(n_shards)
