@@ -15,19 +15,10 @@ if TYPE_CHECKING:
 GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
 FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
 FAR_NAMES = ("drafts", "latency")
-NAMES = (
-    "decode",
-    "aggregate",
-    "prefill",
-    "prefix",
-    "hop",
-    "recovery",
-    *FAR_NAMES,
-    *FILE_NAMES,
-    *GATEWAY_NAMES,
-)
+MESH_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", *FAR_NAMES)
+NAMES = (*MESH_NAMES, "hop", *FILE_NAMES, *GATEWAY_NAMES)
 
-MODEL_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", "seeding", *FAR_NAMES)
+MODEL_NAMES = (*MESH_NAMES, "seeding")
 """With the gateway's, those that need the model."""
 
 

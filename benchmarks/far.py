@@ -27,9 +27,9 @@ from shardmesh.errors import OurError
 Progress = Callable[[str], None]
 
 DRAFTS_DELAY_S: Final = 0.025
-REPEATING: Final = dataclasses.replace(GREEDY, repeat_penalty=0.6)
-"""A model with random weights does not quote.  This makes it take up its last tokens again, and
-some nine of ten guesses come true, as where a model copies most of what it writes."""
+REPEATING: Final = dataclasses.replace(GREEDY, presence_penalty=-6.0, repeat_last_n=16)
+"""A model with random weights does not quote.  This makes it take up one of its last tokens again:
+it goes in circles, which change now and then, and most guesses come true, as where one copies."""
 
 LATENCY_DELAY_S: Final = 0.05
 LATENCY_SHARDS: Final = 3

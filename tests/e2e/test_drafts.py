@@ -10,9 +10,10 @@ from support.processes import Mesh
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
-SENTENCE = "The old king went into the deep forest, and the wind was very cold there. "
-PROMPT = SENTENCE * 6 + "The old king"
-SAMPLED = ("--temperature", "0.7", "--seed", "11", "--repeat-penalty", "1.05")
+PROMPT = "Once upon a time there was a king who"
+"""Behind this the demo model soon turns in circles, when it is greedy."""
+
+SAMPLED = ("--temperature", "0.5", "--seed", "11", "--repeat-penalty", "0.9")
 
 
 def run(mesh: Mesh, *options: str) -> dict[str, Any]:
@@ -26,16 +27,10 @@ def run(mesh: Mesh, *options: str) -> dict[str, Any]:
 @pytest.mark.parametrize("sampling", [("--temperature", "0"), SAMPLED], ids=["greedy", "sampled"])
 def test_the_text_is_the_same_whatever_is_guessed(mesh: Mesh, sampling: tuple[str, ...]) -> None:
     alone = run(mesh, *sampling, "--drafts", "off")
+    guessed = run(mesh, *sampling, "--drafts", "8")
+    assert guessed["text"] == alone["text"]
     assert alone["timings"]["n_drafts"] == 0
-    for drafts in ("8", "32", "auto"):
-        guessed = run(mesh, *sampling, "--drafts", drafts)
-        assert guessed["text"] == alone["text"]
-        if drafts != "auto":
-            assert guessed["timings"]["n_drafts"] > 0
-    if sampling != SAMPLED:
-        assert guessed["timings"]["n_drafts_right"] >= 0
-        eight = run(mesh, *sampling, "--drafts", "8")["timings"]
-        assert eight["n_drafts_right"] > 8
+    assert guessed["timings"]["n_drafts"] >= guessed["timings"]["n_drafts_right"] > 0
 
 
 def test_timings_tell_a_person(mesh: Mesh) -> None:
