@@ -38,7 +38,7 @@ class ModelLinks:
         on_change: Callable[[], None],
     ) -> None:
         self.links: dict[str, str] = {}
-        self.bootstraps: tuple[str, ...] = ()  # that go into the links
+        self.bootstraps: tuple[str, ...] = ()  # that go into the links; nothing is asked before
         self._host = host
         self._listed = listed
         self._is_seen = is_seen
@@ -49,7 +49,7 @@ class ModelLinks:
         """Asks about each model while somebody looks on, until cancelled."""
         while True:
             await trio.sleep(LOOK_INTERVAL_S)
-            if self._is_seen():
+            if self._is_seen() and self.bootstraps:
                 await self.look()
 
     async def look(self) -> None:
