@@ -134,6 +134,7 @@ async def with_manifest(options: NodeOptions, link: ModelLink) -> NodeOptions:
         library.folder_for, link.model_name, link.manifest_digest
     )
     if await trio.to_thread.run_sync(publication_of, library, link) is None:
+        logger.info("[TORRENT] Asking the mesh for the signed manifest of %s", link.model_name)
         opened = await _ask_mesh(options, link)
         await trio.to_thread.run_sync(keep_publication, folder, opened)
         logger.info("[TORRENT] ✓ Signed manifest of %s is here", opened.manifest.model_name)

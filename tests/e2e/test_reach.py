@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from support.reference import N_CTX, N_TOKENS, PROMPT, Reference
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 N_SHARDS = 3
+FETCH_TIMEOUT_S = 90.0
 
 
 @pytest.fixture
@@ -107,3 +109,35 @@ def test_a_node_without_a_bootstrap_finds_the_mesh_on_the_lan(
     status = space.run("status", "--json", *cluster)
     (shown_model,) = json.loads(status.out)
     assert [r["peer_id"] for r in shown_model["replicas"]] == [node.peer_id]
+
+
+def test_files_come_into_a_home_behind_nat_and_out_of_it(space: Workspace, model: Path) -> None:
+    """BitTorrent goes directly: one of the two must be dialable, whichever gives."""
+    shards_dir = space.folder / "two"
+    done = space.run("split", str(model), "--shards", "2", "--out", str(shards_dir))
+    assert done.code == 0, done.err
+    with homes_behind_nat() as network:
+        in_public, in_home = (network.inside(n) for n in (network.public, network.homes[0]))
+        state = ("--state-dir", str(space.folder / "state"))
+        bootstrap = Node(space.start("bootstrap", "--port", "0", *state, inside=in_public))
+        bootstrap.wait_started()
+        where = ("--bootstrap", bootstrap.address, "--threads", "1", "--ctx-size", str(N_CTX))
+        publish = ("publish", str(shards_dir), "--no-seed", "--bootstrap", bootstrap.address)
+        done = space.run(*publish, *state, inside=in_public)
+        assert done.code == 0, done.err
+        link = done.out.strip()
+
+        def listen(name: str, inside: Sequence[str], *more: str) -> Node:
+            folders = ("--models-dir", str(space.folder / name))
+            own = ("--state-dir", str(space.folder / name / "state"))
+            return Node(space.start("listen", *more, *where, *folders, *own, inside=inside))
+
+        home = listen("home", in_home, "--shard-id", "0", "--shards-dir", str(shards_dir))
+        home.running.wait_line(r"\[REACH\] ✓ Reached through the relay", START_TIMEOUT_S)
+        outside = listen("outside", in_public, "--model", link, "--shard-id", "1")
+        outside.running.wait_line("✓ Shard 1 loaded", FETCH_TIMEOUT_S)
+        home.running.end()
+        second = listen("second", in_home, "--model", link, "--shard-id", "1")
+        second.running.wait_line("✓ Shard 1 loaded", FETCH_TIMEOUT_S)
+        for node in (second, outside, bootstrap):
+            node.running.end()

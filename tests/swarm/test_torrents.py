@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import libtorrent as lt
+import psutil
 import pytest
 import trio
 from support.torrents import MB, FileMesh, FileNode, Miser, Poisoner, make_model
@@ -303,6 +304,24 @@ async def test_nothing_is_looked_for_outside_of_the_mesh() -> None:
         assert applied[f"enable_{name}"] is False
     assert (applied["dht_bootstrap_nodes"], applied["webtorrent_stun_server"]) == ("", "")
     assert applied["ssrf_mitigation"] is True
+
+
+async def test_the_port_that_is_told_is_that_of_all_addresses() -> None:
+    """Left to itself, libtorrent chooses another one for each."""
+    own = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
+    async with open_torrents(listen_host="0.0.0.0") as torrents:
+        for address in own:
+            if address.family == socket.AF_INET:
+                with trio.fail_after(DEADLINE_S):
+                    stream = await trio.open_tcp_stream(address.address, torrents.port)
+                    await stream.aclose()
+
+
+async def test_an_address_of_another_machine() -> None:
+    with pytest.raises(InputError) as caught:
+        async with open_torrents(listen_host="192.0.2.1"):
+            raise AssertionError("never")
+    assert caught.value.code == "PORT_TAKEN"
 
 
 async def test_another_torrent_than_asked_for(tmp_path: Path) -> None:

@@ -47,15 +47,25 @@ class Source:
     torrent: TorrentFile | None
 
 
-def serve_torrents(host: Host, torrents: TorrentSession, find_publication: FindPublication) -> None:
-    """Answers other nodes; who asks for a file that is here is also dialed, once it says where."""
+def serve_torrents(
+    host: Host,
+    torrents: TorrentSession,
+    find_publication: FindPublication,
+    learn: Callable[[str], None] = lambda peer_id: None,
+) -> None:
+    """Answers other nodes; who asks for a file that is here is also dialed, once it says where.
+
+    `learn` makes the host know where a node says that it is, if it says so.
+    """
 
     def answer_file(request: FileRequest, peer_id: str) -> FileResponse:
         _admit(host, torrents, peer_id)
         torrent = torrents.get(request.info_hash)
         if torrent is None or torrent.error is not None:
             return FileResponse(port=0, torrent=None)
-        for address in host.hosts_of(peer_id)[:1]:
+        if host.is_relayed(peer_id):  # this node cannot be dialed, but perhaps that one can
+            learn(peer_id)
+        for address in _hosts(host, peer_id)[: _HOSTS_MAX if host.is_relayed(peer_id) else 1]:
             torrents.connect(torrent, address, request.port)
         encoded = torrent.file.encode() if request.wants_torrent else None
         return FileResponse(port=torrents.port, torrent=encoded)

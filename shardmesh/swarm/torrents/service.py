@@ -72,7 +72,7 @@ class FileService:
         self._downloads: dict[Path, Download] = {}
         self._seeder = Seeder(torrents, library, self._is_downloading)
         self._backs_off = False
-        serve_torrents(host, torrents, self._publication_of)
+        serve_torrents(host, torrents, self._publication_of, self._sources.learn)
 
     # -- what can be seen ----------------------------------------------------------------------
 

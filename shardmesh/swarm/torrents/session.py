@@ -28,6 +28,7 @@ _UPDATE_INTERVAL_S: Final = 0.5
 _ADD_TIMEOUT_S: Final = 30.0
 _FLUSH_TIMEOUT_S: Final = 60.0
 _CLOSE_TIMEOUT_S: Final = 1.5
+_PORT_ATTEMPTS: Final = 5  # somebody else may be quicker to take the port that was free
 _PEER_FLAGS: Final = (
     lt.torrent_flags.update_subscribe
     | lt.torrent_flags.apply_ip_filter
@@ -344,10 +345,9 @@ async def open_torrents(
     With `members_only` it refuses connections with addresses that were not admitted.
     Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
     """
-    settings = session_settings(
-        listen_host, port, upload_rate=upload_rate, download_rate=download_rate
+    session, own_port = await trio.to_thread.run_sync(
+        _start, listen_host, port, upload_rate, download_rate
     )
-    session, own_port = await trio.to_thread.run_sync(_start, settings)
     sessions = [session]
     torrents = TorrentSession(session, own_port, Gate() if members_only else None)
     here, there = socket.socketpair()
@@ -381,9 +381,31 @@ async def open_torrents(
         raise failure
 
 
-def _start(settings: dict[str, Any]) -> tuple[lt.session, int]:
+def _start(
+    listen_host: str, port: int, upload_rate: int, download_rate: int
+) -> tuple[lt.session, int]:
     """A session, and the port that it listens on, 0 if it could not."""
-    session: lt.session = lt.session(settings)  # type: ignore[call-overload]
-    limit_all_addresses(session)
-    port = session.listen_port() if session.is_listening() else 0
-    return session, port
+    for _ in range(_PORT_ATTEMPTS):
+        chosen = port or _free_port(listen_host)
+        settings = session_settings(
+            listen_host, chosen, upload_rate=upload_rate, download_rate=download_rate
+        )
+        session: lt.session = lt.session(settings)  # type: ignore[call-overload]
+        limit_all_addresses(session)
+        if port or session.is_listening():
+            break
+    return session, chosen if session.is_listening() else 0
+
+
+def _free_port(host: str) -> int:
+    """A port for all addresses of the machine; libtorrent would choose one for each of them.
+
+    0 if the host is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return 0
+        return int(probe.getsockname()[1])

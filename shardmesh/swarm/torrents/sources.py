@@ -58,10 +58,16 @@ class Sources:
         listeners = [a for a in self._directory.all() if a.peer_id != self._host.peer_id]
         random.shuffle(listeners)
         for announcement in listeners:
-            self._host.learn(announcement.peer_id, announcement.addresses)
+            self.learn(announcement.peer_id)
         same = [a.peer_id for a in listeners if a.manifest_digest == manifest_digest]
         found = [*self._holders.get(manifest_digest, ()), *same, *(a.peer_id for a in listeners)]
         return list(dict.fromkeys(found))[:_ASKED_AT_ONCE_MAX]
+
+    def learn(self, peer_id: str) -> None:
+        """The host knows where a listener says that it is."""
+        announcement = self._directory.get(peer_id)
+        if announcement is not None:
+            self._host.learn(peer_id, announcement.addresses)
 
     async def _ask_about(self, keys: tuple[str, ...], manifest_digest: str, ask: Ask) -> None:
         """Asks who is known, then who the DHT names; `ask` may do nothing once it has enough."""
