@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from benchmarks.catalogue import Measure
     from benchmarks.results import Result
 
-GATEWAY_NAMES = ("gateway", "gateway-idle", "gateway-p99")
-FILE_NAMES = ("torrent", "swarm", "load-shard", "seeding")
-FAR_NAMES = ("drafts", "latency")
-MESH_NAMES = ("decode", "aggregate", "prefill", "prefix", "recovery", *FAR_NAMES)
-NAMES = (*MESH_NAMES, "hop", *FILE_NAMES, *GATEWAY_NAMES)
-
-MODEL_NAMES = (*MESH_NAMES, "seeding")
-"""With the gateway's, those that need the model."""
+NAMES = (
+    *("decode", "aggregate", "prefill", "prefix", "drafts", "latency", "hop", "recovery"),
+    *("torrent", "swarm", "load-shard", "seeding", "gateway", "gateway-idle", "gateway-p99"),
+)
+"""Those of `catalogue`, which would take a second to import for --help."""
 
 
 @click.command()
@@ -38,7 +36,7 @@ MODEL_NAMES = (*MESH_NAMES, "seeding")
     is_flag=True,
     help="decode, prefill, aggregate: also by llama.cpp's RPC, if its programs are on the PATH.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as they come.")
 def command(
     name: str, model: str, n_shards: int, runs: int, n_tokens: int, rpc: bool, as_json: bool
 ) -> None:
@@ -49,123 +47,52 @@ def command(
     import trio
     from rich.console import Console
 
+    from benchmarks.catalogue import Setting
     from benchmarks.results import machine, table
     from shardmesh.logs import configure_logging
 
     configure_logging("pretty", verbosity=-1, stream=sys.stderr)
     facts = machine()
     names = NAMES if name == "all" else (name,)
-    run = functools.partial(
-        _measure, names, model, n_shards=n_shards, runs=runs, n_tokens=n_tokens, rpc=rpc
-    )
-    results = trio.run(run)
-    if as_json:
-        for result in results:
+    results: list[Result] = []
+
+    def take(result: Result) -> None:
+        results.append(result)
+        if as_json:
             click.echo(result.to_json(facts))
-    else:
+
+    with Console(stderr=True).status("making the model") as status:
+
+        def telling(name: str) -> Callable[[str], None]:
+            return lambda what: status.update(f"{name}: {what}")
+
+        async def measure() -> None:
+            path = await trio.to_thread.run_sync(_model_path, model)
+            for each, measuring in _chosen(names, rpc=rpc):
+                setting = Setting(
+                    model=path,
+                    n_shards=n_shards,
+                    n_tokens=n_tokens,
+                    runs=runs,
+                    progress=telling(each),
+                )
+                for result in await measuring(setting):
+                    take(result)
+
+        trio.run(measure)
+    if not as_json:
         console = Console()
         console.print(table(results))
         console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim")
 
 
-async def _measure(
-    names: tuple[str, ...], model: str, *, n_shards: int, runs: int, n_tokens: int, rpc: bool
-) -> list[Result]:
-    import trio
-    from rich.console import Console
+def _chosen(names: Sequence[str], *, rpc: bool) -> Iterator[tuple[str, Measure]]:
+    from benchmarks.catalogue import BENCHMARKS, BY_RPC
 
-    from benchmarks.against_llama import measure_decode, measure_prefill
-    from benchmarks.far import measure_drafts, measure_latency
-    from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
-    from benchmarks.hop import measure_hops
-    from benchmarks.load_shard import measure_load_shard
-    from benchmarks.many import measure_aggregate
-    from benchmarks.prefix import measure_prefix
-    from benchmarks.recovery import measure_recovery
-    from benchmarks.rpc import WORKS, measure_rpc
-    from benchmarks.seeding import measure_seeding
-    from benchmarks.torrent import measure_swarm, measure_torrents
-
-    results: list[Result] = []
-    with Console(stderr=True).status("") as status:
-        if set(names) & {*MODEL_NAMES, *GATEWAY_NAMES}:
-            status.update("making the model")
-            path = await trio.to_thread.run_sync(_model_path, model)
-        if "decode" in names:
-            results.append(
-                await measure_decode(
-                    path,
-                    n_shards=n_shards,
-                    n_tokens=n_tokens,
-                    runs=runs,
-                    progress=lambda what: status.update(f"decode: {what}"),
-                )
-            )
-        if "aggregate" in names:
-            results.append(
-                await measure_aggregate(
-                    path, runs=runs, progress=lambda what: status.update(f"aggregate: {what}")
-                )
-            )
-        if "prefill" in names:
-            results.append(
-                await measure_prefill(
-                    path, runs=runs, progress=lambda what: status.update(f"prefill: {what}")
-                )
-            )
-        if "prefix" in names:
-            results.append(
-                await measure_prefix(
-                    path, runs=runs, progress=lambda what: status.update(f"prefix: {what}")
-                )
-            )
-        if "drafts" in names:
-            results.append(
-                await measure_drafts(
-                    path,
-                    n_shards=n_shards,
-                    n_tokens=n_tokens,
-                    runs=runs,
-                    progress=lambda what: status.update(f"drafts: {what}"),
-                )
-            )
-        if "latency" in names:
-            results.append(
-                await measure_latency(
-                    path, runs=runs, progress=lambda what: status.update(f"latency: {what}")
-                )
-            )
-        if "hop" in names:
-            results += await measure_hops(runs=runs, progress=status.update)
-        if "recovery" in names:
-            results += await measure_recovery(path, runs=runs, progress=status.update)
-        if "torrent" in names:
-            results += await measure_torrents(runs=runs, progress=status.update)
-        if "swarm" in names:
-            results += await measure_swarm(runs=runs, progress=status.update)
-        if "load-shard" in names:
-            results.append(
-                await measure_load_shard(
-                    runs=runs, progress=lambda what: status.update(f"load-shard: {what}")
-                )
-            )
-        if "seeding" in names:
-            results.append(
-                await measure_seeding(
-                    path, runs=runs, progress=lambda what: status.update(f"seeding: {what}")
-                )
-            )
-        if "gateway" in names:
-            results += await measure_overhead(
-                path, n_shards=n_shards, n_tokens=n_tokens, runs=runs, progress=status.update
-            )
-        if "gateway-idle" in names:
-            results.append(await measure_idle(path, progress=status.update))
-        if "gateway-p99" in names:
-            results.append(await measure_answers(path, progress=status.update))
-        for each in [each for each in names if rpc and each in WORKS]:
-            results.append(await measure_rpc(each, path, runs=runs, progress=status.update))
-    return results
+    for name in names:
+        yield name, BENCHMARKS[name]
+        if rpc and name in BY_RPC:
+            yield f"{name} by RPC", BY_RPC[name]
 
 
 def _model_path(model: str) -> Path:

@@ -48,7 +48,7 @@ async def measure_overhead(
         open_connection(gateway) as connection,
     ):
         for number in range(runs + 1):
-            progress(f"gateway: pair {number} of {runs}" if number else "gateway: warming up")
+            progress(f"pair {number} of {runs}" if number else "warming up")
             if number % 2:
                 over_http.append(await connection.complete(DECODE_PROMPT, n_tokens))
             by_library.append(await mesh.generate(DECODE_PROMPT, n_tokens))
@@ -94,7 +94,7 @@ async def measure_idle(model: Path, *, progress: Progress) -> Result:
         async with _onlookers(gateway, 1):
             await trio.sleep(SETTLE_S)
             before = process.memory_info().rss
-            progress(f"gateway-idle: {N_ONLOOKERS} WebSockets")
+            progress(f"{N_ONLOOKERS} WebSockets")
             async with _onlookers(gateway, N_ONLOOKERS):
                 await trio.sleep(SETTLE_S)
                 after = process.memory_info().rss
@@ -110,9 +110,9 @@ async def measure_idle(model: Path, *, progress: Progress) -> Result:
 async def measure_answers(model: Path, *, progress: Progress) -> Result:
     """How long short questions take while N_STREAMS answers are streamed, and while none is."""
     async with _gateway(model, 2, ("--parallel", str(N_STREAMS)), progress) as (_, gateway):
-        progress("gateway-p99: at rest")
+        progress("at rest")
         at_rest = await _ask_questions(gateway)
-        progress(f"gateway-p99: {N_STREAMS} streams")
+        progress(f"{N_STREAMS} streams")
         async with trio.open_nursery() as nursery:
             for _ in range(N_STREAMS):
                 nursery.start_soon(_stream_on, gateway)

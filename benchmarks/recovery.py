@@ -43,16 +43,16 @@ async def measure_recovery(
     """Seconds from noticing the death to the next token, for each length of context."""
     with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
         folder = Path(name)
-        progress("recovery: cutting the model")
+        progress("cutting the model")
         await trio.to_thread.run_sync(split, model, N_SHARDS, folder)
-        progress("recovery: starting the mesh")
+        progress("starting the mesh")
         async with AsyncExitStack() as stack:
             mesh = await _Mesh.open(stack, folder)
             results = []
             for n_context in CONTEXTS:
                 pauses, prefills = list[float](), list[float]()
                 for run in range(runs + 1):
-                    progress(f"recovery: {n_context} tokens, run {run} of {runs}")
+                    progress(f"{n_context} tokens, run {run} of {runs}")
                     pause_s, first_s = await mesh.kill_in_a_text(n_context)
                     pauses.append(pause_s)
                     prefills.append(first_s)

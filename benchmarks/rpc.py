@@ -90,7 +90,7 @@ async def measure_rpc(
     async with _open_servers(_found(SERVER), work.n_servers) as addresses:
         remote = ["--rpc", ",".join(addresses), "-ngl", str(N_GPU_LAYERS_ALL)]
         for number in range(runs + 1):
-            progress(f"{name} by RPC: " + (f"pair {number} of {runs}" if number else "warming up"))
+            progress(f"pair {number} of {runs}" if number else "warming up")
             alone.append(work.tokens_per_s(await _printed(common)))
             together.append(work.tokens_per_s(await _printed([*common, *remote])))
     ratio, pairs = paired(together[1:], alone[1:])
