@@ -83,6 +83,7 @@ class DataProcess:
                 self._start.manifest_digest, self._start.layer_start, self._start.layer_end
             )
             self.stage = Stage(self._engine, identity, nursery, self._link_to)
+            self.stage.is_draining = self._start.is_draining
             self.stage.sessions_per_node_max = self._start.sessions_per_node_max
             self._acceptor = Acceptor(self.stage)
             self._pool = LinkPool(nursery, self._agree, self.stage)

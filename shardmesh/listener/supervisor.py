@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Literal
 
+import msgspec
 import trio
 
 from shardmesh.errors import ShardmeshError, TheirError, UnreachableError
@@ -52,6 +53,7 @@ class Supervisor:
         self._on_change = on_change
         self._start: Start | None = None
         self._child: DataChild | None = None
+        self._is_draining = False
         self._start_changed = trio.Event()
         self._status_changed = trio.Event()
         self.n_restarts = 0
@@ -100,7 +102,8 @@ class Supervisor:
                 await self._child.cut_off(peer_ids)
 
     async def drain(self, is_draining: bool = True) -> None:
-        """Has the data process take no further sessions, or take them again, if there is one."""
+        """Has the data process take no further sessions, or take them again; the next one, too."""
+        self._is_draining = is_draining
         if self._child is not None and self.status.ready is not None:
             with contextlib.suppress(UnreachableError):  # it is gone, and its sessions with it
                 await self._child.drain(is_draining)
@@ -123,7 +126,8 @@ class Supervisor:
             begun_s = trio.current_time()
             self._child = DataChild(self._agree, self._on_ready)
             try:
-                failure = await self._child.run(start)
+                given = msgspec.structs.replace(start, is_draining=self._is_draining)
+                failure = await self._child.run(given)
             finally:
                 self._child = None
             if failure is None or self._start is not start:

@@ -366,6 +366,31 @@ async def test_the_file_is_mended_while_the_supervisor_pauses(
     assert len(begun_s) < 15
 
 
+async def test_a_node_that_drains_goes_on_draining_with_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, start: Start
+) -> None:
+    were_draining: list[bool] = []
+
+    class Short:
+        def __init__(self, agree: object, on_ready: object) -> None:
+            self.pid = 1
+
+        async def run(self, start: Start) -> ShardmeshError | None:
+            were_draining.append(start.is_draining)
+            return EngineError("it died")
+
+    monkeypatch.setattr(supervisor_module, "DataChild", Short)
+    async with supervised() as supervisor:
+        supervisor.serve(start)
+        await trio.sleep(100)
+        n_before = len(were_draining)
+        await supervisor.drain()
+        await trio.sleep(100)
+    assert not any(were_draining[:n_before])
+    assert len(were_draining) > n_before
+    assert all(were_draining[n_before:])
+
+
 # -- the channel between the two ---------------------------------------------------------------
 
 
