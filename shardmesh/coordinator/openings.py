@@ -54,6 +54,7 @@ def open_message(
 ) -> OpenSession:
     """Without `reuse` the stage begins with nothing: what is lost is computed again in a repair."""
     stage, prefix, is_last = place.stage, settings.prefix, place.following is None
+    peer_ids = [each.peer_id for each in place.stages[: place.number + 1]]
     return OpenSession(
         session=place.session,
         epoch=place.epoch,
@@ -68,7 +69,7 @@ def open_message(
         adapter=settings.adapter,
         wire=settings.wire,
         draft_key=draft_key if is_last else b"",
-        prefix=prefix.pieces_for(stage.peer_id) if prefix is not None and reuse else (),
+        prefix=prefix.pieces_for(peer_ids) if prefix is not None and reuse else (),
     )
 
 

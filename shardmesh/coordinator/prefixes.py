@@ -1,8 +1,10 @@
 """What the pieces of a prompt are called, so that stages can tell which of them they hold.  Pure.
 
 A name stands for all tokens up to the end of its piece.  It is a keyed digest, so that a stage
-learns only that two prompts of one asker begin alike.  Each asker, model, adapter and stage has a
-key of its own: askers never share, and a name that a stage has heard is of no use at another one.
+learns only that two prompts of one asker begin alike.  The key is another one for each asker,
+model, adapter and stage: askers never share, and a name that a stage has heard is of no use at
+another one.  It also covers the stages before, since what a stage holds was made of what they sent:
+whatever one of them did wrong does not outlive it.
 """
 
 from __future__ import annotations
@@ -31,9 +33,14 @@ class PromptPrefix:
     tokens: tuple[int, ...] = dataclasses.field(repr=False)
     key: bytes = dataclasses.field(repr=False)
 
-    def pieces_for(self, stage: str) -> tuple[PrefixPiece, ...]:
-        """The whole pieces as one stage, named by its peer id, hears of them."""
-        key = _derive(self.key, stage.encode())
+    def pieces_for(self, stages: Sequence[str]) -> tuple[PrefixPiece, ...]:
+        """The whole pieces as a stage hears of them: the last of `stages`, behind the others.
+
+        Peer ids, in the order of the chain.
+        """
+        key = self.key
+        for peer_id in stages:
+            key = _derive(key, peer_id.encode())
         named: list[PrefixPiece] = []
         digest, start = b"", 0
         for end in itertools.islice(whole_borders(len(self.tokens)), PREFIX_PIECES_MAX):

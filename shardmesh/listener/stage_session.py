@@ -58,6 +58,7 @@ class StageSession:
     next_link: Link | None = None
     branch: int = 0  # the newest that came
     n_received: int = 0  # the position that must come next
+    n_before_repair: int | None = None  # positions computed before the first one
     n_replay: int = 0  # positions below are acknowledged to the previous hop
     n_acknowledged: int = 0  # in this epoch
     is_deaf: bool = False  # the previous hop was reported: nothing of it counts in this epoch
@@ -69,8 +70,14 @@ class StageSession:
 
     @property
     def held_prefix(self) -> Prefix:
-        """What it has of its prompt, for sessions that begin alike."""
-        return held_of(self.opened_by.prefix, self.outgoing.n_computed)
+        """What it has of its prompt, for sessions that begin alike.
+
+        The names stand for the stages before it as well, which may be others after a repair.
+        """
+        n_computed = self.outgoing.n_computed
+        if self.n_before_repair is not None:
+            n_computed = min(n_computed, self.n_before_repair)
+        return held_of(self.opened_by.prefix, n_computed)
 
     def acknowledge(self) -> None:
         """In a replay: lets the previous hop send more, once what came is dealt with."""
@@ -86,6 +93,8 @@ class StageSession:
 
     def move_to(self, epoch: int, previous: str | None, following: NextStage | None) -> None:
         """Stops sending and takes frames of the new epoch only, from the new neighbour."""
+        if self.n_before_repair is None:
+            self.n_before_repair = self.outgoing.n_computed
         self.connecting.cancel()
         self.connecting = trio.CancelScope()
         self.outgoing.hold(epoch)

@@ -16,7 +16,7 @@ from shardmesh.shards.manifest import Manifest, TokenizerEntry
 from shardmesh.wire.limits import PREFIX_PIECES_MAX
 
 KEY = bytes(32)
-STAGE = "stage"
+STAGE = ("stage",)
 prompts = st.lists(st.integers(0, 3), max_size=4 * PIECE_TOKENS).map(tuple)
 
 
@@ -58,12 +58,13 @@ def test_names_are_of_whole_pieces_and_depend_on_key_and_stage(prompt: tuple[int
     names = prefix.pieces_for(STAGE)
     assert [name.end for name in names] == list(whole_borders(len(prompt)))
     for strange in (
-        prefix.pieces_for("another stage"),
+        prefix.pieces_for(("another stage",)),
+        prefix.pieces_for(("stage before", *STAGE)),
         PromptPrefix(prompt, bytes(31) + b"1").pieces_for(STAGE),
     ):
         assert n_common(names, strange) == 0
     assert not {name.digest for name in names} & {
-        name.digest for name in prefix.pieces_for("another stage")
+        name.digest for name in prefix.pieces_for(("another stage",))
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 import trio
@@ -10,6 +12,7 @@ from sim.run import undisturbed
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
+from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS
@@ -225,6 +228,43 @@ async def test_a_stage_that_dies_in_a_session_that_began_behind_a_prefix(
         await until_free(mesh)
 
 
+async def test_behind_another_stage_nothing_is_reused(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What the first replica may have sent wrongly is not used in a chain without it."""
+    spares = [[engine] for engine in fake_chain((0, 2, 4))]
+    async with memory_mesh(fake_chain((0, 2, 4)), spares, LoopWorker) as mesh:
+        await answer(mesh, (*COMMON, 1))
+        other = mesh.nodes["stage-0-1"].replica
+        mesh.links[0] = await mesh.link("coordinator", other.peer_id)
+        mesh.chain = Chain((other, mesh.chain.stages[1]))
+        assert await answer(mesh, (*COMMON, 2)) == 0
+        assert await answer(mesh, (*COMMON, 3)) == len(COMMON)
+
+
+async def test_what_came_from_a_replacement_is_not_kept(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its names would be those of the stage that was there when the session was opened."""
+
+    def worker(compute):  # type: ignore[no-untyped-def]
+        return LoopWorker(compute, lambda n_tokens: 0.01 * n_tokens)
+
+    spares = [[engine] for engine in fake_chain((0, 2, 4))]
+    async with memory_mesh(fake_chain((0, 2, 4)), spares, worker) as mesh:
+        async with session_of(mesh, (*COMMON, 1)) as session, trio.open_nursery() as nursery:
+
+            async def kill() -> None:
+                await trio.sleep(0.1)
+                mesh.kill("stage-0")
+
+            nursery.start_soon(kill)
+            await prefill(session, (*COMMON, 1))
+            assert len(session.repairs) == 1
+        await until_free(mesh)
+        assert mesh.stages[1].counters.n_sequences_kept == 0
+
+
 async def test_a_stage_that_claims_too_much_is_told_to_forget_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -242,8 +282,8 @@ async def test_pieces_out_of_order_are_refused(autojump_clock: trio.testing.Mock
     async with memory_mesh(fake_chain((0, 4)), make_worker=LoopWorker) as mesh:
 
         class Twisted(PromptPrefix):
-            def pieces_for(self, stage: str) -> tuple[PrefixPiece, ...]:
-                return tuple(reversed(super().pieces_for(stage)))
+            def pieces_for(self, stages: Sequence[str]) -> tuple[PrefixPiece, ...]:
+                return tuple(reversed(super().pieces_for(stages)))
 
         settings = SessionSettings(n_ctx=200, sampling=SAMPLED, prefix=Twisted(COMMON, KEY))
         with pytest.raises(ShardmeshError) as caught:
