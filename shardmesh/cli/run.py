@@ -79,6 +79,12 @@ if TYPE_CHECKING:
     help="Compute the whole prompt, whatever the stages hold of it, and leave nothing there.",
 )
 @drafts_option
+@click.option(
+    "--draft-model",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Small GGUF model with the same vocabulary, which guesses on this machine where the text "
+    "does not repeat itself.",
+)
 @audit_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
@@ -109,6 +115,7 @@ def command(
     wire: WireType,
     no_prefix_reuse: bool,
     drafts: int | None,
+    draft_model: Path | None,
     audit_rate: float,
     as_json: bool,
     timings: bool,
@@ -141,6 +148,7 @@ def command(
         wait_s=wait_s,
         wire=wire,
         n_drafts=drafts,
+        draft_model=draft_model,
         reuse_prefix=not no_prefix_reuse,
         sampling=SamplingSettings(
             temperature=temperature,

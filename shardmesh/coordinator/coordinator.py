@@ -13,6 +13,7 @@ import trio
 from shardmesh.coordinator.audit import Transcript
 from shardmesh.coordinator.auditor import Auditor
 from shardmesh.coordinator.chain import Chain, Replica, choose_model, pinned
+from shardmesh.coordinator.draft_model import open_draft_model
 from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
@@ -139,7 +140,11 @@ class Coordinator:
             )
             finder = self._finder(wish, request.wait_s)
             is_due, results = self.auditor.is_due(), list[Sampled]()
-            async with self._router.session(chain, linked.links, settings, finder) as session:
+            n_drafts = request.n_drafts if model.manifest.can_roll_back else 0
+            async with (
+                open_draft_model(request.draft_model, model.tokenizer, n_drafts) as ask_model,
+                self._router.session(chain, linked.links, settings, finder) as session,
+            ):
                 items = generate(
                     session,
                     prompt,
@@ -149,7 +154,8 @@ class Coordinator:
                     stops=stops,
                     ignore_end=request.ignore_end,
                     given=request.given,
-                    n_drafts=request.n_drafts if model.manifest.can_roll_back else 0,
+                    n_drafts=n_drafts,
+                    ask_model=ask_model,
                     started_s=started_s,
                 )
                 noted = _noting(items, results)

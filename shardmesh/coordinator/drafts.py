@@ -82,11 +82,24 @@ class Fed(Protocol):
     def guess(self, token: int) -> None: ...
 
 
+Ask = Callable[[Sequence[int], int, Callable[[int], None]], None]
+"""Has a draft model guess so many tokens behind a text.
+
+Each comes back by itself, on the loop, until something else is asked."""
+
+BY_MODEL = 0
+"""Its place among the lengths of matches."""
+
+
 class Drafter:
     """The guesses of one generation."""
 
     def __init__(
-        self, n_drafts: int | None, tokens: Sequence[int], is_end: Callable[[int], bool]
+        self,
+        n_drafts: int | None,
+        tokens: Sequence[int],
+        is_end: Callable[[int], bool],
+        ask_model: Ask | None = None,
     ) -> None:
         """`tokens` are the prompt; behind a token that `is_end` nothing is guessed."""
         self.n_guessed = 0  # how many were sent
@@ -94,8 +107,11 @@ class Drafter:
         self._n_fixed = n_drafts
         self._lookup = LookUp(tokens) if n_drafts != 0 else None
         self._is_end = is_end
-        self._expected: int | None = None  # what would have been guessed, sent or not
-        self._rates: dict[int, float] = {}  # by length of the match
+        self._ask_model = ask_model
+        self._text = list(tokens) if ask_model else []
+        self._turn = 0
+        self._expected: dict[int, int] = {}  # by length of match: what it says, sent or not
+        self._rates: dict[int, float] = {}  # by the same: how often that came true
         self._cost: StepCost | None = None
         self._is_alone = False
 
@@ -105,36 +121,67 @@ class Drafter:
             return
         if self._is_alone and stages:
             self._note_cost(step_cost(stages, first_hop_us))
-        if self._expected is not None:
-            length, rate = self._length(), self._rate()
-            self._rates[length] = rate + RATE_WEIGHT * ((token == self._expected) - rate)
+        for length, expected in self._expected.items():
+            rate = self._rate(length)
+            self._rates[length] = rate + RATE_WEIGHT * ((token == expected) - rate)
         self._lookup.add(token)
-        self._expected = next(iter(self._lookup.guess(1)), None)
+        if self._ask_model:
+            self._text.append(token)
+        guessed = self._lookup.guess(1)
+        self._expected = {self._length: guessed[0]} if guessed else {}
 
     def go_on(self, session: Fed, token: int, n_left: int) -> None:
         """Sends a token that came and guesses behind it; `n_left` tokens are still wanted."""
+        self._turn += 1
         self._is_alone = not (session.guesses and session.guesses[0] == token)
         self.n_right += not self._is_alone
         session.send([token], sample=True)
-        for guess in self._more(session.guesses, n_left - 1):
-            if self._is_end(guess):
-                break
-            session.guess(guess)
-            self.n_guessed += 1
+        if self._lookup is None:
+            return
+        is_model_better = self._ask_model and self._rate(BY_MODEL) > self._rate(self._length)
+        if self._lookup.n_matched and not is_model_better:
+            for guess in self._more(session.guesses, n_left - 1):
+                if self._is_end(guess):
+                    break
+                self._send(session, guess)
+        elif self._ask_model:
+            self._begin_asking(self._ask_model, session, n_left - 1)
 
     def _more(self, under_way: Sequence[int], n_max: int) -> list[int]:
         if self._lookup is None:
             return []
-        n_wanted = min(n_max, self._n_wanted())
+        n_wanted = min(n_max, self._n_wanted(self._length))
         guesses = self._lookup.guess(n_wanted) if n_wanted > len(under_way) else []
         if guesses[: len(under_way)] != list(under_way):
             return []  # what is under way will show how it goes on
         return guesses[len(under_way) :]
 
-    def _n_wanted(self) -> int:
+    def _begin_asking(self, ask: Ask, session: Fed, n_max: int) -> None:
+        """Has the model guess behind what is under way; one token at least, to see its worth."""
+        turn, under_way = self._turn, list(session.guesses)
+        n_wanted = min(n_max, self._n_wanted(BY_MODEL))
+
+        def take(token: int) -> None:
+            if turn != self._turn or list(session.guesses) != under_way:
+                return  # the text went on, or a repair dropped the guesses
+            if not under_way:
+                self._expected[BY_MODEL] = token
+            if len(under_way) < n_wanted and not self._is_end(token):
+                self._send(session, token)
+                under_way.append(token)
+
+        if under_way:
+            self._expected[BY_MODEL] = under_way[0]
+        ask([*self._text, *under_way], max(n_wanted - len(under_way), not under_way), take)
+
+    def _send(self, session: Fed, token: int) -> None:
+        session.guess(token)
+        self.n_guessed += 1
+
+    def _n_wanted(self, length: int) -> int:
         if self._n_fixed is not None:
             return self._n_fixed
-        return drafts_worth(self._rate(), self._cost) if self._cost is not None else 0
+        return drafts_worth(self._rate(length), self._cost) if self._cost is not None else 0
 
     def _note_cost(self, cost: StepCost) -> None:
         known = self._cost or cost
@@ -143,9 +190,11 @@ class Drafter:
             known.stage_us + STEP_WEIGHT * (cost.stage_us - known.stage_us),
         )
 
+    @property
     def _length(self) -> int:
-        return min(self._lookup.n_matched, LENGTHS_APART + 1) if self._lookup is not None else 0
+        n_matched = self._lookup.n_matched if self._lookup is not None else 0
+        return min(n_matched, LENGTHS_APART + 1)
 
-    def _rate(self) -> float:
+    def _rate(self, length: int) -> float:
         """How often guesses by matches of this length came true; a half before there was one."""
-        return self._rates.get(self._length(), 0.5)
+        return self._rates.get(length, 0.5)

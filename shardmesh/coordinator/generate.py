@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import trio
 
-from shardmesh.coordinator.drafts import Drafter
+from shardmesh.coordinator.drafts import Ask, Drafter
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.resume import catch_up, reread
 from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
@@ -84,12 +84,14 @@ async def generate(
     ignore_end: bool = False,
     given: Sequence[int] = (),
     n_drafts: int | None = 0,
+    ask_model: Ask | None = None,
     started_s: float | None = None,
 ) -> AsyncGenerator[Piece | Finished, None]:
     """The text that follows a prompt, as it comes; a Finished is the last item.
 
     Of a text that was begun elsewhere, `given` are the tokens so far, and what comes is the rest.
     `n_drafts` tokens are guessed ahead at most, or as many as pay (None).
+    `ask_model` has a draft model guess where the text says nothing.
     Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far;
     left early, it may be computing the last one.
     """
@@ -101,7 +103,10 @@ async def generate(
         yield Finished("stop", recorder.finish(now_s))
         return
     drafter = Drafter(
-        n_drafts, [*prompt, *given], lambda token: source.is_end(token) and not ignore_end
+        n_drafts,
+        [*prompt, *given],
+        lambda token: source.is_end(token) and not ignore_end,
+        ask_model,
     )
 
     def finish() -> Timings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shardmesh.engine.base import SamplingSettings
@@ -39,6 +40,7 @@ class CompletionRequest:
     avoid: tuple[str, ...] = ()  # nodes that it must never use
     wait_s: float = WAIT_S_DEFAULT  # for a replica in the place of a stage that was lost
     wire: WireType = EXACT  # f16: half the bytes between stages, and not exact
+    draft_model: Path | None = None  # a small GGUF model that guesses too, on this machine
     n_drafts: int | None = None  # tokens guessed ahead at most, 0: none; None: as many as pay
     reuse_prefix: bool = True  # begin behind what the stages hold of the prompt, and keep it there
     tenant: str = ""  # for whom a coordinator asks: what they hold is never shared between two

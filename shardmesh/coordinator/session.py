@@ -153,6 +153,7 @@ class Session:
         self._replacements = replacements
         self._epoch = 0
         self._is_open = False
+        self._is_steady = False  # open, and all stages know what to send
         self._feed = Feed(session_id)
         self._strikes = HopStrikes()
         self._held: list[Held] = [EMPTY] * len(links)
@@ -207,7 +208,12 @@ class Session:
             self._feed.add(tokens, sample=sample, embed=embed)
 
     def guess(self, token: int) -> None:
-        """Sends what may be the next token, ahead of the result that will tell."""
+        """Sends what may be the next token, ahead of the result that will tell.
+
+        Not while the chain is repaired, or when it is closed.
+        """
+        if not self._is_steady:
+            return
         with self._noticed_later():
             self._feed.guess(token)
 
@@ -230,6 +236,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the session on all stages; not waited for."""
+        self._is_steady = False
         for link in self._links:
             self._close_on(link)
 
@@ -417,6 +424,7 @@ class Session:
 
         Raises _BrokenError for a stage that does not.
         """
+        self._is_steady = False
         self._feed.take_back()
         while True:
             held = await self._ask_all(fresh, timeout_s)
@@ -446,6 +454,7 @@ class Session:
             outgoing = self._feed.outgoing
             outgoing.hold(self._epoch)
             outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+        self._is_steady = True
 
     @contextmanager
     def _noticed_later(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -145,3 +145,66 @@ def test_the_option(text: str, n_drafts: int | None) -> None:
 def test_what_the_option_is_not(text: str) -> None:
     with pytest.raises(InputError):
         parse_drafts(text)
+
+
+class Model:
+    """A draft model that says what it is told to, one token at a time."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []
+        self.say: Callable[[int], None]
+
+    def ask(self, text: Sequence[int], n_tokens: int, on_token: Callable[[int], None]) -> None:
+        self.asked.append((list(text), n_tokens))
+        self.say = on_token
+
+
+def drafter_with_model(n_drafts: int | None = 3) -> tuple[Drafter, Sent, Model]:
+    model = Model()
+    return Drafter(n_drafts, [7, 8], lambda token: token == 0, model.ask), Sent(), model
+
+
+def test_a_model_guesses_where_the_text_says_nothing() -> None:
+    drafter, session, model = drafter_with_model()
+    drafter.note(1, (), 0)
+    drafter.go_on(session, 1, 20)
+    assert model.asked == [([7, 8, 1], 3)]
+    for token in (2, 3, 4, 5):
+        model.say(token)
+    assert session.guesses == [2, 3, 4]  # as many as are allowed
+    drafter.note(2, (), 0)
+    drafter.go_on(session, 2, 19)
+    assert model.asked[-1] == ([7, 8, 1, 2, 3, 4], 1)
+    assert (drafter.n_guessed, drafter.n_right) == (3, 1)
+
+
+def test_what_a_model_says_too_late_or_behind_the_end_is_not_sent() -> None:
+    drafter, session, model = drafter_with_model()
+    drafter.note(1, (), 0)
+    drafter.go_on(session, 1, 20)
+    say = model.say
+    drafter.note(2, (), 0)
+    drafter.go_on(session, 2, 19)
+    say(3)
+    assert session.guesses == []
+    model.say(0)
+    assert session.guesses == []
+    model.say(4)
+    session.guesses.clear()  # a repair
+    model.say(5)
+    assert session.guesses == []
+
+
+def test_a_model_that_is_mostly_wrong_only_shows_what_it_would_say() -> None:
+    drafter, session, model = drafter_with_model(AUTO)
+    for token in range(1000, 1100):
+        drafter.note(token, stages(), 25_000)
+        drafter.go_on(session, token, 500)
+        model.say(5)
+    n_guessed = drafter.n_guessed
+    for token in range(2000, 2010):
+        drafter.note(token, stages(), 25_000)
+        drafter.go_on(session, token, 500)
+        model.say(5)
+    assert drafter.n_guessed == n_guessed
+    assert model.asked[-1][1] == 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import write_model
 from support.processes import Mesh
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
@@ -31,6 +33,22 @@ def test_the_text_is_the_same_whatever_is_guessed(mesh: Mesh, sampling: tuple[st
     assert guessed["text"] == alone["text"]
     assert alone["timings"]["n_drafts"] == 0
     assert guessed["timings"]["n_drafts"] >= guessed["timings"]["n_drafts_right"] > 0
+
+
+def test_a_draft_model_guesses_what_it_would_write_itself(mesh: Mesh, model: Path) -> None:
+    """The model of the mesh as its own draft model: whatever is guessed in time is right."""
+    greedy = ("--temperature", "0", "--repeat-penalty", "1.3")  # it does not repeat itself
+    alone = run(mesh, *greedy, "--drafts", "off")
+    guessed = run(mesh, *greedy, "--drafts", "4", "--draft-model", str(model))
+    assert guessed["text"] == alone["text"]
+    assert guessed["timings"]["n_drafts"] >= guessed["timings"]["n_drafts_right"] > 0
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(mesh: Mesh, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other.gguf", n_layer=1)
+    done = mesh.space.run("run", "a", "--draft-model", str(other), *mesh.where)
+    assert done.code == 2
+    assert "another vocabulary" in done.err
 
 
 def test_timings_tell_a_person(mesh: Mesh) -> None:
