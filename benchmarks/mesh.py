@@ -22,6 +22,7 @@ from shardmesh.shards.plan import plan_shards
 from shardmesh.shards.split import default_name, split_model
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.cluster_files import ClusterFiles
+from shardmesh.swarm.torrents.exchange import ask_for_file
 
 CLUSTER: Final = "benchmarks"
 
@@ -70,6 +71,18 @@ class Mesh:
                 if isinstance(item, Piece) and item.token is not None:
                     tokens.append(item.token.token)
         raise OurError("a generation ended without its last item")
+
+    async def torrent_port(self, info_hash: bytes) -> int:
+        """Where the first listener gives a file, 0 while it does not.
+
+        It has been asked by a member then, and lets this machine fetch the file.
+        """
+        listener = self._client.directory.all()[0]
+        self._client.host.learn(listener.peer_id, listener.addresses)
+        source = await ask_for_file(
+            self._client.host, listener.peer_id, info_hash, wants_torrent=False, port=0
+        )
+        return source.port
 
 
 def split(model: Path, n_shards: int, folder: Path) -> Path:
