@@ -252,6 +252,35 @@ async def test_a_last_stage_that_lost_its_hop_has_computed_guesses_that_nobody_h
             assert session.repairs == []
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("every_s", [0.0007, 0.004])
+async def test_guesses_may_come_at_any_moment_of_a_repair(
+    number: int, every_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As those of a draft model do."""
+    expected = whole_tokens(SAMPLED, 24)
+    async with mesh_of(n_spares=1) as mesh:
+        async with session_of(mesh) as session:
+
+            async def guess_on() -> None:
+                for turn in itertools.count():
+                    await trio.sleep(every_s)
+                    n_known = session.n_sent - len(PROMPT)
+                    if 0 < n_known < len(expected) and len(session.guesses) < 8:
+                        wrong = turn % 5 == 0
+                        session.guess((expected[n_known] + wrong) % N_VOCAB)
+
+            kill = {9: lambda: mesh.kill(f"stage-{number}")}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guess_on)
+                assert await write(session, 24, lambda n_known: (), kill) == expected
+                nursery.cancel_scope.cancel()
+            assert len(session.repairs) == 1
+        session.guess(1)  # it is over: nothing happens
+        await trio.testing.wait_all_tasks_blocked()
+        assert_nothing_left(mesh)
+
+
 plans = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=6)
 
 
