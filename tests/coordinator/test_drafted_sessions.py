@@ -270,7 +270,18 @@ async def test_guesses_may_come_at_any_moment_of_a_repair(
                         wrong = turn % 5 == 0
                         session.guess((expected[n_known] + wrong) % N_VOCAB)
 
-            kill = {9: lambda: mesh.kill(f"stage-{number}")}
+            other = f"stage-{(number + 1) % 3}"
+
+            async def wake() -> None:
+                await trio.sleep(0.3)
+                mesh.thaw(other)
+
+            def strike() -> None:
+                mesh.kill(f"stage-{number}")
+                mesh.freeze(other)  # it answers late, so the repair takes a while
+                mesh.nursery.start_soon(wake)
+
+            kill = {9: strike}
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guess_on)
                 assert await write(session, 24, lambda n_known: (), kill) == expected

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.asking import as_client
 from support.models import write_model
 from support.processes import Mesh
+
+from shardmesh.coordinator.client import Client
+from shardmesh.coordinator.generate import Finished
+from shardmesh.coordinator.request import CompletionRequest
+from shardmesh.engine.base import SamplingSettings
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -33,6 +39,41 @@ def test_the_text_is_the_same_whatever_is_guessed(mesh: Mesh, sampling: tuple[st
     assert guessed["text"] == alone["text"]
     assert alone["timings"]["n_drafts"] == 0
     assert guessed["timings"]["n_drafts"] >= guessed["timings"]["n_drafts_right"] > 0
+
+
+SAMPLINGS = {
+    "grammar": SamplingSettings(
+        temperature=0.8, seed=3, grammar='root ::= ("the king and " | "the fox and ")+'
+    ),
+    "penalties": SamplingSettings(
+        temperature=0.8, seed=3, frequency_penalty=-0.4, presence_penalty=0.2, repeat_penalty=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_what_the_sampler_remembers_is_the_same(mesh: Mesh, name: str) -> None:
+    async def write(client: Client, n_drafts: int) -> tuple[list[int], int]:
+        request = CompletionRequest(
+            prompt=PROMPT, n_tokens_max=48, sampling=SAMPLINGS[name], n_drafts=n_drafts
+        )
+        tokens: list[int] = []
+        n_right = 0
+        async with client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Finished):
+                    n_right = item.timings.n_drafts_right
+                elif item.token is not None:
+                    tokens.append(item.token.token)
+        return tokens, n_right
+
+    async def use(client: Client) -> None:
+        alone, _ = await write(client, 0)
+        guessed, n_right = await write(client, 8)
+        assert guessed == alone
+        assert n_right > 0
+
+    as_client(mesh, use)
 
 
 def test_a_draft_model_guesses_what_it_would_write_itself(mesh: Mesh, model: Path) -> None:
