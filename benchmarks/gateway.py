@@ -40,7 +40,7 @@ PATHS: Final = ("/v1/node/info", "/v1/node/status", "/v1/peers")
 async def measure_overhead(
     model: Path, *, n_shards: int, n_tokens: int, runs: int, progress: Progress
 ) -> list[Result]:
-    """Tokens per second and time to the first token of one session, on both ways."""
+    """Pieces of text per second and the time to the first one of one session, on both ways."""
     over_http: list[Generation] = []
     by_library: list[Generation] = []
     async with (
@@ -60,19 +60,19 @@ async def measure_overhead(
 def _overhead(
     over_http: list[Generation], by_library: list[Generation], *, n_shards: int, n_tokens: int
 ) -> list[Result]:
-    ours = [generation.decode_tokens_per_s or 0.0 for generation in over_http]
-    theirs = [generation.decode_tokens_per_s or 0.0 for generation in by_library]
+    ours = [generation.pieces_per_s for generation in over_http]
+    theirs = [generation.pieces_per_s for generation in by_library]
     ratio, pairs = paired(ours, theirs)
-    ours_ms = [1e3 * generation.first_token_s for generation in over_http]
-    theirs_ms = [1e3 * generation.first_token_s for generation in by_library]
+    ours_ms = [1e3 * generation.text_s[0] for generation in over_http]
+    theirs_ms = [1e3 * generation.text_s[0] for generation in by_library]
     added_ms = [round(a - b, 3) for a, b in zip(ours_ms, theirs_ms, strict=True)]
     size = {"n_shards": n_shards, "n_tokens": n_tokens}
     runs = len(over_http)
     return [
         Result(
             name="gateway",
-            mesh={**median_of(ours, "tokens_per_s"), "pair_ratios": pairs, **size},
-            baseline=median_of(theirs, "tokens_per_s"),
+            mesh={**median_of(ours, "pieces_per_s"), "pair_ratios": pairs, **size},
+            baseline=median_of(theirs, "pieces_per_s"),
             runs=runs,
             ratio=ratio,
         ),

@@ -118,6 +118,7 @@ class Connection:
             n_prompt_tokens=n_prompt_tokens,
             tokens=(),
             first_token_s=pieces_s[0] - started_s,
+            text_s=tuple(piece_s - started_s for piece_s in pieces_s),
             total_s=pieces_s[-1] - started_s,
             decode_tokens_per_s=(n_tokens - 1) / decode_s if decode_s > 0 else None,
         )

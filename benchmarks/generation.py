@@ -28,11 +28,18 @@ class Generation:
     total_s: float  # from the request to the last token
     decode_tokens_per_s: float | None  # (n - 1) / (last - first); None for fewer than two tokens
     first_token_s: float = 0.0  # as who asked saw it; 0: not measured
+    text_s: tuple[float, ...] = ()  # when pieces of text came, since the request
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Generation:
         """Out of the JSON of `dataclasses.asdict`."""
-        return cls(**{**values, "tokens": tuple(values["tokens"])})
+        tuples = {name: tuple(values[name]) for name in ("tokens", "text_s")}
+        return cls(**{**values, **tuples})
+
+    @property
+    def pieces_per_s(self) -> float:
+        """Of the text: a token without text of its own, as half a character is, does not show."""
+        return (len(self.text_s) - 1) / (self.text_s[-1] - self.text_s[0])
 
     @property
     def prefill_tokens_per_s(self) -> float:

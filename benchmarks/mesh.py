@@ -56,6 +56,7 @@ class Mesh:
         tokens: list[int] = []
         asked_s = time.perf_counter()
         first_s = 0.0
+        text_s: list[float] = []
         async with self._client.coordinator.complete(request) as completion:
             async for item in completion.items:
                 first_s = first_s or time.perf_counter() - asked_s
@@ -67,7 +68,10 @@ class Mesh:
                         first_token_s=first_s,
                         total_s=item.timings.total_s,
                         decode_tokens_per_s=item.timings.decode_tokens_per_s,
+                        text_s=tuple(text_s),
                     )
+                if item.text:
+                    text_s.append(time.perf_counter() - asked_s)
                 if isinstance(item, Piece) and item.token is not None:
                     tokens.append(item.token.token)
         raise OurError("a generation ended without its last item")

@@ -20,8 +20,9 @@ import numpy as np
 from shardmesh.engine.base import Engine, MicroBatch, Output
 from shardmesh.errors import EngineError
 
-TRIAL_TIMEOUT_S = 4.0
-"""For all trials; what was not tried by then is not done.  A shard of 50 MB needs 0.3 s."""
+TRIAL_TIMEOUT_S = 2.0
+"""For all trials; what was not tried by then is not done.  A shard of 50 MB needs 0.3 s; a
+large one shall not be missing for long when it is started again."""
 
 _NUMBERS_TRIED = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _PREFIX_ROWS = 1  # so that attention has something to look at
