@@ -49,6 +49,7 @@ def logits_of(chain: Sequence[Engine]) -> list[bytes]:
         ("minicpm3", (3, 1, 4)),
         ("baichuan", (7, 24, 1)),
         ("hy_v4", (3, 1, 4)),
+        ("lfm2", (3, 2, 3)),
     ],
 )
 def test_cut_equals_whole(architecture: str, cut: tuple[int, ...], tmp_path: Path) -> None:

@@ -23,7 +23,18 @@ from support.models import (
     write_model,
 )
 
+from shardmesh.shards.gguf_values import uint32s
+
 N_LAYER = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentLayers:
+    """Layers that have something else in the place of attention."""
+
+    numbers: tuple[int, ...]
+    left_out: tuple[str, ...]  # names of tensors
+    matrices: tuple[tuple[str, tuple[int, ...]], ...]  # instead of those of the other layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,7 @@ class RuleModel:
     norms: tuple[str, ...] = ()  # further ones in each block
     n_layer: int = N_LAYER
     matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()  # further ones in each block
+    recurrent: RecurrentLayers | None = None
     outside: tuple[tuple[str, tuple[int, ...]], ...] = ()  # further ones outside the blocks
 
 
@@ -137,6 +149,26 @@ RULE_MODELS = {
             ("output_hc_scale", (1,)),
         ),
     ),
+    # Attention and recurrent layers: which are which is told per layer.
+    "lfm2": RuleModel(
+        tied=True,
+        values={
+            "attention.head_count_kv": uint32s([0, 0, 2, 0, 2, 0, 0, 2]).encode(),
+            "shortconv.l_cache": u32_value(3),
+        },
+        left_out=("output_norm.weight",),
+        matrices=(("attn_q_norm", (24,)), ("attn_k_norm", (24,))),
+        recurrent=RecurrentLayers(
+            numbers=(0, 1, 3, 5, 6),
+            left_out=("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"),
+            matrices=(
+                ("shortconv.in_proj", (96, 288)),
+                ("shortconv.conv", (3, 96)),
+                ("shortconv.out_proj", (96, 96)),
+            ),
+        ),
+        outside=(("token_embd_norm", (96,)),),
+    ),
     # Hidden states would end the process: it takes them for an image.
     "glm4": RuleModel(base="phi3", norms=("post_attention_norm", "post_ffw_norm")),
 }
@@ -160,8 +192,13 @@ def write_rule_model(path: Path, architecture: str, n_embd: int = 96) -> Path:
     tensors = [tensor for tensor in tensors if not tensor.name.endswith(rule.left_out or ("?",))]
     generator = np.random.default_rng(0)
     for layer in range(rule.n_layer):
+        matrices = rule.matrices
+        if rule.recurrent is not None and layer in rule.recurrent.numbers:
+            gone = tuple(f"blk.{layer}.{name}" for name in rule.recurrent.left_out)
+            tensors = [tensor for tensor in tensors if tensor.name not in gone]
+            matrices = rule.recurrent.matrices
         tensors += [
-            _random_tensor(f"blk.{layer}.{name}", shape, generator) for name, shape in rule.matrices
+            _random_tensor(f"blk.{layer}.{name}", shape, generator) for name, shape in matrices
         ]
         for name in rule.norms:
             data = generator.normal(1.0, 0.1, n_embd).astype(np.float32).tobytes()
