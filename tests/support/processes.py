@@ -127,6 +127,8 @@ class Running:
         """Its exit code, after all its output is read."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
+        if self.process.stdout is not None and not self._reader.is_alive():
+            self.process.stdout.close()
         return code
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
