@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import trio
 
 from benchmarks.baseline import Baseline, open_baseline
 from benchmarks.generation import DECODE_PROMPT, Generation, long_prompt
-from benchmarks.mesh import Mesh, open_mesh, split
+from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Figures, Result, median_of, paired
 from shardmesh.coordinator.timings import Timings
 from shardmesh.errors import OurError
@@ -112,16 +111,12 @@ async def measure_prefill(model: Path, *, runs: int, progress: Progress) -> Resu
 
 @asynccontextmanager
 async def _open_sides(model: Path, n_shards: int, progress: Progress) -> AsyncIterator[Sides]:
-    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
-        folder = Path(name)
-        progress(f"cutting the model into {n_shards} shards")
-        tokenizer = await trio.to_thread.run_sync(split, model, n_shards, folder)
-        progress("starting the mesh")
-        async with (
-            open_baseline(model, tokenizer) as baseline,
-            open_mesh(folder, n_shards) as mesh,
-        ):
-            yield Sides(mesh, baseline, tokenizer)
+    async with (
+        cut_model(model, n_shards, progress) as (folder, tokenizer),
+        open_baseline(model, tokenizer) as baseline,
+        open_mesh(folder, n_shards) as mesh,
+    ):
+        yield Sides(mesh, baseline, tokenizer)
 
 
 def _where_the_time_went(timings: list[Timings]) -> Figures:

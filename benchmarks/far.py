@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +18,7 @@ import trio
 from benchmarks.generation import DECODE_PROMPT, GREEDY, Generation
 from benchmarks.long_line import LongLine, listen_options, open_line
 from benchmarks.many import PROMPTS
-from benchmarks.mesh import Mesh, open_mesh, split
+from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Result, median_of, paired
 from shardmesh.cli.demo_mesh import free_port
 from shardmesh.errors import OurError
@@ -119,11 +118,7 @@ async def _far_mesh(
     model: Path, n_shards: int, options: tuple[str, ...], progress: Progress
 ) -> AsyncIterator[tuple[Mesh, LongLine]]:
     """A mesh whose links all go through one line."""
-    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
-        folder = Path(name)
-        progress("cutting the model")
-        await trio.to_thread.run_sync(split, model, n_shards, folder)
-        progress("starting the mesh")
+    async with cut_model(model, n_shards, progress) as (folder, _):
         ports = [free_port() for _ in range(n_shards)]
 
         def options_of(shard_id: int) -> tuple[str, ...]:

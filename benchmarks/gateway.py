@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ import trio
 
 from benchmarks.gateway_process import GatewayProcess, open_connection, open_gateway_process
 from benchmarks.generation import DECODE_PROMPT, Generation
-from benchmarks.mesh import Mesh, open_mesh, split
+from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Result, median_of, paired
 from benchmarks.websocket import Onlooker, open_onlooker
 from shardmesh.confinement import allow_files
@@ -158,16 +157,12 @@ async def _gateway(
     model: Path, n_shards: int, listen_options: tuple[str, ...], progress: Progress
 ) -> AsyncIterator[tuple[Mesh, GatewayProcess]]:
     """A mesh of the model, and a gateway that has joined it."""
-    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
-        folder = Path(name)
-        progress("cutting the model")
-        await trio.to_thread.run_sync(split, model, n_shards, folder)
-        progress("starting the mesh")
-        async with (
-            open_mesh(folder, n_shards, listen_options) as mesh,
-            open_gateway_process(mesh.where) as gateway,
-        ):
-            yield mesh, gateway
+    async with (
+        cut_model(model, n_shards, progress) as (folder, _),
+        open_mesh(folder, n_shards, listen_options) as mesh,
+        open_gateway_process(mesh.where) as gateway,
+    ):
+        yield mesh, gateway
 
 
 @asynccontextmanager

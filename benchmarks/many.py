@@ -6,7 +6,6 @@ token after token, and nobody ever waits for anybody.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import trio
 
 from benchmarks.child import open_child
 from benchmarks.generation import N_THREADS
-from benchmarks.mesh import Mesh, open_mesh, split
+from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Result, median_of, paired
 
 N_SESSIONS: Final = 8
@@ -41,11 +40,7 @@ async def measure_aggregate(model: Path, *, runs: int, progress: Callable[[str],
     """All tokens of N_SESSIONS sessions by the time from the first request to the last token."""
     mesh_rates: list[float] = []
     baseline_rates: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
-        folder = Path(name)
-        progress("cutting the model")
-        tokenizer = await trio.to_thread.run_sync(split, model, N_SHARDS, folder)
-        progress("starting the mesh")
+    async with cut_model(model, N_SHARDS, progress) as (folder, tokenizer):
         module = "benchmarks.many_baseline"
         options = ("--parallel", str(N_SESSIONS))
         async with (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
+
+import trio
 
 from benchmarks.generation import GREEDY, N_THREADS, Generation
 from shardmesh.cli.demo_mesh import OptionsOf, no_options, start_mesh
@@ -95,6 +98,19 @@ def split(model: Path, n_shards: int, folder: Path) -> Path:
     ranges = plan_shards(costs_of(source), n_shards)
     split_model(model, ranges, folder / "shards", name=default_name(source))
     return folder / "shards" / "tokenizer.gguf"
+
+
+@asynccontextmanager
+async def cut_model(
+    model: Path, n_shards: int, progress: Callable[[str], None]
+) -> AsyncIterator[tuple[Path, Path]]:
+    """A folder with the shards, which is gone when the block is left, and the tokenizer in it."""
+    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
+        folder = Path(name)
+        progress(f"cutting the model into {n_shards} shards")
+        tokenizer = await trio.to_thread.run_sync(split, model, n_shards, folder)
+        progress("starting the mesh")
+        yield folder, tokenizer
 
 
 @asynccontextmanager

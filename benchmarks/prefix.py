@@ -5,7 +5,6 @@ Each pair of prompts begins in its own way, so that the first of them finds noth
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,7 @@ from typing import Final
 import trio
 
 from benchmarks.generation import long_prompt
-from benchmarks.mesh import Mesh, open_mesh, split
+from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Result, median_of, paired
 from shardmesh.errors import OurError
 
@@ -28,22 +27,20 @@ async def measure_prefix(model: Path, *, runs: int, progress: Callable[[str], No
     """Seconds to the first token: of the second prompt (mesh) and of the first (baseline)."""
     first_s: list[float] = []
     second_s: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="shardmesh-bench-") as name:
-        folder = Path(name)
-        progress("cutting the model")
-        tokenizer = await trio.to_thread.run_sync(split, model, N_SHARDS, folder)
-        progress("starting the mesh")
-        async with open_mesh(folder, N_SHARDS) as mesh:
-            for number in range(runs + 1):
-                progress(f"pair {number} of {runs}" if number else "warming up")
-                shared = await trio.to_thread.run_sync(
-                    long_prompt, tokenizer, SHARED_TOKENS, f"Tale {number}. "
-                )
-                first_s.append(await _first_token_s(mesh, shared + FIRST_END))
-                second_s.append(await _first_token_s(mesh, shared + SECOND_END))
-                if number == 0:
-                    await _check(mesh, shared + SECOND_END)
-            timings = mesh.timings[-1]
+    async with (
+        cut_model(model, N_SHARDS, progress) as (folder, tokenizer),
+        open_mesh(folder, N_SHARDS) as mesh,
+    ):
+        for number in range(runs + 1):
+            progress(f"pair {number} of {runs}" if number else "warming up")
+            shared = await trio.to_thread.run_sync(
+                long_prompt, tokenizer, SHARED_TOKENS, f"Tale {number}. "
+            )
+            first_s.append(await _first_token_s(mesh, shared + FIRST_END))
+            second_s.append(await _first_token_s(mesh, shared + SECOND_END))
+            if number == 0:
+                await _check(mesh, shared + SECOND_END)
+        timings = mesh.timings[-1]
     ratio, pairs = paired(second_s[1:], first_s[1:])
     return Result(
         name="prefix",
