@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import numpy as np
 import pytest
 import trio
-from support.mesh import COORDINATOR, MemoryMesh, memory_mesh
+from support.mesh import COORDINATOR, RANDOM, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.audit import (
     AuditReport,
@@ -29,26 +30,13 @@ from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import MicroBatch, Output
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import InputError
-from shardmesh.wire.messages import Sampled, Sampling
+from shardmesh.wire.messages import Sampled
 
 CUTS = (0, 2, 4)
 PROMPT = tuple(i % 60 for i in range(70))
 N_TOKENS = 12
-RANDOM = Sampling(
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    typical_p=1.0,
-    repeat_penalty=1.0,
-    repeat_last_n=0,
-    frequency_penalty=0.0,
-    presence_penalty=0.0,
-    seed=3,
-    logit_bias=(),
-    n_top_logprobs=0,
-)
-SETTINGS = SessionSettings(n_ctx=200, sampling=RANDOM)
+SAMPLED = msgspec.structs.replace(RANDOM, seed=3)
+SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED)
 
 
 class LyingEngine(FakeEngine):

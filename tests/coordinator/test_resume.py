@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import aclosing
 
+import msgspec
 import pytest
 from support.letters import Letters
-from support.mesh import MemoryMesh, memory_mesh
+from support.mesh import RANDOM, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.openings import SessionSettings
@@ -21,21 +22,8 @@ from shardmesh.wire.messages import Sampling
 
 PROMPT = [3, 1, 4, 1, 5]
 N_TOKENS = 30
-RANDOM = Sampling(
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    typical_p=1.0,
-    repeat_penalty=1.0,
-    repeat_last_n=0,
-    frequency_penalty=0.0,
-    presence_penalty=0.0,
-    seed=11,
-    logit_bias=(),
-    n_top_logprobs=0,
-)
-SETTINGS = SessionSettings(n_ctx=200, sampling=RANDOM)
+SAMPLED = msgspec.structs.replace(RANDOM, seed=11)
+SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED)
 
 
 @dataclasses.dataclass
@@ -127,7 +115,7 @@ async def test_what_this_request_does_not_give_is_not_continued() -> None:
         with pytest.raises(InputError, match="token 7 ") as caught:
             await write(mesh, wrong)
         assert caught.value.code == "CANNOT_RESUME"
-        fields = {name: getattr(RANDOM, name) for name in RANDOM.__struct_fields__}
+        fields = {name: getattr(SAMPLED, name) for name in SAMPLED.__struct_fields__}
         other = SessionSettings(n_ctx=200, sampling=Sampling(**{**fields, "seed": 12}))
         with pytest.raises(InputError):
             await write(mesh, whole.tokens[:20], settings=other)

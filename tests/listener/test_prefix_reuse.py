@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from sim.run import undisturbed
 from support.loop_worker import LoopWorker
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.generate import prefill
@@ -37,15 +37,7 @@ def session_of(
 
 
 async def write(session: Session, prompt: tuple[int, ...]) -> list[int]:
-    done = await prefill(session, prompt)
-    assert done.sampled is not None
-    tokens = [done.sampled.token]
-    while len(tokens) < N_TOKENS:
-        session.send([tokens[-1]], sample=True)
-        done = await session.receive()
-        assert done.sampled is not None
-        tokens.append(done.sampled.token)
-    return tokens
+    return await written_tokens(session, prompt, N_TOKENS)
 
 
 async def answer(mesh: MemoryMesh, prompt: tuple[int, ...], *, key: bytes = KEY) -> int:

@@ -9,12 +9,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS
-from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
@@ -39,18 +38,6 @@ def whole_tokens(prompt: list[int], n_tokens: int) -> list[int]:
     return tokens
 
 
-async def mesh_tokens(session: Session, prompt: list[int], n_tokens: int) -> list[int]:
-    done = await prefill(session, prompt)
-    assert done.sampled is not None
-    tokens = [done.sampled.token]
-    while len(tokens) < n_tokens:
-        session.send([tokens[-1]], sample=True)
-        done = await session.receive()
-        assert done.sampled is not None
-        tokens.append(done.sampled.token)
-    return tokens
-
-
 async def until(condition) -> None:  # type: ignore[no-untyped-def]
     """Lets other tasks run until the condition holds; the test's time-out ends it otherwise."""
     while not condition():
@@ -62,14 +49,14 @@ async def test_a_chain_gives_the_tokens_of_one_engine(boundaries: tuple[int, ...
     prompt = [3, 1, 4, 1, 5]
     async with memory_mesh(fake_chain(boundaries)) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, prompt, 12) == whole_tokens(prompt, 12)
+            assert await written_tokens(session, prompt, 12) == whole_tokens(prompt, 12)
 
 
 async def test_a_prompt_goes_through_in_pieces() -> None:
     prompt = [i % 60 for i in range(5 * PIECE_TOKENS + 3)]
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, prompt, 3) == whole_tokens(prompt, 3)
+            assert await written_tokens(session, prompt, 3) == whole_tokens(prompt, 3)
         assert mesh.stages[0].counters.n_batches == 6 + 2
 
 
@@ -81,7 +68,7 @@ async def test_sessions_at_once_do_not_mix() -> None:
 
         async def one(number: int) -> None:
             async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-                found[number] = await mesh_tokens(session, prompts[number], 8)
+                found[number] = await written_tokens(session, prompts[number], 8)
 
         async with trio.open_nursery() as nursery:
             for number in range(4):
@@ -104,7 +91,7 @@ async def test_busy_when_all_sequences_are_taken_and_free_again_after() -> None:
                     pass
         await until(lambda: mesh.stages[0].n_sessions == 0)
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
+            assert await written_tokens(session, [7], 4) == whole_tokens([7], 4)
 
 
 async def test_one_coordinator_gets_no_more_than_its_share() -> None:
@@ -121,7 +108,7 @@ async def test_one_coordinator_gets_no_more_than_its_share() -> None:
         await until(lambda: mesh.stages[0].n_sessions == 0)
         mesh.stages[0].sessions_per_node_max = 1
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
+            assert await written_tokens(session, [7], 4) == whole_tokens([7], 4)
 
 
 async def test_a_context_too_long_is_refused_with_its_size() -> None:
@@ -169,7 +156,7 @@ async def test_a_token_that_does_not_exist_ends_only_its_session() -> None:
                 bad.send([1000], sample=True)
                 with pytest.raises(ShardmeshError):
                     await bad.receive()
-            assert await mesh_tokens(good, [5], 3) == whole_tokens([5], 3)
+            assert await written_tokens(good, [5], 3) == whole_tokens([5], 3)
 
 
 async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
@@ -186,7 +173,7 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
                 check=b"",
             )
             mesh.links[0].send(late)
-            assert await mesh_tokens(session, [5], 3) == whole_tokens([5], 3)
+            assert await written_tokens(session, [5], 3) == whole_tokens([5], 3)
         assert mesh.stages[0].counters.n_late_frames == 1
 
 
@@ -205,7 +192,7 @@ async def test_two_repairs_that_are_read_at_once_leave_the_stage_well() -> None:
                 mesh.links[0].send(repair)
             await until(lambda: mesh.stages[0].counters.n_sessions_repaired == 2)
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, [7], 4) == whole_tokens([7], 4)
+            assert await written_tokens(session, [7], 4) == whole_tokens([7], 4)
 
 
 async def test_hidden_states_from_a_stranger_close_the_link() -> None:
@@ -269,7 +256,7 @@ async def test_an_engine_failure_is_reported_and_the_stage_goes_on() -> None:
             with pytest.raises(EngineError, match="said no"):
                 await prefill(session, [1])
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, [9], 3) == whole_tokens([9], 3)
+            assert await written_tokens(session, [9], 3) == whole_tokens([9], 3)
 
 
 async def test_a_lost_link_between_stages_is_told_and_mended_for_the_next_session() -> None:
@@ -281,7 +268,7 @@ async def test_a_lost_link_between_stages_is_told_and_mended_for_the_next_sessio
                 await session.receive()
         assert (caught.value.code, caught.value.blame) == ("STAGE_LOST", "moment")
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            assert await mesh_tokens(session, [9], 3) == whole_tokens([9], 3)
+            assert await written_tokens(session, [9], 3) == whole_tokens([9], 3)
 
 
 async def test_a_coordinator_that_goes_away_frees_its_sessions() -> None:
@@ -326,7 +313,7 @@ async def test_a_stage_advances_its_share_of_the_sessions_at_once() -> None:
             for _ in range(n_sessions)
         ]
         for session in sessions:
-            assert await mesh_tokens(session, prompt, 1) == expected[:1]
+            assert await written_tokens(session, prompt, 1) == expected[:1]
         first.gate.clear()
         first.numbers.clear()
         for session in sessions:

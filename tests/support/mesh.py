@@ -10,12 +10,15 @@ import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import trio
 import trio.testing
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
 from shardmesh.coordinator.router import SessionRouter
+from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import Engine
 from shardmesh.errors import UnreachableError
 from shardmesh.links.link import Link, LinkUser
@@ -42,6 +45,22 @@ GREEDY = Sampling(
     logit_bias=(),
     n_top_logprobs=0,
 )
+
+
+RANDOM = msgspec.structs.replace(GREEDY, temperature=1.0, repeat_last_n=0)
+
+
+async def written_tokens(session: Session, prompt: Sequence[int], n_tokens: int) -> list[int]:
+    """A prompt and so many tokens behind it, one after the other."""
+    done = await prefill(session, prompt)
+    assert done.sampled is not None
+    tokens = [done.sampled.token]
+    while len(tokens) < n_tokens:
+        session.send([tokens[-1]], sample=True)
+        done = await session.receive()
+        assert done.sampled is not None
+        tokens.append(done.sampled.token)
+    return tokens
 
 
 class GatedStream(trio.abc.Stream):
