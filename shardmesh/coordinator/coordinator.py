@@ -35,7 +35,7 @@ from shardmesh.coordinator.session import Repair, Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
 from shardmesh.engine.tokenizer import Tokenizer
-from shardmesh.errors import InputError
+from shardmesh.errors import IncompleteError, InputError
 from shardmesh.links.dial import Agree, LinkPool
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import EMBEDDING_TEXTS_MAX, PROMPT_BYTES_MAX
@@ -227,6 +227,14 @@ class Coordinator:
             yield session
 
     async def _link(self, wish: Wish) -> LinkedChain:
+        try:
+            return await self._link_found(wish)
+        except IncompleteError:
+            # A node that has just loaded its shard may not have told everybody yet.
+            await self._refresh()
+            return await self._link_found(wish)
+
+    async def _link_found(self, wish: Wish) -> LinkedChain:
         self._found = await self._find()
         return await self._chains.link([replica_of(a) for a in self._found], wish)
 

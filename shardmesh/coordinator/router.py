@@ -12,11 +12,11 @@ import trio
 
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.session import (
+from shardmesh.coordinator.session import Session
+from shardmesh.coordinator.stages import (
     INBOX_MESSAGES_MAX,
     Event,
     Replacements,
-    Session,
     StageMessage,
     Suspected,
 )

@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import trio
 
-from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.feed import Feed
-from shardmesh.coordinator.openings import (
-    Place,
-    SessionSettings,
-    open_message,
-    repair_message,
-)
+from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import pieces_of
-from shardmesh.coordinator.recovery import (
-    EMPTY,
-    Held,
-    HopStrikes,
-    hop_lost,
-    is_replaceable,
-    late_stage,
-    no_replica,
-    plan_replay,
-    stage_failed,
-    stage_lost,
-)
+from shardmesh.coordinator.recovery import EMPTY, Held, late_stage, no_replica, plan_replay
+from shardmesh.coordinator.stages import BrokenError, Event, Replacements, SessionStages
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
-from shardmesh.wire.messages import (
-    BatchDone,
-    BatchTaken,
-    CloseSession,
-    HopFailed,
-    OpenSession,
-    RepairSession,
-    ResumeSession,
-    SessionFailed,
-    SessionOpened,
-    SessionRepaired,
-    TrimSession,
-)
-
-logger = logging.getLogger(__name__)
+from shardmesh.wire.messages import BatchDone, BatchTaken, ResumeSession, TrimSession
 
 OPEN_TIMEOUT_S = 15.0
 """From asking all stages to their answers; a stage may have to dial the next one first."""
@@ -69,19 +37,6 @@ LATE_MULTIPLE = 8.0
 N_BATCHES_IN_FLIGHT_MAX = 8
 """Micro-batches of a prompt under way at once: enough to keep all stages of a chain busy."""
 
-INBOX_MESSAGES_MAX = 2 * SESSION_BATCHES_WAITING_MAX
-"""Messages for a session that were not looked at yet; it never has so many micro-batches out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Suspected:
-    """A link has been silent for longer than usual."""
-
-
-StageEvent = BatchDone | BatchTaken | SessionOpened | SessionRepaired
-StageMessage = StageEvent | HopFailed | SessionFailed
-Event = StageMessage | Suspected | ShardmeshError
-
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
@@ -94,40 +49,6 @@ class Repair:
     lost_peer_id: str
     new_peer_id: str
     pause_s: float  # from noticing the failure to the next result
-
-
-class Replacements(Protocol):
-    """Where a session finds other replicas of a stage."""
-
-    @property
-    def timeout_s(self) -> float:
-        """How long a session waits for one."""
-        ...
-
-    def has_other(self, stage: Replica, n_ctx: int) -> bool:
-        """Whether another replica could take over now, as far as is known."""
-        ...
-
-    def set_aside(self, stage: Replica, error: ShardmeshError) -> None:
-        """Takes a replica that failed out of the choice for a while."""
-        ...
-
-    def note_result(self, chain: Chain, done: BatchDone) -> None:
-        """Learns from what the stages report of themselves."""
-        ...
-
-    async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
-        """A replica for that stage and a link to it; waits until there is one."""
-        ...
-
-
-class _BrokenError(Exception):
-    """A stage must be replaced (None: only asked again)."""
-
-    def __init__(self, number: int | None, error: ShardmeshError) -> None:
-        super().__init__(number, error)
-        self.number = number
-        self.error = error
 
 
 class Session:
@@ -144,28 +65,29 @@ class Session:
     ) -> None:
         """`links` is shared with the router, which takes messages of these links only."""
         self.session_id = session_id
-        self.chain = chain
         self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
         self.repairs: list[Repair] = []
-        self._links = links
-        self._events = events
-        self._settings = settings
+        self._stages = SessionStages(session_id, chain, links, events, settings, replacements)
+        self._prefix = settings.prefix
         self._replacements = replacements
-        self._epoch = 0
         self._is_open = False
         self._is_steady = False  # open, and all stages know what to send
         self._feed = Feed(session_id)
-        self._strikes = HopStrikes()
         self._held: list[Held] = [EMPTY] * len(links)
         self._longest_step_s = 0.0
         self._stepped_s = trio.current_time()
-        self._unsent: _BrokenError | None = None
+        self._unsent: BrokenError | None = None
         self._unfinished: list[Repair] = []  # repairs after which no result has come yet
+
+    @property
+    def chain(self) -> Chain:
+        """The stages as they are now."""
+        return self._stages.chain
 
     @property
     def epoch(self) -> int:
         """How often the chain was repaired."""
-        return self._epoch
+        return self._stages.epoch
 
     @property
     def n_sent(self) -> int:
@@ -180,21 +102,21 @@ class Session:
     @property
     def first_hop_us(self) -> int:
         """Half a round trip to the first stage."""
-        return self._links[0].half_round_trip_us
+        return self._stages.links[0].half_round_trip_us
 
     @property
     def links(self) -> list[Link]:
         """Those to the chain's stages, in order."""
-        return list(self._links)
+        return list(self._stages.links)
 
     # -- what a generation uses ----------------------------------------------------------------
 
     async def open(self) -> None:
         """Asks all stages at once and waits until all have a sequence for the session."""
-        everyone = set(range(len(self._links)))
+        everyone = set(range(len(self._stages.links)))
         try:
             await self._establish(everyone, OPEN_TIMEOUT_S)
-        except _BrokenError as broken:
+        except BrokenError as broken:
             await self._repair(broken, everyone)
         self._is_open = True
 
@@ -228,7 +150,7 @@ class Session:
             try:
                 with _deadline(give_up_s, "the chain did not answer in time"):
                     return self._accept(await self._next_result())
-            except _BrokenError as broken:
+            except BrokenError as broken:
                 before = self._held
                 await self._repair(broken, set())
                 if broken.number is not None or self._held != before:
@@ -237,22 +159,21 @@ class Session:
     def close(self) -> None:
         """Ends the session on all stages; not waited for."""
         self._is_steady = False
-        for link in self._links:
-            self._close_on(link)
+        self._stages.close()
 
     # -- results -------------------------------------------------------------------------------
 
     async def _next_result(self) -> tuple[int, BatchDone]:
-        """What a stage gives as a result, and its number; raises _BrokenError."""
+        """What a stage gives as a result, and its number; raises BrokenError."""
         unsent, self._unsent = self._unsent, None
         if unsent is not None:
             raise unsent
         while True:
             with trio.move_on_after(self._patience_s()) as scope:
-                number, event = await self._next_event()
+                number, event = await self._stages.next_event()
             if scope.cancelled_caught:
                 self._longest_step_s *= 2  # asked once, it is asked again only after a longer while
-                raise _BrokenError(None, UnreachableError("no result", code="STAGE_TIMEOUT"))
+                raise BrokenError(None, UnreachableError("no result", code="STAGE_TIMEOUT"))
             if isinstance(event, BatchDone) and not self._is_again(number, event):
                 return number, event
             if isinstance(event, BatchTaken) and number == 0:
@@ -260,28 +181,28 @@ class Session:
                     self._feed.outgoing.taken(event.n_taken)
 
     def _is_again(self, number: int, done: BatchDone) -> bool:
-        """Whether a result was here before; raises _BrokenError if it was another one then."""
-        if number != len(self._links) - 1 or not self._feed.is_again(done):
+        """Whether a result was here before; raises BrokenError if it was another one then."""
+        if number != self._stages.last or not self._feed.is_again(done):
             return False
         try:
             self._feed.compare(done)
             n_taken = self._feed.n_compared
-            taken = BatchTaken(session=self.session_id, epoch=self._epoch, n_taken=n_taken)
+            taken = BatchTaken(session=self.session_id, epoch=self.epoch, n_taken=n_taken)
         except ProtocolError as error:
-            raise _BrokenError(number, error) from None
-        self._send(number, taken)
+            raise BrokenError(number, error) from None
+        self._stages.send(number, taken)
         return True
 
     def _accept(self, result: tuple[int, BatchDone]) -> BatchDone:
-        """A result that is the one asked for; raises _BrokenError for whoever gave another."""
+        """A result that is the one asked for; raises BrokenError for whoever gave another."""
         number, done = result
-        if number != len(self._links) - 1:
+        if number != self._stages.last:
             wrong = ProtocolError("a result came from another stage than the last")
-            raise _BrokenError(number, wrong)
+            raise BrokenError(number, wrong)
         try:
             self._feed.accept(done)
         except ProtocolError as error:
-            raise _BrokenError(number, error) from None
+            raise BrokenError(number, error) from None
         self._note_result(done)
         return done
 
@@ -294,7 +215,7 @@ class Session:
 
     def _note_result(self, done: BatchDone) -> None:
         now_s = trio.current_time()
-        self._strikes.clear()
+        self._stages.went_on()
         if self._replacements is not None:
             self._replacements.note_result(self.chain, done)
         if not self._unfinished:
@@ -303,52 +224,9 @@ class Session:
             self.repairs.append(dataclasses.replace(repair, pause_s=now_s - repair.pause_s))
         self._unfinished.clear()
 
-    async def _next_event(self) -> tuple[int, StageEvent]:
-        """The next good news of the current epoch and its stage; bad news is raised."""
-        while True:
-            link, event = await self._events.receive()
-            if link not in self._links:
-                continue  # replaced meanwhile
-            number = self._links.index(link)
-            if isinstance(event, Suspected):
-                self._on_suspected(number)
-            elif isinstance(event, ShardmeshError):
-                raise self._lost(number, event)
-            elif event.epoch != self._epoch:
-                continue
-            elif isinstance(event, SessionFailed):
-                error = stage_failed(event)
-                if not is_replaceable(error):
-                    raise error
-                raise _BrokenError(number, error)
-            elif isinstance(event, HopFailed):
-                raise self._blame(number, event)
-            else:
-                return number, event
-
-    def _on_suspected(self, number: int) -> None:
-        """A silent stage is replaced if another can take its place, else waited for."""
-        stage = self.chain.stages[number]
-        if (
-            self._replacements is not None
-            and self._links[number].is_suspected
-            and self._replacements.has_other(stage, self._settings.n_ctx)
-        ):
-            raise self._lost(number, UnreachableError("it is silent", code="LINK_SILENT"))
-
-    def _blame(self, number: int, failed: HopFailed) -> _BrokenError:
-        stage = self.chain.stages[number]
-        error = hop_lost(stage.layer_start, stage.layer_end, failed)
-        following = self._links[min(number + 1, len(self._links) - 1)]
-        is_suspect = following.is_suspected or not following.is_open
-        blamed = self._strikes.blamed(number, failed, next_is_suspect=is_suspect)
-        if blamed is not None and not 0 <= blamed < len(self._links):
-            blamed = number  # it has no neighbour there
-        return _BrokenError(blamed, error)
-
     # -- repair --------------------------------------------------------------------------------
 
-    async def _repair(self, broken: _BrokenError, fresh: set[int]) -> None:
+    async def _repair(self, broken: BrokenError, fresh: set[int]) -> None:
         """Raises the epoch until all stages are well and know what to send.
 
         `fresh` are the stages that hold nothing yet.  Raises the failure if it cannot be mended in
@@ -358,7 +236,7 @@ class Session:
         if replacements is None:
             raise broken.error
         started_s = trio.current_time()
-        failure: _BrokenError | None = broken
+        failure: BrokenError | None = broken
         try:
             with trio.fail_after(replacements.timeout_s):
                 while failure is not None:
@@ -371,50 +249,34 @@ class Session:
             ) from broken.error
 
     async def _try_again(
-        self, failure: _BrokenError, fresh: set[int], started_s: float
-    ) -> _BrokenError | None:
+        self, failure: BrokenError, fresh: set[int], started_s: float
+    ) -> BrokenError | None:
         """One epoch further, without the stage that failed; what failed then."""
         try:
             if failure.number is not None:
                 fresh.add(failure.number)
                 await self._replace(failure.number, failure.error, started_s)
-            self._epoch += 1
+            self._stages.epoch += 1
             is_late = failure.number is None
             await self._establish(fresh, REPAIR_ANSWER_TIMEOUT_S, is_late=is_late)
-        except _BrokenError as another:
+        except BrokenError as another:
             return another
         return None
 
     async def _replace(self, number: int, error: ShardmeshError, started_s: float) -> None:
-        replacements = self._replacements
-        if replacements is None:
-            raise error
-        stages, lost = list(self.chain.stages), self.chain.stages[number]
-        logger.info(
-            "layers [%d, %d) are lost on %s: [%s] %s",
-            lost.layer_start,
-            lost.layer_end,
-            lost.peer_id,
-            error.code,
-            error,
-        )
-        replacements.set_aside(lost, error)
-        if not self._is_open and not self._has_other(number):
-            raise error  # nothing is lost yet: whoever asks may ask again
-        self._close_on(self._links[number])
-        stages[number], link = await replacements.replace(self.chain, number, self._settings.n_ctx)
-        self._links[number] = link
-        self.chain = Chain(tuple(stages))
-        if stages[number].fingerprint != lost.fingerprint:
+        # Before all is open nothing is lost yet: whoever asks may ask again.
+        lost = await self._stages.replace(number, error, may_wait=self._is_open)
+        new = self.chain.stages[number]
+        if new.fingerprint != lost.fingerprint:
             self._feed.compare_no_more()
         self._unfinished.append(
             Repair(
-                epoch=self._epoch + 1,
+                epoch=self.epoch + 1,
                 layer_start=lost.layer_start,
                 layer_end=lost.layer_end,
                 code=error.code,
                 lost_peer_id=lost.peer_id,
-                new_peer_id=stages[number].peer_id,
+                new_peer_id=new.peer_id,
                 pause_s=started_s,  # the pause is known when the next result comes
             )
         )
@@ -422,56 +284,66 @@ class Session:
     async def _establish(self, fresh: set[int], timeout_s: float, *, is_late: bool = False) -> None:
         """Has all stages agree on the current epoch, then send what is missing.
 
-        Raises _BrokenError for a stage that does not.
+        Raises BrokenError for a stage that does not.
         """
         self._is_steady = False
         self._feed.take_back()
         while True:
-            held = await self._ask_all(fresh, timeout_s)
-            if self._is_open and len(held) - 1 in fresh:
-                self._feed.begin_again()
-            if not self._is_open:
-                held = self._begin_behind(held)
+            if self._is_open:
+                held = await self._stop_all(fresh, timeout_s)
+            else:
+                held = self._begin_behind(await self._open_all(timeout_s))
             plan = plan_replay(held, self._feed.n_done)
             if not plan.restart:
                 break
-            fresh, self._epoch = fresh | plan.restart, self._epoch + 1
+            fresh, self._stages.epoch = fresh | plan.restart, self.epoch + 1
         late = late_stage(self._held, held) if is_late else None
         self._held = held
-        if late is not None and self._has_other(late):
+        if late is not None and self._stages.has_other(late):
             slow = UnreachableError("the stage does not get on with its work", code="STAGE_LATE")
-            raise _BrokenError(late, slow)
+            raise BrokenError(late, slow)
         n_results = self._feed.results_from(held[-1].kept_from)
         for number, send_from in enumerate((*plan.send_from[1:-1], n_results)):
             resume = ResumeSession(
                 session=self.session_id,
-                epoch=self._epoch,
+                epoch=self.epoch,
                 send_from=send_from,
                 n_replay=self.n_sent if self._is_open else 0,
             )
-            self._send(number, resume)
+            self._stages.send(number, resume)
         with self._first_hop():
             outgoing = self._feed.outgoing
-            outgoing.hold(self._epoch)
-            outgoing.resume(self._links[0], send_from=plan.send_from[0], n_replay=self.n_sent)
+            outgoing.hold(self.epoch)
+            first = self._stages.links[0]
+            outgoing.resume(first, send_from=plan.send_from[0], n_replay=self.n_sent)
         self._is_steady = True
+
+    async def _open_all(self, timeout_s: float) -> list[Held]:
+        return await self._stages.open_all(self._feed.draft_key, timeout_s)
+
+    async def _stop_all(self, fresh: set[int], timeout_s: float) -> list[Held]:
+        feed = self._feed
+        held = await self._stages.stop_all(fresh, feed.draft_key, feed.branches, timeout_s)
+        if self._stages.last in fresh:
+            feed.begin_again()
+        return held
 
     @contextmanager
     def _noticed_later(self) -> Iterator[None]:
         try:
             yield
         except ShardmeshError as error:
-            self._unsent = self._lost(0, error)
+            self._unsent = self._stages.lost(0, error)
 
     def _begin_behind(self, held: Sequence[Held]) -> list[Held]:
         """Has all stages begin behind what every one of them holds of the prompt."""
-        prefix, n_reused = self._settings.prefix, 0
+        prefix, n_reused = self._prefix, 0
         if prefix is not None:
             n_reused = prefix.n_reusable(min(each.n_received for each in held))
         for number, each in enumerate(held):
             if each.n_received > n_reused:
-                trim = TrimSession(session=self.session_id, epoch=self._epoch, n_keep=n_reused)
-                self._send(number, trim)
+                trim = TrimSession(session=self.session_id, epoch=self.epoch, n_keep=n_reused)
+                self._stages.send(number, trim)
         self._feed.begin_behind(pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ())
         self.n_reused = n_reused
         return [Held(n_reused, n_reused, n_reused)] * len(held)
@@ -481,74 +353,7 @@ class Session:
         try:
             yield
         except ShardmeshError as error:
-            raise self._lost(0, error) from error
-
-    def _has_other(self, number: int) -> bool:
-        replacements = self._replacements
-        stage = self.chain.stages[number]
-        return replacements is not None and replacements.has_other(stage, self._settings.n_ctx)
-
-    async def _ask_all(self, fresh: set[int], timeout_s: float) -> list[Held]:
-        """Opens the session on fresh stages, stops it on the others; what each of them has."""
-        for number in range(len(self._links)):
-            place = Place(self.session_id, self._epoch, self.chain.stages, number)
-            if number in fresh:
-                draft_key = self._feed.draft_key
-                opening = open_message(place, self._settings, draft_key, reuse=not self._is_open)
-                self._send(number, opening)
-            else:
-                self._send(number, repair_message(place, self._feed.branches))
-        answers: dict[int, Held] = {}
-        with trio.move_on_after(timeout_s) as scope:
-            while len(answers) < len(self._links):
-                number, event = await self._next_event()
-                if isinstance(event, SessionOpened):
-                    answers[number] = self._opened(number, event)
-                elif isinstance(event, SessionRepaired):
-                    answers[number] = Held(event.n_received, event.n_computed, event.kept_from)
-        if not scope.cancelled_caught:
-            return [answers[number] for number in range(len(self._links))]
-        raise _BrokenError(
-            self._unanswering(set(answers), fresh),
-            UnreachableError("a stage did not open the session in time", code="STAGE_TIMEOUT"),
-        )
-
-    def _opened(self, number: int, event: SessionOpened) -> Held:
-        if event.n_held and (self._is_open or self._settings.prefix is None):
-            wrong = ProtocolError("a stage holds what it was not told of")
-            raise _BrokenError(number, wrong)
-        return Held(event.n_held, event.n_held, event.n_held)
-
-    def _unanswering(self, answered: set[int], fresh: set[int]) -> int:
-        """Whom to blame of those that did not answer: a new one first.
-
-        A stage that cannot reach the next one does not answer either.
-        """
-        silent = [n for n in range(len(self._links)) if n not in answered]
-        return next((n for n in silent if n in fresh), silent[-1])
-
-    def _send(
-        self,
-        number: int,
-        message: OpenSession | RepairSession | ResumeSession | TrimSession | BatchTaken,
-    ) -> None:
-        try:
-            self._links[number].send(message)
-        except ShardmeshError as error:
-            raise self._lost(number, error) from None
-
-    def _lost(self, number: int, error: ShardmeshError) -> _BrokenError:
-        stage = self.chain.stages[number]
-        return _BrokenError(number, stage_lost(stage.layer_start, stage.layer_end, error))
-
-    def _close_on(self, link: Link) -> None:
-        if not link.is_open:
-            return
-        try:
-            link.send(CloseSession(session=self.session_id))
-        except ShardmeshError as error:
-            # A stage that cannot be told frees the session when its link ends, so end it.
-            link.close(error)
+            raise self._stages.lost(0, error) from error
 
 
 @contextmanager

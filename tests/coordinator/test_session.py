@@ -14,11 +14,8 @@ from support.mesh import GREEDY, linked_pair
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.router import SessionRouter
-from shardmesh.coordinator.session import (
-    INBOX_MESSAGES_MAX,
-    OPEN_TIMEOUT_S,
-    STEP_TIMEOUT_S,
-)
+from shardmesh.coordinator.session import OPEN_TIMEOUT_S, STEP_TIMEOUT_S
+from shardmesh.coordinator.stages import INBOX_MESSAGES_MAX
 from shardmesh.errors import BusyError, ProtocolError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.wire.messages import (
