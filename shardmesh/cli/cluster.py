@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardmesh.cli.admission import client_admission, missing_secret
+from shardmesh.cli.admission import missing_secret
 from shardmesh.cli.command import matching_peer
-from shardmesh.cli.options import (
-    bootstrap_option,
-    cache_dir,
-    cluster_option,
-    config_option,
-    state_dir_option,
-)
+from shardmesh.cli.options import cluster_option, config_option, state_dir_option
+from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import COMMAND_TIMEOUT_S
 
 if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
-    from shardmesh.swarm.admission import Admission
     from shardmesh.swarm.cluster_files import ClusterFiles
     from shardmesh.wire.cluster_update import ClusterUpdate
 
@@ -49,15 +42,10 @@ def secret_command(cluster: str, state_dir: Path) -> None:
 
 @command.command("members")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@bootstrap_option
-@cluster_option
-@client_admission
-@config_option
-def members_command(
-    as_json: bool, bootstrap: tuple[str, ...], cluster: str, admission: Admission
-) -> None:
+@visit_options
+def members_command(as_json: bool, visit: Visit) -> None:
     """Show the listeners of the mesh and the bootstraps that were reached."""
-    found = _with_client(bootstrap, cluster, admission, _members)
+    found = visit.run(_members)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -75,20 +63,15 @@ def members_command(
 
 @command.command("remove")
 @click.argument("peers", nargs=-1, metavar="[PEER]...")
-@bootstrap_option
-@cluster_option
-@client_admission
-@config_option
-def remove_command(
-    peers: tuple[str, ...], bootstrap: tuple[str, ...], cluster: str, admission: Admission
-) -> None:
+@visit_options
+def remove_command(peers: tuple[str, ...], visit: Visit) -> None:
     """Change the secret of the cluster and give the new one to all members but PEER...
 
     To be run where the cluster was made, since it takes the key of its owner.  Without PEER the
     secret is changed and nobody removed.
     """
-    files = admission.files
-    if files is None or admission.is_public or not files.owner_path.exists():
+    cluster, files = visit.cluster, visit.admission.files
+    if files is None or visit.admission.is_public or not files.owner_path.exists():
         raise InputError(
             f"the key of the owner of {cluster!r} is not here",
             code="NOT_OWNER",
@@ -98,34 +81,13 @@ def remove_command(
     async def remove(client: Client) -> tuple[ClusterUpdate, dict[str, str]]:
         return await _remove(client, files, cluster, peers)
 
-    update, failures = _with_client(bootstrap, cluster, admission, remove)
+    update, failures = visit.run(remove)
     for peer_id in update.removed:
         click.echo(f"removed: {peer_id}")
     for peer_id, reason in failures.items():
         click.echo(f"not reached, needs the new secret by hand: {peer_id} ({reason})", err=True)
     click.echo(f"The secret is another one now, kept in {files.secret_path}.")
     click.echo("Who was offline needs it; `shardmesh cluster secret` prints it.")
-
-
-def _with_client(bootstrap: tuple[str, ...], cluster: str, admission: Admission, use: Any) -> Any:
-    import trio
-
-    from shardmesh.coordinator.client import open_client
-    from shardmesh.logs import configure_logging
-
-    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
-
-    async def run() -> Any:
-        async with open_client(
-            bootstraps=bootstrap,
-            cluster=cluster,
-            admission=admission,
-            shards_dir=Path(),
-            cache_dir=cache_dir(),
-        ) as client:
-            return await use(client)
-
-    return trio.run(run)
 
 
 async def _members(client: Client) -> list[dict[str, Any]]:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import client_admission, identity_option
-from shardmesh.cli.options import (
-    bootstrap_option,
-    cache_dir,
-    cluster_option,
-    config_option,
-    shards_dir_option,
-)
+from shardmesh.cli.admission import identity_option
+from shardmesh.cli.options import shards_dir_option
+from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, ProtocolError
 
 if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
-    from shardmesh.swarm.admission import Admission
 
 
 @click.command("command")
@@ -32,20 +25,14 @@ if TYPE_CHECKING:
     "--timeout", "timeout_s", type=click.FloatRange(0.1), default=600.0, show_default=True
 )
 @shards_dir_option
-@bootstrap_option
-@cluster_option
-@client_admission
+@visit_options
 @identity_option
-@config_option
 def command(
     peer: str,
     name: str,
     params: str,
     timeout_s: float,
-    shards_dir: Path,
-    bootstrap: tuple[str, ...],
-    cluster: str,
-    admission: Admission,
+    visit: Visit,
     identity_file: Path | None,
 ) -> None:
     """Send COMMAND with its parameters to PEER: a peer id, its end, or an address.
@@ -56,14 +43,7 @@ def command(
     shardmesh command 12D3Koo... GET_CAPABILITIES
     shardmesh command 12D3Koo... INFERENCE '{"prompt": "Once", "max_tokens": 20}'
     """
-    from shardmesh.logs import configure_logging
-
-    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
-    import trio
-
-    from shardmesh.coordinator.client import open_client
     from shardmesh.swarm.commands import send_command
-    from shardmesh.swarm.identity import load_identity
     from shardmesh.wire.codec import parse_json
     from shardmesh.wire.commands import encode_command
 
@@ -73,20 +53,12 @@ def command(
     except ProtocolError as error:
         raise InputError(str(error), code=error.code, next_step=error.next_step) from error
 
-    async def run() -> None:
-        async with open_client(
-            bootstraps=bootstrap,
-            cluster=cluster,
-            admission=admission,
-            shards_dir=shards_dir,
-            cache_dir=cache_dir(),
-            identity=load_identity(identity_file) if identity_file else None,
-        ) as client:
-            peer_id = await peer_of(client, peer, timeout_s)
-            answer = await send_command(client.host, peer_id, name, values, timeout_s)
-        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    async def send(client: Client) -> object:
+        peer_id = await peer_of(client, peer, timeout_s)
+        return await send_command(client.host, peer_id, name, values, timeout_s)
 
-    trio.run(run)
+    answer = visit.run(send, identity_file=identity_file)
+    click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 async def peer_of(client: Client, text: str, timeout_s: float) -> str:

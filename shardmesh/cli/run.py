@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import client_admission
 from shardmesh.cli.options import (
     audit_option,
-    bootstrap_option,
-    cache_dir,
-    cluster_option,
-    config_option,
     drafts_option,
     shards_dir_option,
     wire_option,
 )
+from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.wire.limits import PROMPT_BYTES_MAX
 
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.pace import Explanation
     from shardmesh.coordinator.request import CompletionRequest
     from shardmesh.coordinator.timings import Timings
-    from shardmesh.swarm.admission import Admission
     from shardmesh.wire.hidden_states import WireType
 
 
@@ -89,10 +84,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @shards_dir_option
-@bootstrap_option
-@cluster_option
-@client_admission
-@config_option
+@visit_options
 def command(
     prompt: str,
     model: str | None,
@@ -119,17 +111,12 @@ def command(
     audit_rate: float,
     as_json: bool,
     timings: bool,
-    shards_dir: Path,
-    bootstrap: tuple[str, ...],
-    cluster: str,
-    admission: Admission,
+    visit: Visit,
 ) -> None:
     """Write the text that follows PROMPT; `-` reads it from standard input."""
     from shardmesh.coordinator.request import CompletionRequest
     from shardmesh.engine.base import SamplingSettings
-    from shardmesh.logs import configure_logging
 
-    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
     text = _read_standard_input() if prompt == "-" else prompt
     if system is not None and not chat:
         raise InputError("--system needs --chat")
@@ -159,27 +146,14 @@ def command(
             seed=secrets.randbits(32) if seed is None else seed,
         ),
     )
-    import trio
 
-    from shardmesh.coordinator.client import open_client
+    async def answer(client: Client) -> None:
+        auditor = client.coordinator.auditor
+        auditor.tell(lambda report: click.echo(f"audit: {report.sentence}", err=True))
+        await _answer(client, request, as_json=as_json, show_timings=timings, show_choice=explain)
+        await _wait_audit(auditor)
 
-    async def run() -> None:
-        async with open_client(
-            bootstraps=bootstrap,
-            cluster=cluster,
-            admission=admission,
-            shards_dir=shards_dir,
-            cache_dir=cache_dir(),
-            audit_rate=audit_rate,
-        ) as client:
-            auditor = client.coordinator.auditor
-            auditor.tell(lambda report: click.echo(f"audit: {report.sentence}", err=True))
-            await _answer(
-                client, request, as_json=as_json, show_timings=timings, show_choice=explain
-            )
-            await _wait_audit(auditor)
-
-    trio.run(run)
+    visit.run(answer, audit_rate=audit_rate)
 
 
 async def _wait_audit(auditor: Auditor) -> None:

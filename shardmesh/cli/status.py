@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.admission import client_admission
-from shardmesh.cli.options import (
-    bootstrap_option,
-    cache_dir,
-    cluster_option,
-    config_option,
-    shards_dir_option,
-)
+from shardmesh.cli.options import shards_dir_option
+from shardmesh.cli.visit import Visit, visit_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.overview import ModelView
-    from shardmesh.swarm.admission import Admission
 
 WATCH_INTERVAL_S = 1.0
 EXIT_INCOMPLETE = 1
@@ -33,44 +24,21 @@ SHORT_PEER_ID_LETTERS = 8
 @click.option("--watch", is_flag=True, help="Show again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @shards_dir_option
-@bootstrap_option
-@cluster_option
-@client_admission
-@config_option
-def command(
-    watch: bool,
-    as_json: bool,
-    shards_dir: Path,
-    bootstrap: tuple[str, ...],
-    cluster: str,
-    admission: Admission,
-) -> int:
+@visit_options
+def command(watch: bool, as_json: bool, visit: Visit) -> int:
     """Show shards and replicas, and whether all layers are served.
 
     Exit code 0: at least one model is complete; 1: none is.
     """
-    from shardmesh.logs import configure_logging
 
-    configure_logging("pretty", verbosity=-1, stream=sys.stderr)
-    import trio
+    async def show(client: Client) -> int:
+        if watch:
+            await _watch(client, as_json=as_json)
+        models = await _look(client)
+        click.echo(models_as_json(models)) if as_json else _print(models)
+        return 0 if any(model.is_complete for model in models) else EXIT_INCOMPLETE
 
-    from shardmesh.coordinator.client import open_client
-
-    async def run() -> int:
-        async with open_client(
-            bootstraps=bootstrap,
-            cluster=cluster,
-            admission=admission,
-            shards_dir=shards_dir,
-            cache_dir=cache_dir(),
-        ) as client:
-            if watch:
-                await _watch(client, as_json=as_json)
-            models = await _look(client)
-            click.echo(models_as_json(models)) if as_json else _print(models)
-            return 0 if any(model.is_complete for model in models) else EXIT_INCOMPLETE
-
-    return trio.run(run)
+    return visit.run(show)
 
 
 async def _look(client: Client) -> tuple[ModelView, ...]:
