@@ -28,10 +28,11 @@ from shardmesh.shards.manifest import MANIFEST_NAME
 from shardmesh.shards.model_link import ModelLink
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.admission import Admission
+from shardmesh.swarm.announcing import Offer
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
-from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.node_identity import Naming
 from shardmesh.swarm.reach import ReachOptions
 from shardmesh.swarm.rights import Rights
@@ -141,6 +142,7 @@ class Node:
         """From now on the node is on the network, and its changes are announced."""
         self._host, self._membership, self.files = host, membership, files
         self._link_streams = link_streams
+        files.on_download = membership.announce_load  # whoever looks on asks how far it is
 
     def n_announcements_refused(self) -> dict[str, int]:
         """See Membership; nothing while the node is not on the network."""

@@ -114,13 +114,16 @@ class Directory:
 
     def all_signed(self) -> list[bytes]:
         """What is handed over to neighbours: all that `all` gives, and recent withdrawals."""
-        now_s = self.wall_clock()
-        self._forget_over(now_s)
-        return [
-            entry.signed
-            for entry in self._entries.values()
+        return list(self.signed_by_node().values())
+
+    def signed_by_node(self) -> dict[str, bytes]:
+        """What `all_signed` gives, by peer id."""
+        self._forget_over(self.wall_clock())
+        return {
+            peer_id: entry.signed
+            for peer_id, entry in self._entries.items()
             if entry.reachable or entry.announcement.is_withdrawal
-        ]
+        }
 
     def live_but(self, known: Collection[bytes]) -> list[str]:
         """Peer ids of live entries whose signed bytes are not among the known ones."""

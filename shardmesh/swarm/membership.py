@@ -5,7 +5,6 @@ NODE_JOIN's steps 7 to 11 and its chapter on connections; the lines in the log k
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -15,40 +14,23 @@ from typing import Protocol
 import trio
 
 from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.swarm.announcing import Announcer, Offer, Teller
 from shardmesh.swarm.cluster import ClusterUpdates
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.directory import Directory, exchange, serve_directory
+from shardmesh.swarm.directory_news import follow_directory, serve_directory_news
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.neighbours import Neighbours
 from shardmesh.swarm.remembered import RememberedNodes
-from shardmesh.wire.announcement import Announcement, Capabilities, Signer, encode_signed
+from shardmesh.wire.announcement import Announcement, Signer
 from shardmesh.wire.limits import (
-    ANNOUNCEMENT_ADDRESSES_MAX,
     ANNOUNCEMENT_LIFETIME_MAX_S,
+    DIRECTORY_FOLLOW_PAUSE_S,
     DIRECTORY_PULL_INTERVAL_S,
 )
-from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 
 _LEAVE_TIMEOUT_S = 1.0
-_TELLS_AT_ONCE = 16
-_RETRY_PAUSE_S = 10.0
-_LIFETIME_MIN_S = 60
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Offer:
-    """What a listener announces beside its name, addresses and times; may change any moment."""
-
-    shard_id: int
-    total_shards: int
-    total_layers: int
-    layer_start: int
-    layer_end: int
-    model_name: str
-    manifest_digest: str
-    engine_fingerprint: str
-    capabilities: Capabilities
-    identity: NodeIdentity = NO_IDENTITY
+_LOOK_UPS_AT_ONCE = 16
 
 
 class TaskStatus(Protocol):
@@ -88,14 +70,9 @@ class Membership:
             )
         self.joined = trio.Event()
         """Set once a first other node was reached and asked."""
-        self.announced = trio.Event()
-        """Set once a first announcement reached the DHT."""
         self._host = host
         self._dht = dht
         self._directory = directory
-        self._signer = signer
-        self._offer = offer
-        self._refresh_interval_s = refresh_interval_s
         self._log = logger or logging.getLogger(__name__)
         files = host.admission.files
         path = files.nodes_path if files else state_dir and state_dir / "nodes.json"
@@ -107,14 +84,26 @@ class Membership:
             remembered=self._remembered,
             logger=self._log,
         )
-        self._changed = trio.Event()
-        self._is_changed_much = False
-        self._sequence = 0
-        self._signed: bytes | None = None  # our announcement as others should know it
+        self._teller = Teller(self._told_neighbours, self._tell_neighbour)
+        self._announcer: Announcer | None = None
+        if offer is not None:
+            self._announcer = Announcer(
+                host,
+                dht,
+                directory,
+                offer,
+                signer=signer,
+                teller=self._teller,
+                refresh_interval_s=refresh_interval_s,
+                logger=self._log,
+            )
+        self.announced = self._announcer.announced if self._announcer else trio.Event()
+        """Set once a first announcement reached the DHT; never without an offer."""
         self.updates = ClusterUpdates(
             host, directory, self._log, is_node=self._neighbours.is_wanted
         )
         serve_directory(host, directory)
+        serve_directory_news(host, directory)
         dht.on_routing_updated(lambda peer_id: self._log.info("[DHT] Routing updated: %s", peer_id))
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
@@ -126,9 +115,9 @@ class Membership:
                 nursery.start_soon(self._neighbours.stay_with_bootstraps, self._join_through)
                 nursery.start_soon(self._keep_pulling)
                 nursery.start_soon(self._route_through_listeners)
-                if self._offer is not None:
+                if self._announcer is not None:
                     nursery.start_soon(self._neighbours.stay_with_listeners, self._greet)
-                    nursery.start_soon(self._keep_announcing, self._offer)
+                    nursery.start_soon(self._keep_announcing, self._announcer)
                 task_status.started()
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
@@ -142,12 +131,13 @@ class Membership:
 
     def announce_changed(self) -> None:
         """What `offer()` gives has changed: announce it now."""
-        self._is_changed_much = True
-        self._changed.set()
+        if self._announcer is not None:
+            self._announcer.change(is_load=False)
 
     def announce_load(self) -> None:
         """Only the load in `offer()` has changed: tell the neighbours, not the DHT."""
-        self._changed.set()
+        if self._announcer is not None:
+            self._announcer.change(is_load=True)
 
     async def find_listeners(self, total_shards: int | None = None) -> list[Announcement]:
         """Who serves what: from the directory, and from the DHT for shards that it lacks.
@@ -162,7 +152,7 @@ class Membership:
             wanted = max((a.total_shards for a in self._directory.all()), default=0)
         served = {a.shard_id for a in self._directory.all()}
         async with trio.open_nursery() as nursery:
-            for shard_id in sorted(set(range(wanted)) - served)[:_TELLS_AT_ONCE]:
+            for shard_id in sorted(set(range(wanted)) - served)[:_LOOK_UPS_AT_ONCE]:
                 nursery.start_soon(self._ask_dht, shard_id)
         found = self._directory.all()
         for announcement in found:
@@ -180,14 +170,30 @@ class Membership:
 
     async def pull(self) -> None:
         """Asks one neighbour for its directory now; without an answer all stays as it is."""
+        if (peer_id := self._some_neighbour()) is not None:
+            try:
+                await self._tell(peer_id, pull=True)
+            except ShardmeshError as error:
+                self._log.debug("a neighbour's directory could not be had: %s", error)
+
+    async def follow(self) -> None:
+        """Has one neighbour tell of each change in its directory, for ever."""
+        while True:
+            if (peer_id := self._some_neighbour()) is not None:
+                try:
+                    await follow_directory(
+                        self._host, self._directory, peer_id, self._neighbours.doubt
+                    )
+                except ShardmeshError as error:
+                    self._log.debug("%s tells no news: %s", peer_id, error)
+            await trio.sleep(DIRECTORY_FOLLOW_PAUSE_S)
+
+    def _some_neighbour(self) -> str | None:
+        """A bootstrap if there is one: all listeners tell it of themselves."""
         neighbours = (
             self._neighbours.connected_bootstraps() or self._neighbours.connected_listeners()
         )
-        if neighbours:
-            try:
-                await self._tell(random.choice(neighbours), pull=True)
-            except ShardmeshError as error:
-                self._log.debug("a neighbour's directory could not be had: %s", error)
+        return random.choice(neighbours) if neighbours else None
 
     async def _ask_dht(self, shard_id: int) -> None:
         try:
@@ -245,6 +251,10 @@ class Membership:
             await self.pull()
             await self._save_remembered()
 
+    async def _keep_announcing(self, announcer: Announcer) -> None:
+        await self.joined.wait()
+        await announcer.run()
+
     async def reach(self, timeout_s: float) -> str:
         """Connects with a bootstrap, or with a remembered node if none answers; its peer id.
 
@@ -261,90 +271,25 @@ class Membership:
         except ShardmeshError as error:
             self._log.warning("the known nodes could not be remembered: %s", error)
 
-    # -- announcing ----------------------------------------------------------------------------
+    # -- telling -------------------------------------------------------------------------------
 
-    async def _keep_announcing(self, offer: Callable[[], Offer]) -> None:
-        await self.joined.wait()
-        while True:
-            self._is_changed_much = False
-            self._changed = trio.Event()
-            reached_dht = await self._announce(offer())
-            pause_s = self._refresh_interval_s if reached_dht else _RETRY_PAUSE_S
-            with trio.move_on_after(min(pause_s, self._refresh_interval_s)):
-                while not self._is_changed_much:
-                    await self._changed.wait()
-                    if not self._is_changed_much:
-                        self._changed = trio.Event()
-                        await self._tell_load(offer())
+    def _told_neighbours(self) -> set[str]:
+        bootstraps = self._neighbours.connected_bootstraps()
+        return {*bootstraps, *self._neighbours.connected_listeners()} - {self._host.peer_id}
 
-    async def _announce(self, offer: Offer) -> bool:
-        """Tells neighbours and the DHT; says whether the DHT took it."""
-        self._signed = self._sign(offer, self._lifetime_s())
-        self._directory.update(self._signed)
-        await self._tell_all()
+    async def _tell_neighbour(self, peer_id: str) -> None:
+        """Tells a neighbour of us; who does not answer hears of it by pulling."""
+        bootstraps = self._neighbours.connected_bootstraps()
         try:
-            await self._dht.announce(offer.shard_id, self._signed)
+            # of two that announce at once, the later one learns of the earlier one here
+            await self._tell(peer_id, pull=peer_id in bootstraps or not bootstraps)
         except ShardmeshError as error:
-            self._log.warning("[DHT] ✗ Shard %d not announced: %s", offer.shard_id, error)
-            return False
-        self._log.info("[DHT] ✓ Announced shard %d to DHT", offer.shard_id)
-        self.announced.set()
-        return True
-
-    async def _tell_load(self, offer: Offer) -> None:
-        """Tells the neighbours, who had the rest before; others hear of it in time."""
-        self._signed = self._sign(offer, self._lifetime_s())
-        self._directory.update(self._signed)
-        await self._tell_all()
-
-    def _lifetime_s(self) -> int:
-        lifetime_s = max(2 * self._refresh_interval_s, _LIFETIME_MIN_S)
-        return int(min(lifetime_s, ANNOUNCEMENT_LIFETIME_MAX_S))
-
-    def _sign(self, offer: Offer, lifetime_s: int) -> bytes:
-        now_s = self._directory.wall_clock()
-        self._sequence = max(self._sequence + 1, int(now_s * 1000))  # rises over restarts too
-        announcement = Announcement(
-            cluster=self._directory.cluster,
-            peer_id=self._host.peer_id,
-            shard_id=offer.shard_id,
-            total_shards=offer.total_shards,
-            total_layers=offer.total_layers,
-            layer_start=offer.layer_start,
-            layer_end=offer.layer_end,
-            model_name=offer.model_name,
-            manifest_digest=offer.manifest_digest,
-            engine_fingerprint=offer.engine_fingerprint,
-            addresses=tuple(self._host.addresses()[:ANNOUNCEMENT_ADDRESSES_MAX]),
-            capabilities=offer.capabilities,
-            identity=offer.identity,
-            sequence=self._sequence,
-            issued_at_s=int(now_s),
-            expires_at_s=int(now_s) + lifetime_s,
-        )
-        return encode_signed(announcement, self._signer)
-
-    async def _tell_all(self) -> None:
-        """Tells all connected neighbours; who does not answer hears of it by pulling."""
-        limiter = trio.CapacityLimiter(_TELLS_AT_ONCE)
-        bootstraps = set(self._neighbours.connected_bootstraps())
-        neighbours = {*bootstraps, *self._neighbours.connected_listeners()} - {self._host.peer_id}
-
-        async def tell(peer_id: str) -> None:
-            async with limiter:
-                try:
-                    # of two that announce at once, the later one learns of the earlier one here
-                    await self._tell(peer_id, pull=peer_id in bootstraps or not bootstraps)
-                except ShardmeshError as error:
-                    self._log.debug("%s could not be told of this node: %s", peer_id, error)
-
-        async with trio.open_nursery() as nursery:
-            for peer_id in neighbours:
-                nursery.start_soon(tell, peer_id)
+            self._log.debug("%s could not be told of this node: %s", peer_id, error)
 
     async def _tell(self, peer_id: str, *, pull: bool) -> None:
         """Hands our announcement to a neighbour and, with `pull`, takes in what it knows."""
-        push = () if self._signed is None else (self._signed,)
+        signed = self._announcer.signed if self._announcer is not None else None
+        push = () if signed is None else (signed,)
         if push or pull:
             doubtful = await exchange(self._host, self._directory, peer_id, push=push, pull=pull)
             self._neighbours.doubt(doubtful)
@@ -352,12 +297,12 @@ class Membership:
     async def _leave(self) -> None:
         """Takes the announcement back and remembers whom we knew."""
         await self._save_remembered()
-        if self._offer is None or self._signed is None:
+        if self._announcer is None or self._announcer.signed is None:
             return
-        self._signed = self._sign(self._offer(), 0)
-        await self._tell_all()
-        self._directory.update(self._signed)
+        signed = self._announcer.sign(0)
+        await self._teller.tell_all()
+        self._directory.update(signed)
         try:
-            await self._dht.withdraw(self._signed)
+            await self._dht.withdraw(signed)
         except ShardmeshError as error:
             self._log.debug("the DHT did not take the withdrawal: %s", error)

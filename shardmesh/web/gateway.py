@@ -41,15 +41,6 @@ logger = logging.getLogger("shardmesh")
 IDENTITY_FOLDER = "gateway"
 """In the state directory: the key and the name."""
 
-PULL_INTERVAL_S = 0.2
-"""A small directory costs a bootstrap some 5 ms; a page is to show within 300 ms what happened."""
-
-PULL_INTERVAL_UNSEEN_S = 5.0
-"""While no page looks on."""
-
-PULL_INTERVAL_PER_NODE_S = 0.02
-"""200 nodes are asked for every 4 s; their states come from themselves, sooner."""
-
 EVENTS_FILE = "events.sqlite3"
 """In the state directory; several gateways may share it."""
 
@@ -93,7 +84,7 @@ class Gateway:
         self.sessions.tell_steps(self.metrics.step)
         self.node_reports = NodeReports(
             client.host,
-            listed=client.directory.all,
+            client.directory,
             is_seen=lambda: self.console.feed.n_subscribers > 0,
             on_change=lambda: self.watch.touch(),
         )
@@ -150,18 +141,11 @@ class Gateway:
         return self.client.coordinator
 
     async def follow_mesh(self) -> None:
-        """Asks a neighbour often for its directory, until cancelled.
-
-        Listeners tell each other and the bootstraps of changes, not a client; a person who looks
-        on does not want to wait for the usual time.
-        """
+        """Hears of each change in the mesh as soon as a neighbour does, until cancelled."""
         found = await bootstraps_for_others(self.client.host, tuple(self.options.bootstraps))
         self.console.about["join"] = joining_line(self.options, found)
         self.model_links.bootstraps = found
-        while True:
-            n_known, is_seen = len(self.directory.all()), self.console.feed.n_subscribers > 0
-            await trio.sleep(pull_interval_s(n_known, is_seen=is_seen))
-            await self.client.membership.pull()
+        await self.client.membership.follow()
 
     def queue_of(self, model_name: str) -> ModelQueue:
         """The queue of a model that is or was served; there are as many as models were."""
@@ -203,12 +187,6 @@ def joining_line(options: GatewayOptions, bootstraps: Sequence[str]) -> str:
     where = [f"--bootstrap {address}" for address in bootstraps]
     secret = "--public" if options.admission.secret is None else "--secret-file cluster.secret"
     return " ".join([f"shardmesh listen --cluster {options.cluster}", *where, secret])
-
-
-def pull_interval_s(n_known: int, *, is_seen: bool) -> float:
-    """Between two questions for a neighbour's directory; a larger one costs more to hand over."""
-    interval_s = max(PULL_INTERVAL_S, n_known * PULL_INTERVAL_PER_NODE_S)
-    return interval_s if is_seen else max(PULL_INTERVAL_UNSEEN_S, 10 * interval_s)
 
 
 @asynccontextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 import trio
 
 from shardmesh.errors import ShardmeshError
 from shardmesh.swarm.commands import get_metrics
+from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.web.roster import Download, Report
 from shardmesh.wire.announcement import Announcement
@@ -24,14 +26,23 @@ ASK_TIMEOUT_S: Final = 3.0
 ASK_INTERVAL_S: Final = 1.0
 """Between two questions to one node while somebody looks on."""
 
+ASK_INTERVAL_MOVING_S: Final = 0.25
+"""And while that node loads or fetches something: a bar is to move."""
+
 ASK_INTERVAL_UNSEEN_S: Final = 10.0
-"""And while nobody does."""
+"""While nobody looks on."""
+
+NEWS_PAUSE_S: Final = 0.02
+"""A node that has announced something since the last question is asked as soon as this allows."""
+
+NEWS_PAUSE_UNSEEN_S: Final = 1.0
+"""And while nobody looks on: what happens is to be remembered."""
 
 QUESTIONS_PER_S_MAX: Final = 20
 """A question costs a few milliseconds of this loop; in a large mesh each node waits longer."""
 
-IDLE_PAUSE_S: Final = 0.25
-"""Before it is looked again whose turn it is, when it was nobody's."""
+IDLE_PAUSE_S: Final = 0.1
+"""Before it is looked again whose turn it is, when it was nobody's and nobody has news."""
 
 QUESTIONS_WAITING_MAX: Final = 32
 """Questions without an answer at once; silent nodes do not keep the others from being asked."""
@@ -100,38 +111,64 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
     return report, n_tokens if isinstance(n_tokens, int) else 0
 
 
+def pause_s(
+    announcement: Announcement, asked_sequence: int, report: Report | None, *, is_seen: bool
+) -> float:
+    """How long after one question to a node the next one is due.  Pure.
+
+    `asked_sequence` is that of its announcement when it was asked.
+    """
+    if announcement.sequence != asked_sequence:
+        return NEWS_PAUSE_S if is_seen else NEWS_PAUSE_UNSEEN_S
+    if not is_seen:
+        return ASK_INTERVAL_UNSEEN_S
+    moves = report is not None and (report.is_downloading or report.shard_state == "loading")
+    return ASK_INTERVAL_MOVING_S if moves else ASK_INTERVAL_S
+
+
+class _Question(NamedTuple):
+    """The last question to a node."""
+
+    at_s: float
+    sequence: int  # of its announcement then
+
+
 class NodeReports:
     """The newest report of each node by peer id, in `reports`; kept fresh by `run`."""
 
     def __init__(
         self,
         host: Host,
+        directory: Directory,
         *,
-        listed: Callable[[], Iterable[Announcement]],
         is_seen: Callable[[], bool],
         on_change: Callable[[], None],
     ) -> None:
         self.reports: dict[str, Report] = {}
         self._host = host
-        self._listed = listed
+        self._directory = directory
         self._is_seen = is_seen
         self._on_change = on_change
-        self._asked_s: dict[str, float] = {}
+        self._asked: dict[str, _Question] = {}
         self._counted: dict[str, tuple[float, int]] = {}  # when, and tokens until then
         self._waiting: set[str] = set()
 
     async def run(self) -> None:
-        """Asks the nodes in turn until cancelled."""
+        """Asks the nodes in turn, first those with news, until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                due = self._next_due()
-                if due is not None and len(self._waiting) < QUESTIONS_WAITING_MAX:
-                    self._asked_s[due.peer_id] = trio.current_time()
+                version, due = self._directory.version, self._next_due()
+                if due is None:
+                    with trio.move_on_after(IDLE_PAUSE_S):
+                        await self._directory.wait_changed(version)
+                    continue
+                if len(self._waiting) < QUESTIONS_WAITING_MAX:
+                    self._asked[due.peer_id] = _Question(trio.current_time(), due.sequence)
                     self._waiting.add(due.peer_id)
                     # Whoever comes back has other addresses than before.
                     self._host.learn(due.peer_id, due.addresses)
                     nursery.start_soon(self.ask, due.peer_id)
-                await trio.sleep(IDLE_PAUSE_S if due is None else 1 / QUESTIONS_PER_S_MAX)
+                await trio.sleep(1 / QUESTIONS_PER_S_MAX)
 
     async def ask(self, peer_id: str) -> None:
         """Asks one node; its report is new then, whatever came of it."""
@@ -149,19 +186,24 @@ class NodeReports:
         self._on_change()
 
     def _next_due(self) -> Announcement | None:
-        """The node that has waited longest for its turn, if it is time; forgets those gone."""
-        interval_s = ASK_INTERVAL_S if self._is_seen() else ASK_INTERVAL_UNSEEN_S
-        announced = {announcement.peer_id: announcement for announcement in self._listed()}
-        listed = announced.keys()
-        for known in (self.reports, self._asked_s, self._counted):
-            for peer_id in known.keys() - listed:
+        """The node whose turn came first, if one's has come; forgets those gone."""
+        announced = {each.peer_id: each for each in self._directory.all()}
+        for known in (self.reports, self._asked, self._counted):
+            for peer_id in known.keys() - announced.keys():
                 del known[peer_id]
-        idle = listed - self._waiting
-        if not idle:
+        is_seen = self._is_seen()
+
+        def due_s(peer_id: str) -> float:
+            asked = self._asked.get(peer_id)
+            if asked is None:
+                return -math.inf
+            report = self.reports.get(peer_id)
+            return asked.at_s + pause_s(announced[peer_id], asked.sequence, report, is_seen=is_seen)
+
+        first = min(announced.keys() - self._waiting, key=due_s, default=None)
+        if first is None or due_s(first) > trio.current_time():
             return None
-        due = min(idle, key=lambda peer_id: self._asked_s.get(peer_id, -1.0))
-        is_time = trio.current_time() - self._asked_s.get(due, -1e9) >= interval_s
-        return announced[due] if is_time else None
+        return announced[first]
 
     def _rate(self, peer_id: str, now_s: float, n_tokens: int) -> float:
         """Tokens per second since the last answer; a counter that fell was started anew."""

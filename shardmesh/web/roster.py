@@ -8,6 +8,7 @@ back, says goodbye, or its time is over.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -62,7 +63,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Node:
-    """One listener as it is shown."""
+    """One listener as it is shown; the same object from look to look while nothing changes."""
 
     announcement: Announcement
     report: Report | None  # None: not asked yet
@@ -86,6 +87,16 @@ class Node:
             "busy",
             "suspect",
         )
+
+    @functools.cached_property
+    def replica(self) -> Replica:
+        """The node as the chooser of chains sees it, loaded only if it can serve now."""
+        return dataclasses.replace(replica_of(self.announcement), shard_loaded=self.serves)
+
+    @functools.cached_property
+    def json(self) -> dict[str, Any]:
+        """The node in the state document; not to be changed."""
+        return json_of(self)
 
 
 class Change(NamedTuple):
@@ -116,16 +127,22 @@ def look(
         state = state_of(announcement, report, is_busy=peer_id in busy)
         known = before.get(peer_id)
         same = known is not None and known.state == state
-        after[peer_id] = Node(
+        node = Node(
             announcement=announcement,
             report=report,
             state=state,
             since_s=known.since_s if known is not None and same else now_s,
         )
+        after[peer_id] = known if known is not None and _is_unchanged(known, node) else node
     lost = [n for p, n in before.items() if p not in after and p not in left]
     for node in _still_shown(lost, now_s):
         after[node.announcement.peer_id] = node
     return after
+
+
+def _is_unchanged(known: Node, node: Node) -> bool:
+    same = known.announcement is node.announcement and known.report is node.report
+    return same and known.state == node.state
 
 
 def state_of(announcement: Announcement, report: Report | None, *, is_busy: bool = False) -> str:
@@ -156,7 +173,9 @@ def changes_between(before: Roster, after: Roster, *, left: Collection[str] = ()
     """The events between two looks."""
     told: list[Change] = []
     for peer_id, node in after.items():
-        told += _node_changes(before.get(peer_id), node)
+        known = before.get(peer_id)
+        if known is not node:
+            told += _node_changes(known, node)
     for peer_id, node in before.items():
         if peer_id not in after and peer_id in left and not node.is_offline:
             told.append(Change("node.left", describe(node), "it said goodbye"))
@@ -245,13 +264,8 @@ def describe(node: Node) -> dict[str, Any]:
 
 def gaps(roster: Roster) -> dict[tuple[str, str], list[tuple[int, int]]]:
     """Layer ranges that nobody serves, by (model name, manifest digest)."""
-    found = models_of(r for node in roster.values() if (r := serving_replica(node)).n_layer > 0)
+    found = models_of(n.replica for n in roster.values() if n.replica.n_layer > 0)
     return {key: missing_layers(replicas) for key, replicas in found.items()}
-
-
-def serving_replica(node: Node) -> Replica:
-    """A node as the chooser of chains sees it, loaded only if it can serve now."""
-    return dataclasses.replace(replica_of(node.announcement), shard_loaded=node.serves)
 
 
 def json_of(node: Node) -> dict[str, Any]:

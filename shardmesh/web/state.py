@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from shardmesh.web.roster import Node, Roster, gaps, json_of
+from shardmesh.web.roster import Node, Roster, gaps
 
 Json = dict[str, Any]
 
@@ -43,7 +43,7 @@ def nodes_json(roster: Roster) -> dict[str, Json]:
     """All nodes; names that several have are marked, so that the page tells them apart."""
     names = Counter(node.name for node in roster.values() if node.name)
     return {
-        peer_id: json_of(node) | ({"name_clash": True} if names[node.name] > 1 else {})
+        peer_id: node.json | ({"name_clash": True} if names[node.name] > 1 else {})
         for peer_id, node in roster.items()
     }
 
@@ -54,9 +54,8 @@ def models_json(roster: Roster) -> dict[str, Json]:
     models: dict[str, Json] = {}
     for (name, digest), missing in sorted(gaps(roster).items()):
         nodes = [n for n in roster.values() if n.announcement.manifest_digest == digest]
-        serving = [n for n in nodes if n.serves]
         first = nodes[0].announcement
-        fingerprints = {n.announcement.engine_fingerprint for n in serving}
+        fingerprints = {n.announcement.engine_fingerprint for n in nodes if n.serves}
         models[digest] = {
             "name": name,
             "n_layer": first.total_layers,
@@ -64,19 +63,19 @@ def models_json(roster: Roster) -> dict[str, Json]:
             "missing": [list(gap) for gap in missing],
             "complete": not missing,
             "exact": len(fingerprints) <= 1,
-            "shards": _shards_json(nodes, serving),
+            "shards": _shards_json(nodes),
         }
     return models
 
 
-def _shards_json(nodes: list[Node], serving: list[Node]) -> dict[str, Json]:
+def _shards_json(nodes: list[Node]) -> dict[str, Json]:
     shards: dict[str, Json] = {}
     for node in nodes:
         a = node.announcement
         shard = shards.setdefault(str(a.shard_id), {"n_serving": 0})
         if a.layer_end > a.layer_start:
             shard |= {"layer_start": a.layer_start, "layer_end": a.layer_end}
-        shard["n_serving"] += node in serving
+        shard["n_serving"] += node.serves
     return shards
 
 

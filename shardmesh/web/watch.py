@@ -14,7 +14,7 @@ from shardmesh.web.roster import Node, Report, changes_between, look
 LOOK_INTERVAL_S = 5.0
 """An announcement that expires changes nothing in the directory, so look by the clock too."""
 
-LOOK_PAUSE_S = 0.05
+LOOK_PAUSE_S = 0.03
 """Changes of so long are seen together: a mesh of 200 nodes that reports is looked at once."""
 
 

@@ -207,3 +207,22 @@ class DirectoryResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     announcements: Annotated[
         tuple[SignedAnnouncement, ...], msgspec.Meta(max_length=DIRECTORY_ENTRIES_MAX)
     ]
+
+
+DIRECTORY_NEWS_PROTOCOL: Final = "/shardmesh/directory-news/1.0"
+
+
+class DirectoryFollow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Asks a directory to tell all that it knows, and from then on what changes."""
+
+    cluster: Name
+
+
+class DirectoryNews(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is new since the last news of the same stream; empty as a sign of life."""
+
+    announcements: Annotated[
+        tuple[SignedAnnouncement, ...], msgspec.Meta(max_length=DIRECTORY_ENTRIES_MAX)
+    ]
+    gone: Annotated[tuple[Name, ...], msgspec.Meta(max_length=DIRECTORY_ENTRIES_MAX)]
+    """Peer ids of nodes told of before that cannot be reached, or whose time is over."""

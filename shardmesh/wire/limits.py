@@ -270,6 +270,18 @@ DIRECTORY_RESPONSE_BYTES_MAX: Final = (DIRECTORY_ENTRIES_MAX + 1) * ANNOUNCEMENT
 DIRECTORY_PULL_INTERVAL_S: Final = 5.0
 """A neighbour's directory is asked for this often, so that what was missed comes in."""
 
+DIRECTORY_NEWS_INTERVAL_S: Final = 0.03
+"""Changes of so long are told together: a page is to show within 300 ms what happened."""
+
+DIRECTORY_NEWS_HEARTBEAT_S: Final = 5.0
+"""A directory that is followed says something at least this often."""
+
+DIRECTORY_NEWS_SILENCE_MAX_S: Final = 15.0
+"""After three heartbeats missed another neighbour's directory is followed."""
+
+DIRECTORY_FOLLOW_PAUSE_S: Final = 0.5
+"""Before another neighbour is tried whose directory can be followed."""
+
 DIRECT_CONNECTIONS_MAX: Final = 32
 """Listeners that a listener connects with without a request."""
 

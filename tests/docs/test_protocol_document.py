@@ -139,6 +139,7 @@ def test_every_command_is_described() -> None:
 @pytest.mark.parametrize(
     "protocol",
     [
+        announcement.DIRECTORY_NEWS_PROTOCOL,
         announcement.DIRECTORY_PROTOCOL,
         cluster_update.CLUSTER_PROTOCOL,
         commands.JSON_PROTOCOL,

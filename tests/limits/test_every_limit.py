@@ -22,6 +22,7 @@ PACES = {
     "DHT_QUERY_TIMEOUT_S": "handed to the library",
     "DHT_PROVIDERS_MAX": "how many we ask the library for",
     "DIAL_STAGGER_S": "a head start",
+    "DIRECTORY_FOLLOW_PAUSE_S": "how often we try",
     "DIRECTORY_PULL_INTERVAL_S": "how often we ask",
     "DIRECT_CONNECTIONS_MAX": "how many we dial without need",
     "DIAL_BACKS_MAX": "how many we dial at once; the others wait, and requests are bounded",

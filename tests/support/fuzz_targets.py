@@ -18,6 +18,8 @@ from shardmesh.shards.publication import open_publication
 from shardmesh.shards.store import layers_of
 from shardmesh.wire.announcement import (
     Announcement,
+    DirectoryFollow,
+    DirectoryNews,
     DirectoryRequest,
     DirectoryResponse,
     check_timely,
@@ -74,6 +76,11 @@ def parse_announcement(data: bytes) -> None:
 def parse_directory(data: bytes) -> None:
     kind = DirectoryRequest if data[:1] == b"\xa3" else DirectoryResponse
     decode_cbor(data, kind)
+
+
+def parse_directory_news(data: bytes) -> None:
+    """What comes over the protocol of news, to either side."""
+    decode_cbor(data, DirectoryNews if b"gone" in data else DirectoryFollow)
 
 
 def parse_agreement(data: bytes) -> None:
@@ -148,6 +155,7 @@ TARGETS: dict[str, Target] = {
     "announcement": parse_announcement,
     "signed": lambda data: void(open_signed(data)),
     "directory": parse_directory,
+    "directory_news": parse_directory_news,
     "command": lambda data: void(decode_command(data)),
     "response": lambda data: void(decode_response(data)),
     "agreement": parse_agreement,

@@ -14,11 +14,12 @@ import trio.testing
 from support.announcements import CLUSTER, capabilities
 
 from shardmesh.errors import InputError
+from shardmesh.swarm.announcing import Offer
 from shardmesh.swarm.dht import Dht, open_dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
-from shardmesh.swarm.membership import Membership, Offer
+from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.neighbours import pauses_s
 
 

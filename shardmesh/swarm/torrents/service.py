@@ -72,6 +72,8 @@ class FileService:
         self._downloads: dict[Path, Download] = {}
         self._seeder = Seeder(torrents, library, self._is_downloading)
         self._backs_off = False
+        self.on_download: Callable[[], None] = lambda: None
+        """Called when a download begins and when it is over."""
         serve_torrents(host, torrents, self._publication_of, self._sources.learn)
 
     # -- what can be seen ----------------------------------------------------------------------
@@ -173,9 +175,11 @@ class FileService:
             raise download.error
 
     async def _run(self, download: Download) -> None:
+        self.on_download()
         await self._seeder.release(download.file.info_hash)
         await download.run(self._host, self._torrents, self._sources, self._check_room)
         self._seeder.look_now()
+        self.on_download()
 
     def _forget_old(self) -> None:
         over = [path for path, download in self._downloads.items() if download.done.is_set()]
