@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import psutil
 
@@ -22,6 +22,9 @@ from shardmesh.wire.limits import MIB
 from shardmesh.wire.node_identity import NodeIdentity
 
 Json = dict[str, Any]
+
+ADDRESSES_KEPT_S: Final = 1.0
+"""The node's own addresses are not looked up more often."""
 
 
 class HostView(Protocol):
@@ -50,6 +53,7 @@ class NodeFacts:
     round_trips_ms: Callable[[], Mapping[str, float | None]] = dict
     started_s: float = dataclasses.field(default_factory=time.monotonic)
     started_at_s: float = dataclasses.field(default_factory=time.time)
+    _kept: list[tuple[float, list[str]]] = dataclasses.field(default_factory=list)
 
     def info(self) -> Json:
         """Who this is."""
@@ -62,10 +66,29 @@ class NodeFacts:
             "kind": self.kind,
             "version": shardmesh.__version__,
             "cluster": self.cluster,
-            "addresses": self.host.addresses(),
+            "addresses": self._addresses(),
             "started_at_s": round(self.started_at_s, 3),
             "uptime_s": round(time.monotonic() - self.started_s, 3),
         }
+
+    def status(self) -> Json:
+        """How it is doing."""
+        return {
+            "id": self.host.peer_id,
+            "name": self.identity.name,
+            "kind": self.kind,
+            "uptime_s": round(time.monotonic() - self.started_s, 3),
+            "n_connections": len(self.host.connected()),
+            "n_nodes": len(self.announcements()),
+            **self.own_status(),
+        }
+
+    def _addresses(self) -> list[str]:
+        """Finding them asks the system for its networks, and takes longer than all the rest."""
+        now_s = time.monotonic()
+        if not self._kept or now_s - self._kept[-1][0] > ADDRESSES_KEPT_S:
+            self._kept[:] = [(now_s, self.host.addresses())]
+        return self._kept[-1][1]
 
     def own_announcement(self) -> Announcement | None:
         """What this node announces; None for a gateway, which serves no shard."""

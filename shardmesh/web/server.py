@@ -10,20 +10,17 @@ from typing import Any
 
 import hypercorn
 import trio
-from hypercorn.events import Closed, RawData
-from hypercorn.events import Event as HttpEvent
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 
 from shardmesh.errors import InputError
+from shardmesh.web.connection import Connection
 from shardmesh.wire.limits import (
     HTTP_CONNECTIONS_MAX,
     HTTP_HEADER_BYTES_MAX,
     HTTP_KEEP_ALIVE_S,
     WEBSOCKET_MESSAGE_BYTES_MAX,
-    WRITE_TIMEOUT_S,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,7 +88,7 @@ async def serve_app(app: Any, sockets: Sequence[socket.socket]) -> None:
             return
         n_open += 1
         try:
-            await _Connection(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+            await Connection(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         except Exception:
             # One connection's defect must not end the others.
             logger.exception("a connection failed")
@@ -103,27 +100,6 @@ async def serve_app(app: Any, sockets: Sequence[socket.socket]) -> None:
         await trio.serve_listeners(serve_one, listeners)
     finally:
         await context.terminated.set()
-
-
-class _Connection(TCPServer):
-    """Hypercorn's connection, except that nobody is waited for who is gone or does not read."""
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        await self.idle_task.stop()  # else it holds the place of the connection until it is over
-
-    async def protocol_send(self, event: HttpEvent) -> None:
-        if not isinstance(event, RawData):
-            await super().protocol_send(event)
-            return
-        async with self.send_lock:
-            try:
-                with trio.fail_after(WRITE_TIMEOUT_S):
-                    await self.stream.send_all(event.data)
-                return
-            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-                await trio.aclose_forcefully(self.stream)
-        await self.protocol.handle(Closed())
 
 
 def _configuration() -> hypercorn.Config:

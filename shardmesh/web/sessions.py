@@ -293,9 +293,10 @@ class SessionBoard:
         return {key: session.document() for key, session in self._sessions.items()}
 
     def _changed(self, *, is_new_work: bool) -> None:
-        finished = [key for key, session in self._sessions.items() if not session.is_running]
-        for key in finished[: max(0, len(finished) - SESSIONS_FINISHED_MAX)]:
-            del self._sessions[key]
+        if is_new_work:
+            finished = [key for key, session in self._sessions.items() if not session.is_running]
+            for key in finished[: max(0, len(finished) - SESSIONS_FINISHED_MAX)]:
+                del self._sessions[key]
         for tell in self._on_change:
             tell(is_new_work=is_new_work)
 

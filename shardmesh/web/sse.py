@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -44,7 +45,7 @@ class EventStream(Response):
     async def _answer(self, send: Send) -> None:
         async def send_event(value: Any) -> None:
             data = value.encode() if isinstance(value, str) else _encoder.encode(value)
-            async with self._turn:
+            async with at_once(self._turn):
                 await self._begin(send)
                 await send(_body(b"data: " + data + b"\n\n", more=True))
 
@@ -70,6 +71,19 @@ class EventStream(Response):
                 (b"x-accel-buffering", b"no"),
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+@asynccontextmanager
+async def at_once(lock: trio.Lock) -> AsyncIterator[None]:
+    """Holds a lock; if nobody else does, without waiting for the next turn of the loop."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 async def _send_error(send: Send, error: ShardmeshError) -> None:

@@ -106,14 +106,15 @@ def convert(value: Any, kind: type[T]) -> T:
         raise ProtocolError(f"message refused: {_brief(error)}") from error
 
 
+_PLAIN_TYPES = frozenset({str, bytes, int, bool, type(None)})
+
+
 def _check_plain(value: Any) -> None:
     """Raises ProtocolError for a value that JSON would not have either, bytes apart."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _check_plain(item)
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            if type(item) not in _PLAIN_TYPES:  # asked here: most are, and each frame has dozens
+                _check_plain(item)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ProtocolError("a number is not finite", code="BAD_CBOR")
