@@ -155,6 +155,7 @@ def _batch(n_tokens: int) -> tuple[HiddenBatch, bytes]:
         embed=False,
         branch=0,
         check=b"",
+        scored=(),
         timings=(),
     )
     return message, bytes(4 * n_tokens * N_EMBD)

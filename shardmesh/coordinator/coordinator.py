@@ -55,6 +55,10 @@ class Completion:
     items: AsyncIterator[Piece | Finished]
     tokenizer: Tokenizer  # until the block is left
     explanation: Explanation | None = None  # why the chain was chosen
+    prompt: Sequence[int] = ()  # its tokens
+    prompt_scores: Sequence[
+        Sampled
+    ] = ()  # of those behind the first, when asked for: once text comes
     can_roll_back: bool = True  # False: this architecture allows neither drafts nor reused prompts
 
     @property
@@ -139,7 +143,9 @@ class Coordinator:
                 prefix=prefix_of(prompt, request, model.manifest, self._prefix_secret),
             )
             finder = self._finder(wish, request.wait_s)
-            is_due, results = self.auditor.is_due(), list[Sampled]()
+            scores, results = list[Sampled](), list[Sampled]()
+            # With more rows of output the last bits may be others than an audit's.
+            is_due = self.auditor.is_due() and not request.score_prompt
             n_drafts = request.n_drafts if model.manifest.can_roll_back else 0
             async with (
                 open_draft_model(request.draft_model, model.tokenizer, n_drafts) as ask_model,
@@ -156,6 +162,7 @@ class Coordinator:
                     given=request.given,
                     n_drafts=n_drafts,
                     ask_model=ask_model,
+                    scores=scores if request.score_prompt else None,
                     started_s=started_s,
                 )
                 noted = _noting(items, results)
@@ -166,6 +173,8 @@ class Coordinator:
                         noted,
                         model.tokenizer,
                         linked.explanation,
+                        prompt,
+                        scores,
                         model.manifest.can_roll_back,
                     )
                 finally:

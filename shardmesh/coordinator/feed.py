@@ -54,26 +54,28 @@ class Feed:
         self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
         self.n_sent = 0
         for piece in pieces:
-            self._keep(self._batch(piece, sample=False, embed=False, check=b""))
+            self._keep(self._batch(piece, sample=False))
         self.n_done = self.n_compared = self.n_sent
 
-    def add(self, tokens: Sequence[int], *, sample: bool, embed: bool) -> None:
+    def add(
+        self, tokens: Sequence[int], *, sample: bool, embed: bool, scored: Sequence[int] = ()
+    ) -> None:
         """What comes next is known; raises what the link's `send` raises.
 
         If it was guessed it is on its way already.
         """
         if self._guesses:
-            if list(tokens) == [self._guesses[0]] and sample and not embed:
+            if list(tokens) == [self._guesses[0]] and sample and not (embed or scored):
                 self._guesses.popleft()
                 return
             self.take_back()
-        self._send(tokens, sample=sample, embed=embed, check=b"")
+        self._send(self._batch(tokens, sample=sample, embed=embed, scored=scored))
 
     def guess(self, token: int) -> None:
         """Sends a guess of what comes next; raises what the link's `send` raises."""
         self._guesses.append(token)
         check = draft_check(self.draft_key, self.n_sent, token)
-        self._send([token], sample=True, embed=False, check=check)
+        self._send(self._batch([token], sample=True, check=check))
 
     def take_back(self) -> None:
         """Drops the guesses; what is sent next takes their place on every stage."""
@@ -95,6 +97,7 @@ class Feed:
             and done.position == asked.position
             and done.n_tokens == len(asked.tokens)
             and asked.sample == (done.sampled is not None)
+            and asked.scored == tuple(score.token for score in done.scores)
         )
         if not fits:
             raise ProtocolError("a result is not the one that was asked for")
@@ -135,8 +138,7 @@ class Feed:
             )
         self.n_compared += done.n_tokens
 
-    def _send(self, tokens: Sequence[int], *, sample: bool, embed: bool, check: bytes) -> None:
-        batch = self._batch(tokens, sample=sample, embed=embed, check=check)
+    def _send(self, batch: TokenBatch) -> None:
         self._due.append(batch)
         self._keep(batch)
 
@@ -145,7 +147,13 @@ class Feed:
         self.outgoing.add(batch.position, len(batch.tokens), batch)
 
     def _batch(
-        self, tokens: Sequence[int], *, sample: bool, embed: bool, check: bytes
+        self,
+        tokens: Sequence[int],
+        *,
+        sample: bool,
+        embed: bool = False,
+        check: bytes = b"",
+        scored: Sequence[int] = (),
     ) -> TokenBatch:
         return TokenBatch(
             session=self._session_id,
@@ -156,6 +164,7 @@ class Feed:
             embed=embed,
             branch=self._branch,
             check=check,
+            scored=tuple(scored),
         )
 
 

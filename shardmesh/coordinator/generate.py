@@ -54,23 +54,35 @@ class Finished:
     timings: Timings
 
 
-async def prefill(session: Session, tokens: Sequence[int]) -> BatchDone:
+async def prefill(
+    session: Session, tokens: Sequence[int], scores: list[Sampled] | None = None
+) -> BatchDone:
     """Sends a prompt in pieces, several under way at once; the result of the last one.
 
-    What the session holds already is left out.  Raises what the session's `send` and `receive`
+    What the session holds already is left out.  `scores` is filled with how likely each token is
+    that stands behind a token which was sent here.  Raises what the session's `send` and `receive`
     raise.
     """
+
+    async def receive() -> BatchDone:
+        done = await session.receive()
+        if scores is not None:
+            scores.extend(done.scores)
+        return done
+
     pieces = list(pieces_of(tokens, session.n_sent))
     n_in_flight = 0
     for number, piece in enumerate(pieces):
         if n_in_flight == N_BATCHES_IN_FLIGHT_MAX:
-            await session.receive()
+            await receive()
             n_in_flight -= 1
-        session.send(piece, sample=number == len(pieces) - 1)
+        behind = session.n_sent + 1
+        scored = () if scores is None else tokens[behind : behind + len(piece)]
+        session.send(piece, sample=number == len(pieces) - 1, scored=scored)
         n_in_flight += 1
     for _ in range(n_in_flight - 1):
-        await session.receive()
-    return await session.receive()
+        await receive()
+    return await receive()
 
 
 async def generate(
@@ -85,6 +97,7 @@ async def generate(
     given: Sequence[int] = (),
     n_drafts: int | None = 0,
     ask_model: Ask | None = None,
+    scores: list[Sampled] | None = None,
     started_s: float | None = None,
 ) -> AsyncGenerator[Piece | Finished, None]:
     """The text that follows a prompt, as it comes; a Finished is the last item.
@@ -92,6 +105,7 @@ async def generate(
     Of a text that was begun elsewhere, `given` are the tokens so far, and what comes is the rest.
     `n_drafts` tokens are guessed ahead at most, or as many as pay (None).
     `ask_model` has a draft model guess where the text says nothing.
+    `scores` is filled with how likely the prompt's tokens are, before the first item comes.
     Raises what the session raises.  Leaves the session open, with the prompt and the tokens so far;
     left early, it may be computing the last one.
     """
@@ -115,7 +129,7 @@ async def generate(
             timings, n_drafts=drafter.n_guessed, n_drafts_right=drafter.n_right
         )
 
-    done = await catch_up(session, given, await prefill(session, prompt))
+    done = await catch_up(session, given, await prefill(session, prompt, scores))
     reason: FinishReason = "length"
     for n_so_far in range(len(given) + 1, n_tokens_max + 1):
         sampled = done.sampled

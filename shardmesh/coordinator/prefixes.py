@@ -66,7 +66,7 @@ def prefix_of(
 
     `secret` is the coordinator's, 32 bytes.
     """
-    if not (request.reuse_prefix and manifest.can_roll_back):
+    if request.score_prompt or not (request.reuse_prefix and manifest.can_roll_back):
         return None
     key = asker_key(
         secret,

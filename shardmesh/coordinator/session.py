@@ -120,14 +120,22 @@ class Session:
             await self._repair(broken, everyone)
         self._is_open = True
 
-    def send(self, tokens: Sequence[int], *, sample: bool, embed: bool = False) -> None:
+    def send(
+        self,
+        tokens: Sequence[int],
+        *,
+        sample: bool,
+        embed: bool = False,
+        scored: Sequence[int] = (),
+    ) -> None:
         """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`.
 
-        Has the result asked for only, if it was guessed and sent before.
+        Has the result asked for only, if it was guessed and sent before.  The result says how
+        likely the `scored` tokens are, which stand behind the first rows.
         """
         self._stepped_s = trio.current_time()
         with self._noticed_later():
-            self._feed.add(tokens, sample=sample, embed=embed)
+            self._feed.add(tokens, sample=sample, embed=embed, scored=scored)
 
     def guess(self, token: int) -> None:
         """Sends what may be the next token, ahead of the result that will tell.

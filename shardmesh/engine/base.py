@@ -80,6 +80,7 @@ class MicroBatch:
     sample: bool = False  # the last stage samples after the last row
     want_logits: bool = False  # the last stage gives the logits of the last row
     want_embedding: bool = False  # the last stage gives what stands for the text of these rows
+    scored: tuple[int, ...] = ()  # tokens behind the first rows; the last stage says how likely
 
     @property
     def n_tokens(self) -> int:
@@ -105,13 +106,14 @@ class Output:
 
     `hidden` (n_tokens, n_embd) on stages before the last; `sampled` and `logits` (n_vocab,) on
     the last, as far as they were asked for; so is `embedding` (n_embd_out,), pooled from the rows
-    as the model says, or its last row.
+    as the model says, or its last row.  `scores` are of the tokens that the micro-batch asks about.
     """
 
     hidden: Hidden | None = None
     sampled: SampledToken | None = None
     logits: npt.NDArray[np.float32] | None = None
     embedding: npt.NDArray[np.float32] | None = None
+    scores: tuple[SampledToken, ...] = ()
 
 
 class Engine(Protocol):

@@ -157,9 +157,14 @@ class FakeEngine:
         if not self._info.is_last:
             hidden = np.frombuffer(b"".join(rows), dtype=np.float32)
             return Output(hidden=hidden.reshape(len(rows), self._info.n_embd).copy())
+        n_top = state.sampling.n_top_logprobs if state.sampling else 0
+        scores = tuple(
+            describe_choice(self._logits(row), token, n_top)
+            for row, token in zip(rows, micro.scored, strict=False)
+        )
         logits = self._logits(rows[-1])
         sampled = self._sample(logits, state) if micro.sample else None
-        return Output(sampled=sampled, logits=logits if micro.want_logits else None)
+        return Output(sampled=sampled, logits=logits if micro.want_logits else None, scores=scores)
 
     def _input_rows(self, micro: MicroBatch) -> list[bytes]:
         if micro.hidden is not None:

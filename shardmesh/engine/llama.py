@@ -20,6 +20,7 @@ from shardmesh.engine.base import (
     EngineOptions,
     MicroBatch,
     Output,
+    SampledToken,
     SamplingSettings,
 )
 from shardmesh.engine.llama_batch import LlamaBatch
@@ -267,19 +268,30 @@ class LlamaEngine:
                 return [Output(hidden=rows) for rows in np.split(hidden, ends[:-1])]
         return [self._finish(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
 
+    def _scores(self, micro: MicroBatch, first_row: int) -> tuple[SampledToken, ...]:
+        """How likely the tokens are that follow the first rows of a micro-batch."""
+        n_top = self._samplers[micro.sequence].settings.n_top_logprobs if micro.scored else 0
+        return tuple(
+            describe_choice(self._logits(row), token, n_top)
+            for row, token in enumerate(micro.scored, start=first_row)
+        )
+
     def _finish(self, micro: MicroBatch, row: int) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""
         if micro.want_embedding:
             return Output(embedding=self._embedding(micro.sequence, row))
+        scores = self._scores(micro, row + 1 - micro.n_tokens)
         if not (micro.sample or micro.want_logits):
-            return Output()
+            return Output(scores=scores)
         logits = self._logits(row)
         sampled = None
         if micro.sample:
             sampler = self._samplers[micro.sequence]
             token = sampler.sample(self._context, row)
             sampled = describe_choice(logits, token, sampler.settings.n_top_logprobs)
-        return Output(sampled=sampled, logits=logits.copy() if micro.want_logits else None)
+        return Output(
+            sampled=sampled, logits=logits.copy() if micro.want_logits else None, scores=scores
+        )
 
     def _check_embeddings(self, batch: Sequence[MicroBatch]) -> None:
         """Raises InputError (theirs) for what the model's kind of pooling cannot do."""

@@ -42,7 +42,7 @@ class LlamaBatch:
     def fill(self, micros: Sequence[MicroBatch], *, output_all: bool) -> Any:
         """The struct for `llama_decode`, valid until the next fill.
 
-        `output_all`: every row is an output; else the last of each, if something is wanted of it.
+        `output_all`: every row is an output; else those that something is wanted of.
         """
         first, positions = 0, []
         for micro in micros:
@@ -53,6 +53,7 @@ class LlamaBatch:
                 self._hidden[first:end, : micro.hidden.shape[1]] = micro.hidden
             self._sequences[first:end] = micro.sequence
             self._is_output[first:end] = output_all
+            self._is_output[first : first + len(micro.scored)] = True
             if micro.sample or micro.want_logits:
                 self._is_output[end - 1] = True
             positions.append(np.arange(micro.position, micro.position + micro.n_tokens))

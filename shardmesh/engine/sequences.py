@@ -122,11 +122,13 @@ class SequenceTable:
             _check_hidden(micro.hidden, self._info)
         if micro.n_tokens == 0:
             raise InputError("a micro-batch has at least one token")
+        _check_scored(micro, self._info)
 
     def _check_sequence(self, micro: MicroBatch, n_before: int) -> None:
         """`n_before`: rows of the same sequence earlier in this batch."""
         held = self._opened(micro.sequence)
-        if micro.sample and self._info.is_last and not held.can_sample:
+        is_sampled = micro.sample or bool(micro.scored)
+        if is_sampled and self._info.is_last and not held.can_sample:
             raise InputError(f"sequence {micro.sequence} was opened without sampling settings")
         if held.is_damaged:
             raise InputError(
@@ -150,6 +152,15 @@ def _check_tokens(tokens: tuple[int, ...], info: EngineInfo) -> None:
     if not info.is_first:
         raise InputError("a stage after the first takes hidden states, not tokens")
     if tokens and not (min(tokens) >= 0 and max(tokens) < info.n_vocab):
+        raise InputError(f"a token is not in the vocabulary of {info.n_vocab}")
+
+
+def _check_scored(micro: MicroBatch, info: EngineInfo) -> None:
+    if len(micro.scored) > micro.n_tokens:
+        raise InputError(f"{len(micro.scored)} tokens cannot follow {micro.n_tokens} rows")
+    if micro.scored and micro.want_embedding:
+        raise InputError("a micro-batch gives either an embedding or log-probabilities")
+    if info.is_last and micro.scored and max(micro.scored) >= info.n_vocab:
         raise InputError(f"a token is not in the vocabulary of {info.n_vocab}")
 
 

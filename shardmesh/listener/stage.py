@@ -347,6 +347,7 @@ class Stage:
             tokens=message.tokens,
             sample=message.sample,
             want_embedding=message.embed,
+            scored=message.scored,
         )
         try:
             self._enqueue(session, link, batch, message)
@@ -370,6 +371,7 @@ class Stage:
                 hidden=hidden_of(session, message, body),
                 sample=message.sample,
                 want_embedding=message.embed,
+                scored=message.scored,
             )
             self._enqueue(session, link, batch, message)
         except InputError as error:

@@ -9,7 +9,14 @@ from typing import Literal
 
 import trio
 
-from shardmesh.engine.base import EngineInfo, Hidden, MicroBatch, Output, SamplingSettings
+from shardmesh.engine.base import (
+    EngineInfo,
+    Hidden,
+    MicroBatch,
+    Output,
+    SampledToken,
+    SamplingSettings,
+)
 from shardmesh.errors import BusyError, InputError, ProtocolError, ShardmeshError
 from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
@@ -241,6 +248,7 @@ def result_message(
             embed=batch.want_embedding,
             branch=work.branch,
             check=work.check,
+            scored=batch.scored,
         )
         return hidden_batch, body
     chosen = output.sampled
@@ -249,11 +257,16 @@ def result_message(
         epoch=session.epoch,
         position=batch.position,
         n_tokens=batch.n_tokens,
-        sampled=None if chosen is None else Sampled(**dataclasses.asdict(chosen)),
+        sampled=None if chosen is None else _sampled(chosen),
         timings=timings,
         embedding=b"" if output.embedding is None else output.embedding.astype("<f4").tobytes(),
+        scores=tuple(_sampled(score) for score in output.scores),
     )
     return done, b""
+
+
+def _sampled(token: SampledToken) -> Sampled:
+    return Sampled(token=token.token, logprob=token.logprob, top_logprobs=token.top_logprobs)
 
 
 def failure_message(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -112,16 +113,24 @@ class CompletionAnswer:
     async def _run(self, number: int, say: Say) -> Outcome:
         request, body = self._requests[number], self._body
         notes = CompletionLogprobs(body.logprobs) if body.logprobs is not None else None
+        echoed: list[Completion] = []  # whose prompt waits for its log-probabilities
 
         async def start(completion: Completion) -> None:
             self._model = completion.chain.stages[0].model_name
-            if body.echo:
+            if request.score_prompt:
+                echoed.append(completion)
+            elif body.echo:
                 await say(_echo(request, completion.tokenizer), None)
 
         async def pass_on(piece: Piece, tokenizer: Tokenizer) -> None:
-            if notes is not None and piece.token is not None:
+            text = "" if body.max_tokens == 0 else piece.text
+            if notes is not None and echoed:
+                asked = echoed.pop()
+                text = (prompt := _echo(request, tokenizer)) + text
+                notes.add_prompt(prompt, asked.prompt, asked.prompt_scores, tokenizer)
+            if notes is not None and piece.token is not None and body.max_tokens != 0:
                 notes.add(piece.token, tokenizer)
-            await say(piece.text, notes.take() if notes is not None else None)
+            await say(text, notes.take() if notes is not None else None)
 
         outcome = await run_choice(
             self._gateway,
@@ -132,6 +141,8 @@ class CompletionAnswer:
             on_start=start,
             on_piece=pass_on,
         )
+        if body.max_tokens == 0:
+            outcome = dataclasses.replace(outcome, reason="length", n_tokens=0)
         self._outcomes[number] = outcome
         return outcome
 

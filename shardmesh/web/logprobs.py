@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shardmesh.engine.tokenizer import Tokenizer
@@ -30,24 +31,46 @@ class CompletionLogprobs:
         self._offset = offset
         self._lists = _empty()
 
+    def add_prompt(
+        self, text: str, tokens: Sequence[int], scores: Sequence[Sampled], tokenizer: Tokenizer
+    ) -> None:
+        """Notes a prompt before its answer; nothing comes before its first token, so that it has
+        no log-probability."""
+        pieces = [tokenizer.piece(token).decode("utf-8", "replace") for token in tokens]
+        # Some tokenizers put a space before a text; some tokens have no text.
+        offset = len(text) - sum(map(len, pieces))
+        self._lists["tokens"].append(_shown(tokens[0], tokenizer))
+        self._lists["token_logprobs"].append(None)
+        self._lists["top_logprobs"].append(None)
+        for score in scores:
+            self._note(score, tokenizer)
+        for piece in pieces:
+            self._lists["text_offset"].append(max(0, offset))
+            offset += len(piece)
+        self._offset = len(text)
+
     def add(self, token: Sampled, tokenizer: Tokenizer) -> None:
         """Notes one more token."""
-        text = tokenizer.piece(token.token, show_special=True).decode("utf-8", "replace")
-        self._lists["tokens"].append(text)
-        self._lists["token_logprobs"].append(token.logprob)
-        self._lists["top_logprobs"].append(
-            {
-                tokenizer.piece(other, show_special=True).decode("utf-8", "replace"): logprob
-                for other, logprob in token.top_logprobs[: self._n_top]
-            }
-        )
+        self._note(token, tokenizer)
         self._lists["text_offset"].append(self._offset)
-        self._offset += len(text)
+        self._offset += len(_shown(token.token, tokenizer))
+
+    def _note(self, token: Sampled, tokenizer: Tokenizer) -> None:
+        self._lists["tokens"].append(_shown(token.token, tokenizer))
+        self._lists["token_logprobs"].append(token.logprob)
+        best = token.top_logprobs[: self._n_top]
+        self._lists["top_logprobs"].append(
+            {_shown(other, tokenizer): logprob for other, logprob in best}
+        )
 
     def take(self) -> dict[str, list[Any]]:
         """What was noted since the last time."""
         taken, self._lists = self._lists, _empty()
         return taken
+
+
+def _shown(token: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.piece(token, show_special=True).decode("utf-8", "replace")
 
 
 def _empty() -> dict[str, list[Any]]:

@@ -109,7 +109,12 @@ class CompletionBody(GenerationRequest):
         | Annotated[list[Text], Field(min_length=1, max_length=CHOICES_MAX)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=CHOICES_MAX)]
     )
-    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=TOKENS_ASKED_MAX)] | None = Field(
+        None, description="0 with `echo` only: nothing but the prompt is wanted."
+    )
+    echo: bool | None = Field(
+        None, description="The prompt comes first; its tokens are in `logprobs`, too."
+    )
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_OFFERED_MAX)] | None = None
 
     @property

@@ -62,8 +62,9 @@ def completion_requests(
     body: CompletionBody, fresh_seed: int, caller: str = ""
 ) -> list[CompletionRequest]:
     """A request for each choice, prompt by prompt; raises InputError (theirs)."""
-    if body.echo and body.logprobs is not None:
-        raise InputError("`echo` cannot be had together with `logprobs`")
+    if body.max_tokens == 0 and not body.echo:
+        raise InputError("`max_tokens` of 0 leaves nothing to answer without `echo`")
+    n_tokens_max = COMPLETION_TOKENS_DEFAULT if body.max_tokens is None else body.max_tokens
     sampling = sampling_of(
         body, fresh_seed, n_top_logprobs=body.logprobs or 0, grammar=body.grammar or ""
     )
@@ -73,10 +74,11 @@ def completion_requests(
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_tokens=() if isinstance(prompt, str) else tuple(prompt),
             model=body.model,
-            n_tokens_max=body.max_tokens or COMPLETION_TOKENS_DEFAULT,
+            n_tokens_max=max(1, n_tokens_max),
             stop=body.stops,
             sampling=sampling,
             ignore_end=body.ignore_eos,
+            score_prompt=bool(body.echo) and body.logprobs is not None,
             tenant=caller,
         )
         requests += _choices(base, body, len(requests))

@@ -52,6 +52,9 @@ PREFIX_PIECES_MAX: Final = 4096
 LOGIT_BIASES_MAX: Final = 1024
 """Entries of a logit bias; OpenAI allows 300."""
 
+SCORED_TOKENS_MAX: Final = 64
+"""Tokens of one micro-batch whose log-probabilities are given; pieces of a prompt have 32."""
+
 TOP_LOGPROBS_MAX: Final = 64
 """Alternatives reported for a token; OpenAI allows 20."""
 

@@ -27,6 +27,7 @@ from shardmesh.wire.limits import (
     MICRO_BATCH_TOKENS_MAX,
     PREFIX_PIECES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
+    SCORED_TOKENS_MAX,
     TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
 )
@@ -39,6 +40,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Tokens = Annotated[tuple[Token, ...], msgspec.Meta(min_length=1, max_length=MICRO_BATCH_TOKENS_MAX)]
+ScoredTokens = Annotated[tuple[Token, ...], msgspec.Meta(max_length=SCORED_TOKENS_MAX)]
+"""Known tokens whose log-probabilities are wanted: those behind the first rows, in order."""
+
 DraftKey = Annotated[bytes, msgspec.Meta(max_length=DRAFT_KEY_BYTES)]
 BranchStarts = Annotated[
     tuple[tuple[Count, Count], ...], msgspec.Meta(max_length=BRANCHES_TOLD_MAX)
@@ -220,6 +224,7 @@ class TokenBatch(_Message, frozen=True, tag="tokens"):
     embed: bool  # the last stage gives an embedding of these tokens
     branch: Count  # a higher one takes the place of all that came from `position` on
     check: Check  # of a draft: it counts only if the last stage sampled just this token
+    scored: ScoredTokens
 
 
 class HiddenBatch(_Message, frozen=True, tag="hidden"):
@@ -236,6 +241,7 @@ class HiddenBatch(_Message, frozen=True, tag="hidden"):
     embed: bool
     branch: Count
     check: Check
+    scored: ScoredTokens
 
 
 class Sampled(_Message, frozen=True):
@@ -258,6 +264,7 @@ class BatchDone(_Message, frozen=True, tag="done"):
     sampled: Sampled | None
     timings: Timings
     embedding: Annotated[bytes, msgspec.Meta(max_length=EMBEDDING_BYTES_MAX)]  # f32; empty
+    scores: Annotated[tuple[Sampled, ...], msgspec.Meta(max_length=SCORED_TOKENS_MAX)]
 
     def embedding_values(self) -> npt.NDArray[np.float32]:
         """The embedding (n_embd,); raises ProtocolError (theirs) unless it is finite numbers."""

@@ -55,6 +55,7 @@ def test_an_embedding_that_is_not_numbers_is_refused(data: bytes) -> None:
         sampled=None,
         timings=(),
         embedding=data,
+        scores=(),
     )
     with pytest.raises(ProtocolError):
         done.embedding_values()

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+import msgspec
 import pytest
 import trio
 from support.letters import Letters
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
 
-from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.feed import Feed
+from shardmesh.coordinator.generate import Finished, Piece, generate, prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.engine.text import TextDecoder
+from shardmesh.errors import ProtocolError
+from shardmesh.wire.messages import Sampled
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
 PROMPT = [3, 1, 4, 1, 5]
@@ -92,9 +96,9 @@ async def test_the_next_token_is_on_its_way_while_one_is_looked_at(
             sent: list[int] = []
             send = session.send
 
-            def note(tokens: Sequence[int], *, sample: bool) -> None:
+            def note(tokens: Sequence[int], *, sample: bool, scored: Sequence[int] = ()) -> None:
                 sent.extend(tokens)
-                send(tokens, sample=sample)
+                send(tokens, sample=sample, scored=scored)
 
             monkeypatch.setattr(session, "send", note)
             seen: list[int] = []
@@ -187,3 +191,36 @@ async def test_timings_name_every_stage_of_the_decode_phase() -> None:
     stages = finished.timings.stages
     assert [(stage.layer_start, stage.layer_end) for stage in stages] == [(0, 1), (1, 4)]
     assert all(stage.compute_ms >= 0 for stage in stages)
+
+
+async def test_how_likely_the_tokens_of_the_prompt_are() -> None:
+    prompt = [(7 * number) % 60 for number in range(80)]  # three pieces
+    engine = FakeEngine(fake_info(n_batch_tokens_max=256))
+    engine.open_sequence(0, SamplingSettings(temperature=0.0, n_top_logprobs=2))
+    (whole,) = engine.compute(
+        [MicroBatch(sequence=0, position=0, tokens=tuple(prompt), scored=tuple(prompt[1:]))]
+    )
+    sampling = msgspec.structs.replace(GREEDY, n_top_logprobs=2)
+    settings = SessionSettings(n_ctx=200, sampling=sampling)
+    async with (
+        memory_mesh(fake_chain((0, 1, 4))) as mesh,
+        mesh.router.session(mesh.chain, mesh.links, settings) as session,
+    ):
+        scores: list[Sampled] = []
+        await prefill(session, prompt, scores)
+    assert [score.token for score in scores] == prompt[1:]
+    assert [score.logprob for score in scores] == [score.logprob for score in whole.scores]
+    assert all(len(score.top_logprobs) == 2 for score in scores)
+
+
+async def test_a_stage_that_tells_of_other_tokens_is_not_believed() -> None:
+    async with (
+        memory_mesh(fake_chain((0, 4))) as mesh,
+        mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session,
+    ):
+        session.send(PROMPT, sample=True, scored=PROMPT[1:])
+        done = await session.receive()
+        feed = Feed(session.session_id)
+        feed.add(PROMPT, sample=True, embed=False, scored=PROMPT[:-1])
+        with pytest.raises(ProtocolError):
+            feed.accept(done)

@@ -109,6 +109,7 @@ def done(session_id: bytes, *, epoch: int = 0, position: int = 0) -> BatchDone:
         sampled=None,
         timings=(),
         embedding=b"",
+        scores=(),
     )
 
 

@@ -44,6 +44,7 @@ HIDDEN = HiddenBatch(
     embed=False,
     branch=0,
     check=b"",
+    scored=(),
     timings=(),
 )
 

@@ -40,6 +40,7 @@ def add(outgoing: Outgoing, position: int, n_tokens: int = 1) -> None:
         embed=False,
         branch=0,
         check=b"",
+        scored=(),
     )
     outgoing.add(position, n_tokens, batch)
 

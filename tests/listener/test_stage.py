@@ -142,6 +142,7 @@ async def test_a_position_out_of_order_ends_the_session() -> None:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
             )
             mesh.links[0].send(late)
             with pytest.raises(ShardmeshError) as caught:
@@ -171,6 +172,7 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
             )
             mesh.links[0].send(late)
             assert await written_tokens(session, [5], 3) == whole_tokens([5], 3)
@@ -209,6 +211,7 @@ async def test_hidden_states_from_a_stranger_close_the_link() -> None:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
                 timings=(),
             )
             mesh.links[1].send(forged, bytes(4 * 8))
@@ -233,6 +236,7 @@ async def test_hidden_states_that_are_not_finite_end_the_session() -> None:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
                 timings=(),
             )
             body = np.full((1, 8), np.nan, dtype="<f4").tobytes()

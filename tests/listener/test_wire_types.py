@@ -75,6 +75,7 @@ async def test_an_exact_session_takes_no_short_numbers() -> None:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
                 timings=(),
             )
             mesh.link_between(0).send(short, body)

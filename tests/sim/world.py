@@ -300,6 +300,7 @@ class World:
                 embed=False,
                 branch=0,
                 check=b"",
+                scored=(),
             )
             link.send(wrong, bytes(4 * n_embd))
             return

@@ -59,6 +59,7 @@ def compute(chain: Sequence[Engine], batch: Sequence[MicroBatch]) -> list[Output
                     sample=micro.sample,
                     want_logits=micro.want_logits,
                     want_embedding=micro.want_embedding,
+                    scored=micro.scored,
                 )
                 for micro, output in zip(batch, outputs, strict=True)
             ]

@@ -135,6 +135,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         embed=st.booleans(),
         branch=counts,
         check=checks,
+        scored=st.lists(counts, max_size=3).map(tuple),
     ),
     HiddenBatch: st.builds(
         HiddenBatch,
@@ -148,6 +149,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         embed=st.booleans(),
         branch=counts,
         check=checks,
+        scored=st.lists(counts, max_size=3).map(tuple),
     ),
     BatchDone: st.builds(
         BatchDone,
@@ -157,6 +159,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         sampled=st.none() | sampled,
         timings=timings,
         embedding=st.binary(max_size=16),
+        scores=st.lists(sampled, max_size=3).map(tuple),
     ),
     TrimSession: st.builds(TrimSession, **_session, n_keep=counts),
     CloseSession: st.builds(CloseSession, session=session_ids),

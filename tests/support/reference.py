@@ -38,7 +38,34 @@ def llama_references(model: Path, prompts: Sequence[str]) -> dict[str, Reference
     return dict(zip(prompts, found, strict=True))
 
 
+def llama_scores(model: Path, tokens: Sequence[int]) -> list[float]:
+    """Natural log-probabilities of the tokens behind the first, each after those before it."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(model), "--scores", *map(str, tokens)],
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    return [float(each) for each in json.loads(done.stdout)]
+
+
+def _print_scores(model: str, tokens: list[int]) -> None:
+    import numpy as np
+    from llama_cpp import Llama
+
+    llama = Llama(model, n_ctx=N_CTX, n_threads=1, logits_all=True, verbose=False)
+    llama.eval(tokens)
+    logits = np.array(llama.scores[: len(tokens) - 1], dtype=np.float64)
+    llama.close()
+    sums = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
+    own = logits[np.arange(len(logits)), tokens[1:]] - logits.max(axis=1) - sums
+    print(json.dumps(own.tolist()))
+
+
 def _main(model: str, *prompts: str) -> None:
+    if prompts[:1] == ("--scores",):
+        _print_scores(model, [int(token) for token in prompts[1:]])
+        return
     from llama_cpp import Llama
 
     llama = Llama(model, n_ctx=N_CTX, n_threads=1, verbose=False)

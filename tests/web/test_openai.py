@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from support.reference import llama_scores
 
 from shardmesh.demo_model import DEMO_MODEL
 
@@ -33,6 +34,10 @@ pytestmark = [
 ]
 
 PROMPT = "Once upon a time there was a king who"
+LONG_PROMPT = (
+    "Once upon a time there was a king who had three daughters. The youngest was so beautiful that "
+    "the sun itself, which has seen so much, was astonished whenever it shone in her face."
+)
 MODEL = "Shardmesh fairy tales"
 TIMEOUT_S = 60.0
 N_EXAMPLES = 3  # of each route; the same each time
@@ -126,6 +131,55 @@ def test_logprobs_and_logit_bias(client: openai.OpenAI) -> None:
         model=MODEL, prompt=PROMPT, max_tokens=3, temperature=0, logit_bias={"300": 100}
     )
     assert biased.choices[0].text == same.choices[0].text != old.choices[0].text
+
+
+def test_how_likely_a_prompt_is(client: openai.OpenAI, url: str) -> None:
+    """What evaluation harnesses ask for, against llama.cpp in one process."""
+    asked = httpx.post(
+        f"{url}/tokenize", json={"content": LONG_PROMPT, "add_special": True}, timeout=TIMEOUT_S
+    ).json()["tokens"]
+    expected = llama_scores(DEMO_MODEL, asked)
+    for prompt in (LONG_PROMPT, asked):
+        scored = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=1
+        )
+        (choice,) = scored.choices
+        assert choice.logprobs is not None
+        found, best = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
+        offsets = choice.logprobs.text_offset
+        assert found is not None
+        assert best is not None
+        assert offsets is not None
+        assert len(found) == len(best) == len(offsets) == len(asked) + 1
+        assert (found[0], best[0]) == (None, None)
+        assert found[1:-1] == pytest.approx(expected, abs=1e-3)
+        assert LONG_PROMPT in choice.text
+        assert offsets == sorted(offsets)
+        likeliest = [None if top is None else max(top.values()) for top in best]
+        is_greedy = [own == most for own, most in zip(found, likeliest, strict=True)]
+        assert is_greedy[-1]
+        assert not all(is_greedy)
+
+
+def test_a_prompt_alone_and_streamed(client: openai.OpenAI) -> None:
+    alone = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=0, echo=True, logprobs=0
+    )
+    assert alone.choices[0].text == PROMPT
+    assert alone.usage is not None
+    assert alone.usage.completion_tokens == 0
+    pieces = list(
+        client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=2, echo=True, logprobs=0, seed=1, stream=True
+        )
+    )
+    lists = [p.choices[0].logprobs for p in pieces if p.choices and p.choices[0].logprobs]
+    n_scored = sum(len(each.token_logprobs or []) for each in lists)
+    assert alone.choices[0].logprobs is not None
+    assert n_scored == len(alone.choices[0].logprobs.token_logprobs or []) + 2
+    assert "".join(p.choices[0].text for p in pieces if p.choices).startswith(PROMPT)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=0)
 
 
 def test_a_chat_streamed_with_usage(client: openai.OpenAI) -> None:

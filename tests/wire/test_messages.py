@@ -23,6 +23,7 @@ from shardmesh.wire.limits import (
     MICRO_BATCH_TOKENS_MAX,
     PREFIX_PIECES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
+    SCORED_TOKENS_MAX,
     TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
 )
@@ -45,6 +46,7 @@ TOKENS: dict[str, Any] = {
     "embed": False,
     "branch": 0,
     "check": b"",
+    "scored": [],
 }
 HIDDEN: dict[str, Any] = {
     "type": "hidden",
@@ -58,6 +60,7 @@ HIDDEN: dict[str, Any] = {
     "embed": False,
     "branch": 0,
     "check": b"",
+    "scored": [],
     "timings": [],
 }
 SAMPLING: dict[str, Any] = {
@@ -100,7 +103,9 @@ DONE: dict[str, Any] = {
     "sampled": {"token": 1, "logprob": -0.5, "top_logprobs": []},
     "timings": [],
     "embedding": b"",
+    "scores": [],
 }
+SCORE = {"token": 1, "logprob": -0.5, "top_logprobs": []}
 
 
 def decode(fields: object, body: bytes = b"") -> Message:
@@ -185,6 +190,8 @@ def repeated(item: Any, n: int) -> list[Any]:
         (TOKENS, "tokens", [0], [-1]),
         (TOKENS, "position", 2**31 - 1, 2**31),
         (DONE, "embedding", bytes(EMBEDDING_BYTES_MAX), bytes(EMBEDDING_BYTES_MAX + 1)),
+        (TOKENS, "scored", [1] * SCORED_TOKENS_MAX, [1] * (SCORED_TOKENS_MAX + 1)),
+        (DONE, "scores", [SCORE] * SCORED_TOKENS_MAX, [SCORE] * (SCORED_TOKENS_MAX + 1)),
         (TOKENS, "check", bytes(DRAFT_CHECK_BYTES), bytes(DRAFT_CHECK_BYTES + 1)),
         (OPEN, "draft_key", bytes(DRAFT_KEY_BYTES), bytes(DRAFT_KEY_BYTES + 1)),
         (TOKENS, "epoch", 0, -1),
