@@ -49,6 +49,7 @@ class Visit:
 
         from shardmesh.coordinator.client import open_client
         from shardmesh.logs import configure_logging
+        from shardmesh.settling import settle_memory
         from shardmesh.swarm.identity import load_identity
 
         configure_logging("pretty", verbosity=-1, stream=sys.stderr)
@@ -63,6 +64,7 @@ class Visit:
                 identity=load_identity(identity_file) if identity_file else None,
                 audit_rate=audit_rate,
             ) as client:
+                settle_memory()
                 return await use(client)
 
         return trio.run(visit)

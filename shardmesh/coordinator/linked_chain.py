@@ -19,7 +19,8 @@ LINK_TIMEOUT_S = 12.0
 """For agreeing on a link with a stage and dialing it."""
 
 REPLACEMENT_LINK_TIMEOUT_S = 3.0
-"""The same for one that is to replace another: the next candidate is tried after it."""
+"""The same for one that is to replace another, since the next candidate is tried after it; twice as
+long after each failure of the node, up to LINK_TIMEOUT_S: it may be the line that is slow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,10 @@ class ChainLinker:
         """Replacements for one session; never those whose peer ids are `unwanted`."""
 
         async def connect(replica: Replica) -> Link:
+            n_failures = min(self._health.n_failures(replica.peer_id), 16)
+            timeout_s = min(REPLACEMENT_LINK_TIMEOUT_S * 2.0**n_failures, LINK_TIMEOUT_S)
             try:
-                return await self._link_to(replica, REPLACEMENT_LINK_TIMEOUT_S)
+                return await self._link_to(replica, timeout_s)
             except _UnlinkedError as error:
                 raise error.cause from None
 

@@ -35,7 +35,8 @@ LOOK_AGAIN_S = 0.25
 
 @dataclasses.dataclass
 class _Failures:
-    n_in_a_row: int
+    n_lately: int
+    n_in_a_row: int  # of those after which it is not expected back at once
     failed_s: float
     until_s: float
 
@@ -60,12 +61,15 @@ class ReplicaHealth:
         known = self._failures.get(replica.peer_id)
         if known is not None and known.n_in_a_row and self.is_aside(replica, now_s):
             return  # all its sessions tell of the same failure, one after the other
-        is_first = known is None or now_s - known.failed_s > FORGIVEN_AFTER_S
-        n_in_a_row = 1 if known is None or is_first else known.n_in_a_row + 1
+        if known is None or now_s - known.failed_s > FORGIVEN_AFTER_S:
+            known = _Failures(0, 0, now_s, now_s)
+        n_in_a_row = known.n_in_a_row + 1
         aside_s = min(ASIDE_MIN_S * 2.0 ** min(n_in_a_row - 1, 16), ASIDE_MAX_S)
         if error.code in SHORTLY_GONE:
             n_in_a_row, aside_s = 0, ASIDE_SHORT_S
-        self._failures[replica.peer_id] = _Failures(n_in_a_row, now_s, now_s + aside_s)
+        self._failures[replica.peer_id] = _Failures(
+            known.n_lately + 1, n_in_a_row, now_s, now_s + aside_s
+        )
         self._forget_old(now_s)
 
     def is_aside(self, replica: Replica, now_s: float) -> bool:
@@ -74,6 +78,11 @@ class ReplicaHealth:
             return True
         known = self._failures.get(replica.peer_id)
         return known is not None and now_s < known.until_s
+
+    def n_failures(self, peer_id: str) -> int:
+        """How often it failed, one time not long after the other."""
+        known = self._failures.get(peer_id)
+        return known.n_lately if known is not None else 0
 
     def _forget_old(self, now_s: float) -> None:
         for peer_id, failures in list(self._failures.items()):

@@ -22,7 +22,8 @@ OPEN_TIMEOUT_S = 15.0
 """From asking all stages to their answers; a stage may have to dial the next one first."""
 
 REPAIR_ANSWER_TIMEOUT_S = 3.0
-"""The same in a repair, where those who do not answer are replaced."""
+"""The same in a repair, where those who do not answer are replaced; twice as long in each further
+attempt, since over a bad line a stage may need it to reach its new neighbour."""
 
 STEP_TIMEOUT_S = 120.0
 """For one micro-batch through the chain; a dead stage is noticed much sooner by its link."""
@@ -245,10 +246,13 @@ class Session:
             raise broken.error
         started_s = trio.current_time()
         failure: BrokenError | None = broken
+        patience_s = REPAIR_ANSWER_TIMEOUT_S
         try:
             with trio.fail_after(replacements.timeout_s):
                 while failure is not None:
-                    failure = await self._try_again((broken := failure), fresh, started_s)
+                    broken = failure
+                    failure = await self._try_again(broken, fresh, started_s, patience_s)
+                    patience_s = min(2 * patience_s, OPEN_TIMEOUT_S)
         except trio.TooSlowError:
             stage = self.chain.stages[broken.number or 0]
             waited_s = trio.current_time() - started_s
@@ -257,7 +261,7 @@ class Session:
             ) from broken.error
 
     async def _try_again(
-        self, failure: BrokenError, fresh: set[int], started_s: float
+        self, failure: BrokenError, fresh: set[int], started_s: float, patience_s: float
     ) -> BrokenError | None:
         """One epoch further, without the stage that failed; what failed then."""
         try:
@@ -266,7 +270,7 @@ class Session:
                 await self._replace(failure.number, failure.error, started_s)
             self._stages.epoch += 1
             is_late = failure.number is None
-            await self._establish(fresh, REPAIR_ANSWER_TIMEOUT_S, is_late=is_late)
+            await self._establish(fresh, patience_s, is_late=is_late)
         except BrokenError as another:
             return another
         return None

@@ -20,6 +20,7 @@ from shardmesh.listener.commands import NodeCommands
 from shardmesh.listener.moving import NodeMoves, keep_useful
 from shardmesh.listener.node import Node, NodeOptions
 from shardmesh.listener.published import with_manifest
+from shardmesh.settling import settle_memory
 from shardmesh.shards.library import Library
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.commands import serve_commands
@@ -112,6 +113,7 @@ async def _take_part(
         try:
             with trio.move_on_after(ANNOUNCE_TIMEOUT_S):
                 await membership.announced.wait()
+            settle_memory()
             logger.info("✅ Shard listener started! Waiting for connections...")
             nursery.start_soon(node.watch_load, membership, lambda: coordinator.n_sessions)
             if node.options.wanted.shard_id is None:

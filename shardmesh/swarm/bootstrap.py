@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from shardmesh import __version__
+from shardmesh.settling import settle_memory
 from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.commands import CommandHandler, serve_commands
 from shardmesh.swarm.dht import open_dht
@@ -115,6 +116,7 @@ def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Lo
             "The cluster is private. Its secret is kept in %s; who has it is a member",
             settings.secret_path,
         )
+    settle_memory()
     logger.info("✅ Bootstrap node started! Waiting for connections...")
 
 

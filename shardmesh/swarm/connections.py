@@ -122,6 +122,9 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
         if scope.cancelled_caught:  # the other side takes nothing any more: cut the line
             with trio.move_on_after(_CLOSE_TIMEOUT_S):
                 await cast(Yamux, conn.muxed_conn).secured_conn.close()
+            # Else the library, whose own closing was cut short, would have it stand in the way of a
+            # new connection for ever.
+            self._swarm.remove_conn(cast(SwarmConn, conn))
             await self.disconnected(self._swarm, conn)
 
     def _liveness_s(self) -> float:

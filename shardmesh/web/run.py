@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import trio
 
 from shardmesh.confinement import allow_files
 from shardmesh.errors import InputError
+from shardmesh.settling import settle_memory
 from shardmesh.web.app import create_app
 from shardmesh.web.gateway import GatewayOptions, open_gateway
 from shardmesh.web.guard import Guard, GuardSettings
@@ -71,23 +71,13 @@ async def serve_web(options: WebOptions, on_ready: Callable[[str], None] | None 
             logger.info("[WEB] WebSocket on %s", _url("ws", options.host, ports[-1]))
             settings = dataclasses.replace(options.guard, ports=frozenset(ports))
             app = Guard(create_app(gateway), settings, node_headers(gateway.node))
-            _settle_memory()
+            settle_memory()
             if on_ready is not None:
                 on_ready(url)
             await serve_app(app, sockets)
     finally:
         for each in sockets:
             each.close()
-
-
-def _settle_memory() -> None:
-    """What lives as long as the gateway is not looked at by the garbage collector again.
-
-    There are so many objects that going through all of them stops every answer for a tenth of a
-    second.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _url(scheme: str, host: str, port: int) -> str:

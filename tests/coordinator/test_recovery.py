@@ -167,7 +167,10 @@ def test_one_that_may_be_back_at_any_moment_is_asked_again_soon(code: str) -> No
 
 def test_old_failures_are_forgiven() -> None:
     health = ReplicaHealth()
+    counted = []
     for now_s in (0.0, 1.0, 2.0, 3.0 + FORGIVEN_AFTER_S):
         health.failed(replica("a"), LOST, now_s)
+        counted.append(health.n_failures("a"))
+    assert counted == [1, 2, 2, 1]  # the third was told while it was aside already
     later_s = 3.0 + FORGIVEN_AFTER_S + ASIDE_MIN_S
     assert not health.is_aside(replica("a"), later_s)

@@ -12,16 +12,17 @@ import pytest
 import trio
 import trio.testing
 from support.loop_worker import LoopWorker
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import COORDINATOR, GREEDY, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of
 from shardmesh.coordinator.replacements import ASIDE_MIN_S
-from shardmesh.coordinator.session import Session
+from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
+from shardmesh.links.link import Link
 from shardmesh.listener.stage_session import Work
 from shardmesh.wire.messages import HiddenBatch, Sampling
 
@@ -327,6 +328,24 @@ async def test_a_lost_link_between_two_good_stages_is_mended(
             assert await write(session, before=cut) == whole_tokens()
             assert session.repairs == []
             assert session.epoch == 1
+
+
+async def test_a_bad_line_between_two_stages_is_given_more_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated() as mesh:
+        dial = mesh.dial
+
+        async def dial_slowly(name: str, other: str) -> Link:
+            if other == "stage-1-1" and name != COORDINATOR:
+                await trio.sleep(1.5 * REPAIR_ANSWER_TIMEOUT_S)
+            return await dial(name, other)
+
+        mesh.dial = dial_slowly  # type: ignore[method-assign]
+        async with session_of(mesh, timeout_s=30.0) as session:
+            kill = {3: lambda: mesh.kill("stage-1")}
+            assert await write(session, before=kill) == whole_tokens()
+            assert session.chain.stages[1].peer_id == "stage-1-1"
 
 
 async def test_what_is_no_longer_kept_is_computed_again(

@@ -255,8 +255,9 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 
 def test_a_flipped_bit_is_mended_before_the_shard_is_loaded(weights: Weights) -> None:
-    folder = weights.folder("m3")
     node = weights.mesh.listeners[3]
+    node.running.wait_line("✓ Shard 3 loaded", FETCH_TIMEOUT_S)
+    folder = weights.folder("m3")
     node.running.end()
     data = bytearray((folder / "shard-3.gguf").read_bytes())
     data[len(data) // 2] ^= 4

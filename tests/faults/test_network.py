@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,13 +69,13 @@ class Split:
         return Node(self.space.start(*words, inside=self.line.inside(end)))
 
     def start_run(self, *options: str) -> Running:
-        words = ("run", "Once upon a time", "--json", "--ignore-end", "--seed", "1")
+        words = ("run", "Once upon a time", "--ignore-end", "--seed", "1")
         size = ("--max-tokens", str(N_TOKENS))
         inside = self.line.inside(self.line.near)
         return self.space.start(*words, *size, *self._where, *options, inside=inside)
 
     def run(self, *options: str) -> dict:  # type: ignore[type-arg]
-        return answer_of(self.start_run(*options))
+        return answer_of(self.start_run("--json", *options))
 
     def n_replicas(self) -> int:
         """Replicas that a client at the near end finds."""
@@ -121,14 +122,15 @@ def test_a_partition(split: Split, measured: Measured) -> None:
     """The far end is cut off in the middle of a text, and comes back."""
     text = split.run()["text"]
     running = split.start_run("--wait", "60")
-    time.sleep(3.0)  # there is nothing to see from outside: it prints at the end
+    running.wait_line(re.escape(text.split()[0]), RUN_WITHIN_S)
     split.line.cut()
     time.sleep(CUT_S)
+    assert running.process.poll() is None, "it was over before the cut"
     split.line.join()
     joined_s = time.monotonic()
-    answer = answer_of(running)
+    assert running.wait_end(RUN_WITHIN_S) == 0, "\n".join(running.lines)
     went_on_s = time.monotonic() - joined_s
-    assert answer["text"] == text
+    assert "\n".join(running.lines) == text
     while split.n_replicas() < 4:
         assert time.monotonic() - joined_s < 6 * RIGHT_WITHIN_S
     right_s = time.monotonic() - joined_s

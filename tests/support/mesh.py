@@ -205,13 +205,14 @@ class MemoryMesh:
         """The open link from a node, or the coordinator, to a node, made if there is none."""
         link = self._between.get((name, other))
         if link is None or not link.is_open:
-            link = await self._dial(name, other)
+            link = await self.dial(name, other)
             self._between[name, other] = link
         if link.is_suspected:
             raise UnreachableError(f"{other} is silent", code="LINK_SILENT")
         return link
 
-    async def _dial(self, name: str, other: str) -> Link:
+    async def dial(self, name: str, other: str) -> Link:
+        """A new link from a node, or the coordinator, to a node."""
         there = self.nodes[other]
         if not there.is_alive:
             raise UnreachableError(f"no link to {other}", code="NO_LINK")

@@ -156,7 +156,7 @@ async def test_killed_neighbour_is_noticed_at_once(tmp_path: Path) -> None:
             )
 
 
-async def test_stopped_neighbour_is_noticed_by_a_ping(
+async def test_stopped_neighbour_is_noticed_by_a_ping_and_dialed_again_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shardmesh.swarm.connections.PING_TIMEOUT_S", 1)
@@ -169,3 +169,7 @@ async def test_stopped_neighbour_is_noticed_by_a_ping(
                 event = await closed.receive()
             assert event.cause == "no answer to a ping within 1 s"
             assert host.connected() == []
+            running.process.send_signal(signal.SIGCONT)
+            host.learn(running.peer_id, [running.address])
+            answer = await send_command(host, running.peer_id, "GET_CAPABILITIES")
+            assert answer["role"] == "bootstrap"
