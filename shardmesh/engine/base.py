@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -69,9 +70,12 @@ class EngineInfo:
     adapters: tuple[str, ...] = ()  # names of the LoRA adapters that a sequence may use
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """The tokens of one sequence in one hop; exactly one of `tokens` and `hidden` is given."""
+class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of one sequence in one hop; exactly one of `tokens` and `hidden` is given.
+
+    `hidden` must be finite, which is looked at where it comes in (`wire.hidden_states`).  A Struct,
+    as it is made for each token on its way, in a twentieth of the time.
+    """
 
     sequence: int
     position: int  # of the first token
@@ -100,8 +104,7 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one micro-batch.
 
     `hidden` (n_tokens, n_embd) on stages before the last; `sampled` and `logits` (n_vocab,) on

@@ -115,6 +115,7 @@ class LlamaEngine:
         self._adapter_of: dict[int, str] = {}
         self._table = SequenceTable(self._info)
         self._context = self._open_context(options)
+        self._gives_embeddings = False  # the default of llama.cpp
         self._pooling = api.llama_pooling_type(self._context)
 
     @property
@@ -146,17 +147,21 @@ class LlamaEngine:
         self._table.check(batch)
         self._check_embeddings(batch)
         try:
-            outputs = [
-                output
-                for adapter, same in itertools.groupby(batch, self._adapter_name)
-                for part in computations(list(same), self._numbers_at_once(adapter))
-                for output in self._run(part)
-            ]
+            outputs = self._run(batch) if len(batch) == 1 else self._run_all(batch)
         except BaseException:
             self._table.damage(batch)
             raise
         self._table.advance(batch)
         return outputs
+
+    def _run_all(self, batch: Sequence[MicroBatch]) -> list[Output]:
+        """As few computations as change no bit, in order."""
+        return [
+            output
+            for adapter, same in itertools.groupby(batch, self._adapter_name)
+            for part in computations(list(same), self._numbers_at_once(adapter))
+            for output in self._run(part)
+        ]
 
     def _numbers_at_once(self, adapter: str) -> Sequence[int]:
         """None with an adapter: its own weights were not part of what was tried at loading."""
@@ -256,7 +261,7 @@ class LlamaEngine:
             self._tap.start([micro.hidden for micro in micros if micro.hidden is not None])
         wants_embedding = is_last and micros[0].want_embedding
         rows = self._batch.fill(micros, output_all=wants_embedding or not is_last)
-        api.llama_set_embeddings(self._context, wants_embedding)
+        self._give_embeddings(wants_embedding)
         status = api.llama_decode(self._context, rows)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
@@ -265,7 +270,8 @@ class LlamaEngine:
             self._tap.check()
             if not is_last:
                 hidden = self._tap.take(ends[-1]).copy()
-                return [Output(hidden=rows) for rows in np.split(hidden, ends[:-1])]
+                starts = (0, *ends[:-1])
+                return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
         return [self._finish(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
 
     def _scores(self, micro: MicroBatch, first_row: int) -> tuple[SampledToken, ...]:
@@ -275,6 +281,11 @@ class LlamaEngine:
             describe_choice(self._logits(row), token, n_top)
             for row, token in enumerate(micro.scored, start=first_row)
         )
+
+    def _give_embeddings(self, wanted: bool) -> None:
+        if wanted != self._gives_embeddings:
+            api.llama_set_embeddings(self._context, wanted)
+            self._gives_embeddings = wanted
 
     def _finish(self, micro: MicroBatch, row: int) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""

@@ -38,13 +38,14 @@ class LlamaBatch:
             first, first + n_rows_max * step, step, dtype=np.uintp
         )  # each row belongs to one sequence, so that the pointers never change
         self._is_output = np.zeros(n_rows_max, dtype=np.int8)
+        self._struct = self._point_to_rows()
 
     def fill(self, micros: Sequence[MicroBatch], *, output_all: bool) -> Any:
         """The struct for `llama_decode`, valid until the next fill.
 
         `output_all`: every row is an output; else those that something is wanted of.
         """
-        first, positions = 0, []
+        first = 0
         for micro in micros:
             end = first + micro.n_tokens
             if micro.tokens is not None:
@@ -56,23 +57,23 @@ class LlamaBatch:
             self._is_output[first : first + len(micro.scored)] = True
             if micro.sample or micro.want_logits:
                 self._is_output[end - 1] = True
-            positions.append(np.arange(micro.position, micro.position + micro.n_tokens))
+            last = micro.position + micro.n_tokens
+            self._positions[first:end] = np.arange(micro.position, last, dtype=np.int32)
             first = end
-        self._set_positions(np.concatenate(positions).astype(np.int32))
-        return self._struct(first)
+        self._fill_sections(first)
+        self._struct.n_tokens = first
+        return self._struct
 
-    def _set_positions(self, positions: npt.NDArray[np.int32]) -> None:
+    def _fill_sections(self, n_rows: int) -> None:
         """Section by section, as llama.cpp lays them out for text: p, p, p and 0."""
-        n_rows = positions.size
-        for section in range(self._n_sections):
+        for section in range(1, self._n_sections):
             target = self._positions[section * n_rows : (section + 1) * n_rows]
-            target[:] = 0 if section == _MROPE_SECTIONS - 1 else positions
+            target[:] = 0 if section == _MROPE_SECTIONS - 1 else self._positions[:n_rows]
 
-    def _struct(self, n_rows: int) -> Any:
-        has_hidden = self._hidden.shape[1] > 0
+    def _point_to_rows(self) -> Any:
+        """The struct over this memory, which stays where it is: made once."""
         struct = api.llama_batch()
-        struct.n_tokens = n_rows
-        if has_hidden:
+        if self._hidden.shape[1] > 0:
             struct.embd = _pointer(self._hidden, ctypes.c_float)
         else:
             struct.token = _pointer(self._tokens, ctypes.c_int32)

@@ -80,8 +80,11 @@ class Computing:
     def compute(self, works: list[Work]) -> None:
         """Computes micro-batches, some of them at once, and sends on what is ready."""
         # Who left must be gone before they are divided: how many are at once decides the bits.
-        current = [work for work in works if self._is_wanted(work)]
-        works = sorted(current, key=lambda work: work.session.sequence)
+        works = [work for work in works if self._is_wanted(work)]
+        if len(works) <= 1:
+            self._compute_part(works)
+            return
+        works.sort(key=lambda work: work.session.sequence)
         parts = computations([work.batch for work in works], self._numbers_at_once())
         for part in parts:
             computed, works = works[: len(part)], works[len(part) :]
@@ -119,12 +122,12 @@ class Computing:
                 self._compute_part([work])
             return
         compute_us = int((time.monotonic() - started_s) * 1e6)
-        self._counters.compute_us += compute_us
-        if works[0].batch.n_tokens == 1:
-            self._note_pace(compute_us)
         for number, work in enumerate(works):
             result = results if isinstance(results, ShardmeshError) else results[number]
             self._deliver(work, result, started_s, compute_us)
+        self._counters.compute_us += compute_us  # now that the results are on their way
+        if works[0].batch.n_tokens == 1:
+            self._note_pace(compute_us)
 
     def _note_pace(self, compute_us: int) -> None:
         """Keeps the time of one token, which several sessions that go at once all take."""
@@ -151,9 +154,6 @@ class Computing:
             compute_us=compute_us,
             next_hop_us=next_hop.half_round_trip_us,
         )
-        self._counters.n_batches += 1
-        self._counters.n_tokens += work.batch.n_tokens
-        self._counters.queue_us += queue_us
         message, body = result_message(work, result, (*work.timings, timing))
         epoch = session.epoch
         try:
@@ -162,6 +162,9 @@ class Computing:
             self._sessions.report_next_soon(session, error, epoch)
         else:
             session.acknowledge()
+        self._counters.n_batches += 1
+        self._counters.n_tokens += work.batch.n_tokens
+        self._counters.queue_us += queue_us
 
 
 def begin_sequence(engine: Engine, message: OpenSession, place: Place) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
+import msgspec
 import trio
 
 from shardmesh.engine.base import (
@@ -132,8 +133,7 @@ def new_session(message: OpenSession, place: Place, link: Link, info: EngineInfo
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """A micro-batch that waits for the engine, with what its result needs."""
 
     session: StageSession

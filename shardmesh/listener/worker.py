@@ -45,24 +45,27 @@ class Worker(Generic[Item]):
         self._scheduler: Scheduler[Item] = Scheduler()
         self._jobs: list[Job] = []
         self._is_stopping = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._is_idle = False
+        self._woken = threading.Lock()  # to be had once for each time that the thread went idle
+        self._woken.acquire()
 
     def add(self, session: bytes, n_tokens: int, item: Item) -> None:
         """Queues a micro-batch; raises ProtocolError (theirs) when its session has too many."""
-        with self._changed:
+        with self._lock:
             self._scheduler.add(session, n_tokens, item)
-            self._changed.notify()
+            self._wake()
 
     def forget(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None:
         """Drops what waits of a session, or what of it is void; what is computed is not stopped."""
-        with self._changed:
+        with self._lock:
             self._scheduler.remove(session, is_void)
 
     def do(self, job: Job) -> None:
         """Has the thread do a job before its next batch."""
-        with self._changed:
+        with self._lock:
             self._jobs.append(job)
-            self._changed.notify()
+            self._wake()
 
     async def run(self) -> None:
         """Works until cancelled; the pass under way is waited for."""
@@ -71,20 +74,25 @@ class Worker(Generic[Item]):
             try:
                 await trio.sleep_forever()
             finally:
-                with self._changed:
+                with self._lock:
                     self._is_stopping = True
-                    self._changed.notify()
+                    self._wake()
+
+    def _wake(self) -> None:
+        """With the lock held.  A plain lock: a Condition takes five steps in Python to wake up."""
+        if self._is_idle:
+            self._is_idle = False
+            self._woken.release()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._jobs or self._scheduler or self._is_stopping):
-                    self._changed.wait()
-                if self._is_stopping:
-                    return
+        while not self._is_stopping:
+            with self._lock:
                 jobs, self._jobs = self._jobs, []
                 items = self._scheduler.next_batch()
+                is_idle = self._is_idle = not (jobs or items or self._is_stopping)
             for job in jobs:
                 job()
             if items:
                 self._compute(items)
+            if is_idle:
+                self._woken.acquire()

@@ -57,6 +57,8 @@ class RecordReader:
 
         After an error the reader must not be fed again: the stream has lost its frame borders.
         """
+        if self._n_record is None and not self._buffer and self._is_one_record(data):
+            return [bytes(data[LENGTH.size :])]  # as most come: no copy in between
         self._buffer += data
         records: list[bytes] = []
         while self.n_wanted <= 0:
@@ -66,6 +68,11 @@ class RecordReader:
                 records.append(self._take(self._n_record))
                 self._n_record = None
         return records
+
+    def _is_one_record(self, data: bytes | memoryview) -> bool:
+        n_record = len(data) - LENGTH.size
+        is_whole = n_record >= 0 and LENGTH.unpack_from(data)[0] == n_record
+        return is_whole and n_record <= self._record_bytes_max
 
     def check_end(self) -> None:
         """Called at the end of the stream; raises ProtocolError if it ended inside a record."""

@@ -6,7 +6,7 @@ micro-batch fits is looked at each time, and each frame names its own type.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,15 @@ WireType = Literal["f32", "f16"]
 
 EXACT: Final[WireType] = "f32"
 
-_DTYPES: Final[dict[WireType, str]] = {"f32": "<f4", "f16": "<f2"}
+_DTYPES: Final[dict[WireType, np.dtype[np.floating[Any]]]] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+}
 
 
 def n_body_bytes(n_tokens: int, n_embd: int, wire: WireType) -> int:
     """Bytes of hidden states (n_tokens, n_embd)."""
-    return n_tokens * n_embd * np.dtype(_DTYPES[wire]).itemsize
+    return n_tokens * n_embd * _DTYPES[wire].itemsize
 
 
 def hidden_to_body(
@@ -44,7 +47,7 @@ def body_to_hidden(
     body: memoryview, n_tokens: int, n_embd: int, wire: WireType
 ) -> npt.NDArray[np.float32]:
     """Hidden states (n_tokens, n_embd); raises ProtocolError (theirs) if a value is not finite."""
-    hidden = np.frombuffer(body, dtype=_DTYPES[wire]).reshape(n_tokens, n_embd)
+    hidden = np.ascontiguousarray(np.frombuffer(body, dtype=_DTYPES[wire]), dtype=np.float32)
     if not np.isfinite(hidden).all():
         raise ProtocolError("hidden states hold a value that is not finite", code="NOT_FINITE")
-    return np.ascontiguousarray(hidden, dtype=np.float32)
+    return hidden.reshape(n_tokens, n_embd)

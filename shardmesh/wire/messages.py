@@ -6,6 +6,7 @@ from the last stage to the coordinator.  `docs/protocol.md` has the tables.
 
 from __future__ import annotations
 
+import typing
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
-from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.codec import decode_tagged, encode_cbor
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.hidden_states import WireType, n_body_bytes
 from shardmesh.wire.limits import (
@@ -326,6 +327,10 @@ Message = (
     | SessionFailed
 )
 
+_KINDS: dict[str, type[Message]] = {
+    kind.__struct_config__.tag: kind for kind in typing.get_args(Message)
+}
+
 
 def encode_message(message: Message, body: bytes | memoryview = b"") -> bytes:
     """A message as one frame, not yet sealed."""
@@ -338,7 +343,7 @@ def decode_message(frame: bytes) -> tuple[Message, memoryview]:
     Only a HiddenBatch has a body, of exactly the size that it names.
     """
     header, body = decode_frame(frame)
-    message: Message = decode_cbor(header, Message)  # type: ignore[arg-type]
+    message = decode_tagged(header, _KINDS)
     n_body = 0
     if isinstance(message, HiddenBatch):
         n_body = n_body_bytes(message.n_tokens, message.n_embd, message.dtype)

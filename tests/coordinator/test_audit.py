@@ -54,10 +54,10 @@ class LyingEngine(FakeEngine):
 
 def _changed(output: Output) -> Output:
     if output.hidden is not None:
-        return dataclasses.replace(output, hidden=np.roll(output.hidden, 1, axis=1))
+        return msgspec.structs.replace(output, hidden=np.roll(output.hidden, 1, axis=1))
     if output.sampled is not None:
         other = dataclasses.replace(output.sampled, token=(output.sampled.token + 1) % 60)
-        return dataclasses.replace(output, sampled=other)
+        return msgspec.structs.replace(output, sampled=other)
     return output
 
 

@@ -199,7 +199,6 @@ def test_wrong_batches_are_refused_before_anything_is_computed(
         np.zeros((1, 7), np.float32),
         np.zeros((8,), np.float32),
         np.zeros((1, 8), np.float64),
-        np.full((1, 8), np.nan, np.float32),
     ],
 )
 def test_wrong_hidden_states_are_refused(hidden: Hidden) -> None:

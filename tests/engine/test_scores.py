@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from llama_cpp import Llama
@@ -80,7 +80,7 @@ def test_what_comes_behind_does_not_depend_on_it(whole: Engine) -> None:
     results = []
     for scored in ((), TOKENS[1 : PIECE + 1]):
         open_sequences([whole], sampling=GREEDY)
-        whole.compute([dataclasses.replace(plain, scored=scored)])
+        whole.compute([msgspec.structs.replace(plain, scored=scored)])
         (output,) = whole.compute([following])
         assert output.logits is not None
         results.append(output.logits.tobytes())
@@ -98,7 +98,7 @@ def test_what_comes_behind_does_not_depend_on_it(whole: Engine) -> None:
 def test_what_cannot_be_asked(whole: Engine, changes: dict[str, object]) -> None:
     plain = MicroBatch(sequence=0, position=0, tokens=TOKENS[:PIECE])
     with pytest.raises(InputError):
-        whole.compute([dataclasses.replace(plain, **changes)])  # type: ignore[arg-type]
+        whole.compute([msgspec.structs.replace(plain, **changes)])
     assert whole.n_held(0) == 0
 
 
