@@ -96,6 +96,7 @@ class Coordinator:
         `audit_rate` is the share of sessions, 0 to 1, that is computed again by other replicas.
         """
         self._find = find
+        self._nursery = nursery
         self._models = models
         self._router = SessionRouter()
         self._pool = LinkPool(nursery, agree, self._router)
@@ -141,6 +142,7 @@ class Coordinator:
                 adapter=request.adapter,
                 wire=request.wire,
                 prefix=prefix_of(prompt, request, model.manifest, self._prefix_secret),
+                standby=request.standby and model.manifest.can_roll_back,
             )
             finder = self._finder(wish, request.wait_s)
             scores, results = list[Sampled](), list[Sampled]()
@@ -151,6 +153,8 @@ class Coordinator:
                 open_draft_model(request.draft_model, model.tokenizer, n_drafts) as ask_model,
                 self._router.session(chain, linked.links, settings, finder) as session,
             ):
+                if session.standbys is not None:
+                    self._nursery.start_soon(session.standbys.run)
                 items = generate(
                     session,
                     prompt,

@@ -38,6 +38,18 @@ class Feed:
         self._guesses: deque[int] = deque()  # the last positions of what was sent
         self._branch = 0
         self._branches = Branches()
+        self._starts: list[int] = []  # of all that was sent and stands
+        self._n_unsampled: int | None = None
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The positions where micro-batches begin, rising, and that of the next one."""
+        return [*self._starts, self.n_sent]
+
+    @property
+    def n_unsampled(self) -> int:
+        """Positions before the first micro-batch that asked for a token or an embedding."""
+        return self.n_sent if self._n_unsampled is None else self._n_unsampled
 
     @property
     def guesses(self) -> Sequence[int]:
@@ -53,6 +65,7 @@ class Feed:
         """All stages hold these already: kept for one that comes in the place of another."""
         self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
         self.n_sent = 0
+        self._starts.clear()
         for piece in pieces:
             self._keep(self._batch(piece, sample=False))
         self.n_done = self.n_compared = self.n_sent
@@ -83,6 +96,7 @@ class Feed:
             return
         self._branch += 1
         self.n_sent -= len(self._guesses)
+        del self._starts[-len(self._guesses) :]
         for _ in self._guesses:
             self._due.pop()
         self._guesses.clear()
@@ -143,6 +157,9 @@ class Feed:
         self._keep(batch)
 
     def _keep(self, batch: TokenBatch) -> None:
+        self._starts.append(batch.position)
+        if self._n_unsampled is None and (batch.sample or batch.embed):
+            self._n_unsampled = batch.position
         self.n_sent += len(batch.tokens)
         self.outgoing.add(batch.position, len(batch.tokens), batch)
 

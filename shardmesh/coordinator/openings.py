@@ -20,6 +20,7 @@ class SessionSettings:
     adapter: str = ""  # a LoRA adapter of the manifest
     wire: WireType = EXACT  # how hidden states travel from stage to stage
     prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
+    standby: bool = False  # other replicas keep copies of the KV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Place:
 def open_message(
     place: Place, settings: SessionSettings, draft_key: bytes, *, reuse: bool
 ) -> OpenSession:
-    """Without `reuse` the stage begins with nothing: what is lost is computed again in a repair."""
+    """Without `reuse`, in a repair, the stage begins with nothing, or with what it stood by with."""
     stage, prefix, is_last = place.stage, settings.prefix, place.following is None
     peer_ids = [each.peer_id for each in place.stages[: place.number + 1]]
     return OpenSession(
@@ -70,6 +71,7 @@ def open_message(
         wire=settings.wire,
         draft_key=draft_key if is_last else b"",
         prefix=prefix.pieces_for(peer_ids) if prefix is not None and reuse else (),
+        take_over=settings.standby and not reuse,
     )
 
 

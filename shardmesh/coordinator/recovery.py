@@ -3,13 +3,15 @@
 A stage that failed is replaced; the others keep what they hold.  Every stage keeps what it sent
 (`links/outgoing.py`), so the replacement gets its input from the stage before it, computes it in
 the original micro-batches, and sends on only what the stage behind it lacks.  The last stage
-samples again while it computes again, which brings its sampler into the state that it had.
+samples again while it computes again, which brings its sampler into the state that it had.  One that
+stood by for the lost stage has a copy of its KV, and computes the tail only.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from shardmesh.errors import ShardmeshError, UnreachableError, error_from_wire
 from shardmesh.wire.messages import HopFailed, SessionFailed
@@ -55,6 +57,35 @@ def plan_replay(held: Sequence[Held], n_done: int) -> ReplayPlan:
         else:
             needed = held[number].n_received
     return ReplayPlan((needed, *reversed(send_from)), frozenset(restart))
+
+
+def begin_behind_copies(
+    held: Sequence[Held],
+    fresh: Collection[int],
+    starts: Sequence[int],
+    *,
+    n_done: int,
+    n_unsampled: int,
+) -> list[Held]:
+    """Behind which positions stages begin that took over with a copy; the others as they are.
+
+    `starts` are the positions where micro-batches begin, rising from 0 on: only there can one go on
+    with the same bits.  A stage also gives what the one behind it lacks, so it begins there at the
+    latest; and a last stage samples again all that was sampled, which is what lies behind
+    `n_unsampled`.
+    """
+    begun, needed = list[Held](), n_done
+    for number in reversed(range(len(held))):
+        each = held[number]
+        if number in fresh and each.n_received:
+            n_most = min(each.n_received, needed)
+            if number == len(held) - 1:
+                n_most = min(n_most, n_unsampled)
+            n_begun = starts[max(0, bisect.bisect_right(starts, n_most) - 1)] if starts else 0
+            each = Held(n_begun, n_begun, n_begun)
+        begun.append(each)
+        needed = each.n_received
+    return begun[::-1]
 
 
 def late_stage(before: Sequence[Held], now: Sequence[Held]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import trio
 
@@ -138,15 +138,32 @@ class ReplicaFinder:
     def set_aside(self, stage: Replica, error: ShardmeshError) -> None:
         self._health.failed(stage, error, trio.current_time())
 
-    async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
+    async def replace(
+        self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None
+    ) -> tuple[Replica, Link]:
         stage = chain.stages[number]
         while True:
-            found = await self._first_reachable(self._free(stage, n_ctx), chain, number)
+            free = self._ordered(self._free(stage, n_ctx), chain, number)
+            free.sort(key=lambda replica: replica.peer_id != prefer)  # the others keep their order
+            found = await self._first_reachable(free)
             if found is not None:
                 return found
             with trio.move_on_after(LOOK_AGAIN_S) as scope:
                 await self._refresh()
                 await trio.sleep(max(0.0, scope.deadline - trio.current_time()))
+
+    async def standby(
+        self, chain: Chain, number: int, n_ctx: int, without: Collection[str]
+    ) -> tuple[Replica, Link] | None:
+        stage = chain.stages[number]
+        alike = [
+            replica
+            for replica in self._free(stage, n_ctx)
+            if replica.fingerprint == stage.fingerprint
+            and replica.peer_id != stage.peer_id
+            and replica.peer_id not in without
+        ]
+        return await self._first_reachable(self._ordered(alike, chain, number))
 
     def note_result(self, chain: Chain, done: BatchDone) -> None:
         if self._seen is not None and done.n_tokens == 1:
@@ -176,10 +193,8 @@ class ReplicaFinder:
             if not self._health.is_aside(replica, now_s)
         ]
 
-    async def _first_reachable(
-        self, found: Sequence[Replica], chain: Chain, number: int
-    ) -> tuple[Replica, Link] | None:
-        for replica in self._ordered(found, chain, number):
+    async def _first_reachable(self, ordered: Sequence[Replica]) -> tuple[Replica, Link] | None:
+        for replica in ordered:
             try:
                 return replica, await self._connect(replica)
             except ShardmeshError as error:

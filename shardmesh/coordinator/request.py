@@ -44,6 +44,7 @@ class CompletionRequest:
     n_drafts: int | None = None  # tokens guessed ahead at most, 0: none; None: as many as pay
     reuse_prefix: bool = True  # begin behind what the stages hold of the prompt, and keep it there
     score_prompt: bool = False  # say how likely each token of the prompt is; all of it is computed
+    standby: bool = False  # other replicas keep copies of the KV, to take over quickly
     tenant: str = ""  # for whom a coordinator asks: what they hold is never shared between two
 
     def __post_init__(self) -> None:

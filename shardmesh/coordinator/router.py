@@ -20,9 +20,10 @@ from shardmesh.coordinator.stages import (
     StageMessage,
     Suspected,
 )
+from shardmesh.coordinator.standbys import Standbys
 from shardmesh.errors import ProtocolError, ShardmeshError
 from shardmesh.links.link import Link
-from shardmesh.wire.messages import Message
+from shardmesh.wire.messages import Message, SessionFailed, StandingBy
 
 N_SUSPICIONS_MAX = 64
 """Suspicions that a session has not looked at yet; a link may come under suspicion repeatedly."""
@@ -32,6 +33,7 @@ N_SUSPICIONS_MAX = 64
 class _Route:
     inbox: trio.MemorySendChannel[tuple[Link, Event]]
     links: list[Link]  # the session's own list, which it changes
+    standbys: Standbys | None = None
 
     @property
     def n_waiting(self) -> int:
@@ -54,11 +56,17 @@ class SessionRouter:
 
     def on_message(self, link: Link, message: Message, body: memoryview) -> None:
         """One message of a link; raises ProtocolError for one that coordinators do not get."""
-        if not isinstance(message, StageMessage):
+        if not isinstance(message, StageMessage | StandingBy):
             raise ProtocolError(f"a coordinator gets no {type(message).__name__}")
         route = self._routes.get(message.session)
-        if route is None or link not in route.links:
-            return  # a late word about a session that is over, or left this stage
+        if route is None:
+            return  # a late word about a session that is over
+        if link not in route.links:  # it left this stage, or has a standby there
+            if route.standbys is not None and isinstance(message, StandingBy | SessionFailed):
+                route.standbys.heard(link, message)
+            return
+        if isinstance(message, StandingBy):
+            return  # one that has taken over meanwhile
         if route.n_waiting >= INBOX_MESSAGES_MAX:
             raise ProtocolError("a stage answers more than it was asked")
         route.inbox.send_nowait((link, message))
@@ -75,6 +83,8 @@ class SessionRouter:
             if link in route.links:
                 # No bound is needed: a link ends once, and a session has one for each stage.
                 route.inbox.send_nowait((link, error))
+            if route.standbys is not None:
+                route.standbys.lost(link)
 
     @asynccontextmanager
     async def session(
@@ -93,9 +103,9 @@ class SessionRouter:
         session_id = secrets.token_bytes(16)
         # Not bounded by itself: what may wait is counted before it is put in.
         inbox, events = trio.open_memory_channel[tuple[Link, Event]](float("inf"))
-        route = _Route(inbox, list(links))
-        self._routes[session_id] = route
-        session = Session(session_id, chain, route.links, events, settings, replacements)
+        own_links = list(links)
+        session = Session(session_id, chain, own_links, events, settings, replacements)
+        self._routes[session_id] = _Route(inbox, own_links, session.standbys)
         try:
             await session.open()
             yield session

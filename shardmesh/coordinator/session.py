@@ -12,8 +12,16 @@ from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.feed import Feed
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import pieces_of
-from shardmesh.coordinator.recovery import EMPTY, Held, late_stage, no_replica, plan_replay
+from shardmesh.coordinator.recovery import (
+    EMPTY,
+    Held,
+    begin_behind_copies,
+    late_stage,
+    no_replica,
+    plan_replay,
+)
 from shardmesh.coordinator.stages import BrokenError, Event, Replacements, SessionStages
+from shardmesh.coordinator.standbys import Standbys
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.wire.messages import BatchDone, BatchTaken, ResumeSession, TrimSession
@@ -50,6 +58,7 @@ class Repair:
     lost_peer_id: str
     new_peer_id: str
     pause_s: float  # from noticing the failure to the next result
+    n_copied: int = 0  # positions that it need not compute again, since it stood by
 
 
 class Session:
@@ -109,6 +118,11 @@ class Session:
     def links(self) -> list[Link]:
         """Those to the chain's stages, in order."""
         return list(self._stages.links)
+
+    @property
+    def standbys(self) -> Standbys | None:
+        """The replicas that keep copies, if the session has any; to be run beside it."""
+        return self._stages.standbys
 
     # -- what a generation uses ----------------------------------------------------------------
 
@@ -299,6 +313,8 @@ class Session:
         Raises BrokenError for a stage that does not.
         """
         self._is_steady = False
+        if self.standbys is not None:
+            self.standbys.pause()
         self._feed.take_back()
         while True:
             if self._is_open:
@@ -329,6 +345,8 @@ class Session:
             first = self._stages.links[0]
             outgoing.resume(first, send_from=plan.send_from[0], n_replay=self.n_sent)
         self._is_steady = True
+        if self.standbys is not None:
+            self.standbys.go_on(fresh)
 
     async def _open_all(self, timeout_s: float) -> list[Held]:
         return await self._stages.open_all(self._feed.draft_key, timeout_s)
@@ -338,7 +356,27 @@ class Session:
         held = await self._stages.stop_all(fresh, feed.draft_key, feed.branches, timeout_s)
         if self._stages.last in fresh:
             feed.begin_again()
-        return held
+        begun = begin_behind_copies(
+            held, fresh, feed.starts, n_done=feed.n_done, n_unsampled=feed.n_unsampled
+        )
+        for number, (has, begins) in enumerate(zip(held, begun, strict=True)):
+            if begins != has:
+                self._trim(number, begins.n_received)
+            if number in fresh:
+                self._note_copied(self.chain.stages[number].peer_id, begins.n_received)
+        return begun
+
+    def _trim(self, number: int, n_keep: int) -> None:
+        trim = TrimSession(session=self.session_id, epoch=self.epoch, n_keep=n_keep)
+        self._stages.send(number, trim)
+
+    def _note_copied(self, peer_id: str, n_copied: int) -> None:
+        self._unfinished = [
+            dataclasses.replace(repair, n_copied=n_copied)
+            if repair.new_peer_id == peer_id
+            else repair
+            for repair in self._unfinished
+        ]
 
     @contextmanager
     def _noticed_later(self) -> Iterator[None]:
@@ -354,8 +392,7 @@ class Session:
             n_reused = prefix.n_reusable(min(each.n_received for each in held))
         for number, each in enumerate(held):
             if each.n_received > n_reused:
-                trim = TrimSession(session=self.session_id, epoch=self.epoch, n_keep=n_reused)
-                self._stages.send(number, trim)
+                self._trim(number, n_reused)
         self._feed.begin_behind(pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ())
         self.n_reused = n_reused
         return [Held(n_reused, n_reused, n_reused)] * len(held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from typing import Protocol
 
 import trio
@@ -23,6 +24,7 @@ from shardmesh.coordinator.recovery import (
     stage_failed,
     stage_lost,
 )
+from shardmesh.coordinator.standbys import Standbys
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.wire.limits import SESSION_BATCHES_WAITING_MAX
@@ -76,8 +78,19 @@ class Replacements(Protocol):
         """Learns from what the stages report of themselves."""
         ...
 
-    async def replace(self, chain: Chain, number: int, n_ctx: int) -> tuple[Replica, Link]:
-        """A replica for that stage and a link to it; waits until there is one."""
+    async def replace(
+        self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None
+    ) -> tuple[Replica, Link]:
+        """A replica for that stage and a link to it, `prefer` if it is well.
+
+        Waits until there is one.
+        """
+        ...
+
+    async def standby(
+        self, chain: Chain, number: int, n_ctx: int, without: Collection[str]
+    ) -> tuple[Replica, Link] | None:
+        """See `standbys.FindsStandbys`."""
         ...
 
 
@@ -111,6 +124,9 @@ class SessionStages:
         self._events = events
         self._settings = settings
         self._strikes = HopStrikes()
+        self.standbys: Standbys | None = None
+        if settings.standby and replacements is not None:
+            self.standbys = Standbys(session_id, self, settings.n_ctx, replacements)
 
     @property
     def last(self) -> int:
@@ -160,7 +176,10 @@ class SessionStages:
             raise error
         self._close_on(self.links[number])
         stages = list(self.chain.stages)
-        stages[number], link = await replacements.replace(self.chain, number, self._settings.n_ctx)
+        prefer = self.standbys.peer_id_of(number) if self.standbys is not None else None
+        stages[number], link = await replacements.replace(
+            self.chain, number, self._settings.n_ctx, prefer
+        )
         self.links[number] = link
         self.chain = Chain(tuple(stages))
         return lost
@@ -171,6 +190,8 @@ class SessionStages:
 
     def close(self) -> None:
         """Ends the session on all stages; not waited for."""
+        if self.standbys is not None:
+            self.standbys.close()
         for link in self.links:
             self._close_on(link)
 
@@ -254,7 +275,7 @@ class SessionStages:
                 self._open_on(number, draft_key, reuse=False)
             else:
                 self.send(number, repair_message(self._place(number), branches))
-        return await self._answers(fresh, timeout_s, may_hold=False)
+        return await self._answers(fresh, timeout_s, may_hold=self._settings.standby)
 
     def _open_on(self, number: int, draft_key: bytes, *, reuse: bool) -> None:
         self.send(number, open_message(self._place(number), self._settings, draft_key, reuse=reuse))

@@ -17,6 +17,9 @@ import numpy.typing as npt
 Hidden = npt.NDArray[np.float32]
 """Hidden states, (n_tokens, n_embd)."""
 
+Cells = npt.NDArray[np.uint8]
+"""The KV of positions that follow on each other, (number of positions, `cell_bytes`)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -68,6 +71,7 @@ class EngineInfo:
     fingerprint: str  # engine and version; equal fingerprints give equal bits
     numbers_at_once: tuple[int, ...] = ()  # of sequences whose single rows are computed together
     adapters: tuple[str, ...] = ()  # names of the LoRA adapters that a sequence may use
+    cell_bytes: int = 0  # of one position's KV; 0: it cannot be copied to another machine
 
 
 class MicroBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +175,18 @@ class Engine(Protocol):
 
     def copy_sequence(self, source: int, target: int) -> None:
         """Has `target`, closed, hold what `source` holds, open or closed, to the bit."""
+        ...
+
+    def read_cells(self, sequence: int, start: int, end: int) -> Cells:
+        """What the sequence holds at the positions [start, end), which it must have."""
+        ...
+
+    def write_cells(self, sequence: int, cells: Cells) -> None:
+        """Has `sequence`, closed, hold these positions from 0 on, to the bit.
+
+        They come from an engine with the same shard and fingerprint, and are not looked at.  Raises
+        InputError (theirs) for another shape than (1 to n_ctx, `cell_bytes`).
+        """
         ...
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmesh.engine.base import (
+    Cells,
     EngineInfo,
     MicroBatch,
     Output,
@@ -57,6 +58,7 @@ def fake_info(
         n_parallel=n_parallel,
         n_batch_tokens_max=n_batch_tokens_max,
         fingerprint="fake-1",
+        cell_bytes=(layer_end - layer_start) * n_embd * 4,
     )
 
 
@@ -132,6 +134,19 @@ class FakeEngine:
         self._table.copy(source, target)
         n_held = self._table.n_held(source)
         self._sequences[target] = _Sequence(self._rows_of(source, n_held), None)
+
+    def read_cells(self, sequence: int, start: int, end: int) -> Cells:
+        self._table.check_read(sequence, start, end)
+        layers = self._sequences[sequence].rows
+        data = b"".join(given[i] for i in range(start, end) for given in layers)
+        return np.frombuffer(data, dtype=np.uint8).reshape(end - start, self._info.cell_bytes)
+
+    def write_cells(self, sequence: int, cells: Cells) -> None:
+        self._table.check_cells(sequence, cells.shape, self._info.cell_bytes)
+        by_layer = cells.reshape(len(cells), self._info.n_layer, -1).transpose(1, 0, 2)
+        rows = [[row.tobytes() for row in layer] for layer in by_layer]
+        self._sequences[sequence] = _Sequence(rows, None)
+        self._table.write(sequence, len(cells))
 
     def _rows_of(self, sequence: int, n_rows: int) -> list[list[bytes]]:
         """A copy of what each layer gave for the first positions."""

@@ -16,6 +16,7 @@ from shardmesh.engine import options as choices
 from shardmesh.engine.adapters import Adapters
 from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import (
+    Cells,
     EngineInfo,
     EngineOptions,
     MicroBatch,
@@ -31,6 +32,7 @@ from shardmesh.engine.llama_model import (
     load_model,
     read_facts,
 )
+from shardmesh.engine.llama_state import SequenceStates
 from shardmesh.engine.sampler import SamplerChain
 from shardmesh.engine.sampling import describe_choice
 from shardmesh.engine.sequences import SequenceTable
@@ -43,6 +45,8 @@ CANNOT_TRIM = "CANNOT_TRIM"
 """Code of the EngineError when the architecture cannot forget the tail of a sequence."""
 
 _POOLING_OF_LAST = (api.LLAMA_POOLING_TYPE_NONE, api.LLAMA_POOLING_TYPE_LAST)
+
+_ROWS_TO_LEARN = 3
 
 N_BATCH_TOKENS_MAX = 512
 """Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
@@ -116,6 +120,7 @@ class LlamaEngine:
         self._table = SequenceTable(self._info)
         self._context = self._open_context(options)
         self._gives_embeddings = False  # the default of llama.cpp
+        self._states = SequenceStates(self._context, options.n_parallel)
         self._pooling = api.llama_pooling_type(self._context)
 
     @property
@@ -174,6 +179,23 @@ class LlamaEngine:
         """See `engine.at_once`."""
         self._info = dataclasses.replace(self._info, numbers_at_once=tuple(sorted(numbers)))
 
+    def learn_cells(self) -> None:
+        """Finds out whether KV can be copied, by computing some rows in an empty engine."""
+        n_rows = min(_ROWS_TO_LEARN, self._info.n_ctx)
+        tokens = tuple(range(n_rows)) if self._info.is_first else None
+        generator = np.random.default_rng(0)
+        rows = generator.standard_normal((n_rows, self._info.n_embd), dtype=np.float32)
+        hidden = None if self._info.is_first else rows
+        self.open_sequence(0)
+        try:
+            self.compute([MicroBatch(sequence=0, position=0, tokens=tokens, hidden=hidden)])
+            cell_bytes = self._states.learn(0, n_rows)
+        except EngineError:
+            cell_bytes = 0  # random rows can be too much for a model
+        finally:
+            self.close_sequence(0)
+        self._info = dataclasses.replace(self._info, cell_bytes=cell_bytes)
+
     def n_held(self, sequence: int) -> int:
         return self._table.n_held(sequence)
 
@@ -199,6 +221,18 @@ class LlamaEngine:
         self._table.copy(source, target)
         # From one cache to another llama.cpp copies the whole, and that before it next computes.
         api.llama_memory_seq_cp(api.llama_get_memory(self._context), source, target, -1, -1)
+
+    def read_cells(self, sequence: int, start: int, end: int) -> Cells:
+        self._require_open()
+        self._table.check_read(sequence, start, end)
+        return self._states.read(sequence, start, end)
+
+    def write_cells(self, sequence: int, cells: Cells) -> None:
+        self._require_open()
+        self._table.check_cells(sequence, cells.shape, self._info.cell_bytes)
+        self.close_sequence(sequence)
+        self._states.write(sequence, cells)
+        self._table.write(sequence, len(cells))
 
     def _forget_tail(self, sequence: int, n_keep: int) -> None:
         memory = api.llama_get_memory(self._context)

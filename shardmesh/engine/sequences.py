@@ -64,6 +64,24 @@ class SequenceTable:
             raise InputError(f"sequence {source} cannot be copied to sequence {target}")
         self._n_kept[target] = self.n_held(source)
 
+    def check_cells(self, sequence: int, shape: tuple[int, ...], cell_bytes: int) -> None:
+        """Raises InputError (theirs) unless a closed sequence can be given KV of this shape."""
+        self.check_number(sequence)
+        fits = len(shape) == 2 and 1 <= shape[0] <= self._info.n_ctx and shape[1] == cell_bytes
+        if sequence in self._open or not fits:
+            raise InputError(f"KV of shape {shape} cannot be given to sequence {sequence}")
+
+    def write(self, sequence: int, n_held: int) -> None:
+        """Notes that a closed sequence was given the KV of so many positions."""
+        self._n_kept[sequence] = n_held
+
+    def check_read(self, sequence: int, start: int, end: int) -> None:
+        """Raises InputError (theirs) unless the sequence holds the positions [start, end)."""
+        self.check_number(sequence)
+        held = self._open.get(sequence)
+        if not 0 <= start < end <= self.n_held(sequence) or (held and held.is_damaged):
+            raise InputError(f"sequence {sequence} does not hold the positions [{start}, {end})")
+
     def n_held(self, sequence: int) -> int:
         """Tokens that the sequence holds; 0 for one that is closed and was not to keep any."""
         held = self._open.get(sequence)

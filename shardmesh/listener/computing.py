@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import Engine, Output
 from shardmesh.errors import InputError, OurError, ShardmeshError
+from shardmesh.listener.copies import Copy
 from shardmesh.listener.kept_sequences import Place
 from shardmesh.listener.stage_session import (
     StageCounters,
@@ -167,9 +168,16 @@ class Computing:
         self._counters.queue_us += queue_us
 
 
-def begin_sequence(engine: Engine, message: OpenSession, place: Place) -> None:
-    """Opens the sequence of a new session with what it begins behind; raises EngineError (ours)."""
-    if place.copy_of is not None:
+def begin_sequence(
+    engine: Engine, message: OpenSession, place: Place, copy: Copy | None = None
+) -> None:
+    """Opens the sequence of a new session with what it begins behind; raises EngineError (ours).
+
+    With a `copy` that is what the stage stood by with.
+    """
+    if copy is not None:
+        engine.write_cells(place.sequence, copy.cells())
+    elif place.copy_of is not None:
         engine.copy_sequence(place.copy_of, place.sequence)
     engine.open_sequence(
         place.sequence,

@@ -141,7 +141,11 @@ class DataProcess:
             number=number,
             n_sessions=self.stage.n_sessions,
             memory_bytes=psutil.Process().memory_info().rss,
-            counters={**dataclasses.asdict(self.stage.counters), "n_kv_tokens": n_kv_tokens},
+            counters={
+                **dataclasses.asdict(self.stage.counters),
+                **self.stage.copy_figures,
+                "n_kv_tokens": n_kv_tokens,
+            },
             links=tuple(
                 LinkState(
                     peer_id=link.peer_id,
@@ -198,6 +202,7 @@ def _load(start: Start) -> Engine:
     adapters = ShardStore(path.parent, create=False).adapters(shard_id)
     engine = load_engine(path, options, adapters)
     numbers = find_numbers_at_once(engine)
+    engine.learn_cells()
     logger.info("numbers of sequences computed at once: %s", ", ".join(map(str, (1, *numbers))))
     return engine
 

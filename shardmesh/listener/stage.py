@@ -7,6 +7,7 @@ stage.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,8 @@ from shardmesh.errors import (
 )
 from shardmesh.links.link import Link
 from shardmesh.listener.computing import Computing, begin_sequence
+from shardmesh.listener.copies import Copies
+from shardmesh.listener.copying import Copier
 from shardmesh.listener.kept_sequences import KeptSequences
 from shardmesh.listener.stage_session import (
     StageCounters,
@@ -32,6 +35,7 @@ from shardmesh.listener.stage_session import (
     Work,
     check_neighbours,
     check_request,
+    check_shard,
     check_share,
     failure_message,
     hidden_of,
@@ -43,7 +47,10 @@ from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 from shardmesh.wire.messages import (
     BatchTaken,
     CloseSession,
+    CopyTo,
     HiddenBatch,
+    KvCopy,
+    KvTaken,
     Message,
     NextStage,
     OpenSession,
@@ -51,6 +58,8 @@ from shardmesh.wire.messages import (
     ResumeSession,
     SessionOpened,
     SessionRepaired,
+    StandBy,
+    StandingBy,
     TokenBatch,
     TrimSession,
 )
@@ -83,6 +92,8 @@ class Stage:
         self._sequences = KeptSequences(engine.info.n_parallel, engine.info.n_ctx)
         self._computing = Computing(engine, identity, self.counters, self)
         self._worker = make_worker(self._computing.compute)
+        self._copies = Copies(engine.info)
+        self._copier = Copier(engine, self._worker.do, nursery, get_link)
         self._trio_token = trio.lowlevel.current_trio_token()
         self.is_draining = False
         """No further session is taken; those that are here go on."""
@@ -96,6 +107,15 @@ class Stage:
     def sequences_in_use(self) -> list[int]:
         """Those of sessions; what others keep may go at any moment."""
         return [session.sequence for session in self._sessions.values()]
+
+    @property
+    def copy_figures(self) -> dict[str, int]:
+        """What it keeps as a standby now, and what it has sent to standbys."""
+        return {
+            "n_copies": len(self._copies),
+            "copy_bytes": self._copies.n_bytes,
+            "copy_bytes_sent": self._copier.n_bytes_sent,
+        }
 
     async def run(self) -> None:
         """Computes until cancelled; the pass under way is waited for."""
@@ -124,16 +144,27 @@ class Stage:
                 session = self._sessions.get(message.session)
                 if session is not None and session.coordinator is link:
                     self._release(session)
+                self._copies.drop(message.session, link)
+            case StandBy():
+                self._stand_by(link, message)
+            case KvCopy():
+                n_taken = self._copies.add(link.peer_id, message, body)
+                if n_taken is not None:
+                    self._send_or_close(link, KvTaken(session=message.session, n_taken=n_taken))
+            case CopyTo() | KvTaken():
+                self._copy(link, message)
             case _:
                 raise ProtocolError(f"a stage gets no {type(message).__name__}")
 
     def on_closed(self, link: Link, error: ShardmeshError) -> None:
         """Frees the sessions of a lost coordinator; tells of a lost next stage."""
+        self._copies.drop_all_of(link)
         for session in list(self._sessions.values()):
             if session.coordinator is link:
                 self._release(session)
             elif session.next_link is link:
                 self._report_hop(session, "next", error)
+            self._copier.lost(session, link)
 
     def on_suspected(self, link: Link) -> None:
         """Nothing: the coordinator hears the silence of a stage by itself."""
@@ -169,12 +200,17 @@ class Stage:
             return
         running = ((s.sequence, s.held_prefix) for s in self._sessions.values())
         place = self._sequences.take(message.prefix, running if message.prefix else ())
+        copy = self._copies.find(message.session, link) if message.take_over else None
+        if copy is not None:
+            place = dataclasses.replace(place, n_held=copy.n_held)
+            self.counters.n_copies_used += 1
         session = new_session(message, place, link, info)
         self._sessions[message.session] = session
         self.counters.n_sessions_opened += 1
-        self.counters.n_tokens_reused += place.n_held
+        self.counters.n_tokens_reused += 0 if copy is not None else place.n_held
         self.counters.n_sequences_kept = self._sequences.n_kept
-        self._run_in_engine(session, partial(begin_sequence, self._engine, message, place))
+        begin = partial(begin_sequence, self._engine, message, place, copy)
+        self._run_in_engine(session, begin)
         opened = SessionOpened(session=message.session, epoch=message.epoch, n_held=place.n_held)
         self._start_connecting(session, lambda: opened)
 
@@ -242,6 +278,7 @@ class Stage:
             self._report_hop(session, "next", error)
         else:
             session.acknowledge()
+        self._copies.drop(message.session, link)  # nobody will begin behind it again
 
     def _on_taken(self, link: Link, message: BatchTaken) -> None:
         session = self._session_of(message.session, message.epoch)
@@ -277,6 +314,7 @@ class Stage:
         self._sessions.pop(session.session_id, None)
         session.outgoing.hold()
         session.connecting.cancel()
+        session.copy = None
         self._worker.forget(session.session_id)
         held = session.held_prefix if is_well else ()
         n_keep = held[-1].end if held else 0
@@ -324,6 +362,32 @@ class Stage:
         except ShardmeshError as send_error:
             # Its coordinator is gone or does not read: closing tells it, if anything does.
             link.close(send_error)
+
+    # -- standbys ------------------------------------------------------------------------------
+
+    def _stand_by(self, link: Link, message: StandBy) -> None:
+        """Takes a copy of another replica's session, or says why not."""
+        try:
+            if self.is_draining:
+                raise UnreachableError("this node takes no new sessions", code="NODE_LEAVING")
+            check_shard(message, self._identity)
+            check_share(self._copies.n_of_node(link.peer_id), self.sessions_per_node_max)
+            self._copies.begin(link, message)
+        except ProtocolError:
+            raise
+        except ShardmeshError as error:
+            self._refuse(link, message.session, 0, error)
+        else:
+            self._send_or_close(link, StandingBy(session=message.session))
+
+    def _copy(self, link: Link, message: CopyTo | KvTaken) -> None:
+        session = self._sessions.get(message.session)
+        if session is None:
+            return
+        if isinstance(message, KvTaken):
+            self._copier.taken(session, link, message)
+        elif session.coordinator is link:
+            self._copier.begin(session, message)
 
     # -- micro-batches -------------------------------------------------------------------------
 
@@ -403,6 +467,9 @@ class Stage:
         )
         self._worker.add(session.session_id, batch.n_tokens, work)
         session.n_received += batch.n_tokens
+        if batch.sample and session.next_stage is None and session.first_sampled is None:
+            session.first_sampled = batch.position
+        self._copier.consider(session)
 
     def _begin_branch(self, session: StageSession, branch: int, position: int) -> None:
         """Drops what older branches put at this position and behind."""

@@ -21,6 +21,7 @@ from shardmesh.engine.base import (
 from shardmesh.errors import BusyError, InputError, ProtocolError, ShardmeshError
 from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
+from shardmesh.listener.copying import CopyOut, n_final
 from shardmesh.listener.drafts import DraftChecks
 from shardmesh.listener.kept_sequences import Place, Prefix, held_of
 from shardmesh.wire.hidden_states import EXACT, body_to_hidden, hidden_to_body
@@ -36,6 +37,7 @@ from shardmesh.wire.messages import (
     Sampled,
     SessionFailed,
     StageTiming,
+    StandBy,
 )
 
 SENTENCE_LENGTH_MAX = 1000  # characters; TEXT_BYTES_MAX with room for four bytes each
@@ -71,6 +73,13 @@ class StageSession:
     n_acknowledged: int = 0  # in this epoch
     is_deaf: bool = False  # the previous hop was reported: nothing of it counts in this epoch
     connecting: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+    first_sampled: int | None = None  # position of the first micro-batch sampled, on the last stage
+    copy: CopyOut | None = None  # to a standby
+
+    @property
+    def n_copyable(self) -> int:
+        """Positions that are of use to a standby."""
+        return n_final(self.n_received, self.first_sampled)
 
     @property
     def session_id(self) -> bytes:
@@ -160,14 +169,14 @@ class StageCounters:
     token_us: int = 0  # computing one token, of late
     n_tokens_reused: int = 0  # of prompts, which were there already
     n_sequences_kept: int = 0  # free ones that hold a prompt, now
+    n_copies_used: int = 0  # sessions that went on behind what was kept as a standby
 
 
 def check_request(
     message: OpenSession, serves: StageIdentity, info: EngineInfo, n_free_sequences: int
 ) -> None:
     """Raises InputError (theirs) or BusyError (the moment's) unless the session can be opened."""
-    if StageIdentity(message.manifest_digest, message.layer_start, message.layer_end) != serves:
-        raise InputError("this node serves another shard now", code="WRONG_SHARD")
+    check_shard(message, serves)
     if message.adapter and message.adapter not in info.adapters:
         raise InputError(
             f"this node has no LoRA adapter named {message.adapter[:64]}",
@@ -191,6 +200,12 @@ def check_request(
             f"all {info.n_parallel} sequences of this node are in use",
             next_step="try again shortly, or raise --parallel",
         )
+
+
+def check_shard(message: OpenSession | StandBy, serves: StageIdentity) -> None:
+    """Raises InputError (theirs) for layers that this stage does not serve."""
+    if StageIdentity(message.manifest_digest, message.layer_start, message.layer_end) != serves:
+        raise InputError("this node serves another shard now", code="WRONG_SHARD")
 
 
 def check_share(n_of_node: int, n_max: int) -> None:

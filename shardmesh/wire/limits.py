@@ -79,6 +79,21 @@ REPLAY_KEPT_BYTES_MAX: Final = 512 * MIB
 REPLAY_RESULTS_KEPT_MAX: Final = 64
 """Results that a last stage keeps of a session; the coordinator lacks the last few at most."""
 
+KV_COPY_BYTES_MAX: Final = 4 * MIB
+"""KV in one frame to a standby, and so of one position: the widest known model has 2.6 MiB."""
+
+KV_COPY_WINDOW_BYTES: Final = 2 * MIB
+"""KV on its way to a standby and not acknowledged: what sessions wait for goes on between."""
+
+COPIED_STATE_BYTES_MAX: Final = 512 * MIB
+"""A sequence's KV that is copied: llama.cpp hands it over at once, which delays tokens by 0.1 s."""
+
+COPIES_BYTES_MAX: Final = 1024 * MIB
+"""KV that a stage keeps for others, as their standby: two of the largest, or some dozens."""
+
+COPIES_MAX: Final = 64
+"""Sessions that a stage stands by for."""
+
 REPLAY_BATCHES_IN_FLIGHT_MAX: Final = 16
 """Micro-batches replayed to a stage and not acknowledged: other sessions share link and engine."""
 

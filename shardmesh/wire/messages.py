@@ -24,6 +24,7 @@ from shardmesh.wire.limits import (
     DRAFT_KEY_BYTES,
     EMBEDDING_BYTES_MAX,
     GRAMMAR_BYTES_MAX,
+    KV_COPY_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
     PREFIX_PIECES_MAX,
@@ -145,6 +146,7 @@ class OpenSession(_Message, frozen=True, tag="open"):
     draft_key: DraftKey  # of the checks of drafts, for the last stage; empty: no drafts
     # Whole pieces of the prompt in order, which the stage may begin behind and keep for others.
     prefix: Annotated[tuple[PrefixPiece, ...], msgspec.Meta(max_length=PREFIX_PIECES_MAX)]
+    take_over: bool  # begin behind the KV that the stage keeps as the session's standby, if any
 
 
 class SessionOpened(_Message, frozen=True, tag="opened"):
@@ -152,7 +154,7 @@ class SessionOpened(_Message, frozen=True, tag="opened"):
 
     session: SessionId
     epoch: Count
-    n_held: Count  # positions of the prefix that are there already, up to the end of a piece
+    n_held: Count  # positions that are there already: of the prefix, or of what it stood by with
 
 
 class RepairSession(_Message, frozen=True, tag="repair"):
@@ -291,6 +293,51 @@ class CloseSession(_Message, frozen=True, tag="close"):
     session: SessionId
 
 
+class StandBy(_Message, frozen=True, tag="stand_by"):
+    """Coordinator to a replica of a stage: keep a copy of that stage's KV.
+
+    Answered by StandingBy or SessionFailed; over with CloseSession, or with the link.
+    """
+
+    session: SessionId
+    manifest_digest: Text
+    layer_start: Count
+    layer_end: Count
+    n_ctx: Count  # positions that may come
+    fingerprint: Text  # of the engine that computes them, which must be the replica's own
+    source: Text  # peer id of the stage
+
+
+class StandingBy(_Message, frozen=True, tag="standing_by"):
+    """Replica to coordinator: it takes the copy."""
+
+    session: SessionId
+
+
+class CopyTo(_Message, frozen=True, tag="copy_to"):
+    """Coordinator to a stage that holds the session: copy the KV to a replica; not answered."""
+
+    session: SessionId
+    standby: NextStage
+    fingerprint: Text  # of the replica's engine, which must be the stage's own
+
+
+class KvCopy(_Message, frozen=True, tag="kv"):
+    """Stage to its standby: the KV of positions, the body (n_tokens, bytes of one) row by row."""
+
+    session: SessionId
+    position: Count  # 0 begins anew; else that which follows on what was sent before
+    n_tokens: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    n_bytes: Annotated[int, msgspec.Meta(ge=1, le=KV_COPY_BYTES_MAX)]  # of the body
+
+
+class KvTaken(_Message, frozen=True, tag="kv_taken"):
+    """Standby to stage: it keeps all positions below, and more may be sent; 0: send no more."""
+
+    session: SessionId
+    n_taken: Count
+
+
 class SessionFailed(_Message, frozen=True, tag="failed"):
     """Stage to coordinator: the session is over on this stage, and why."""
 
@@ -325,6 +372,11 @@ Message = (
     | TrimSession
     | CloseSession
     | SessionFailed
+    | StandBy
+    | StandingBy
+    | CopyTo
+    | KvCopy
+    | KvTaken
 )
 
 _KINDS: dict[str, type[Message]] = {
@@ -340,13 +392,15 @@ def encode_message(message: Message, body: bytes | memoryview = b"") -> bytes:
 def decode_message(frame: bytes) -> tuple[Message, memoryview]:
     """A message and its body; raises ProtocolError (theirs).
 
-    Only a HiddenBatch has a body, of exactly the size that it names.
+    Only a HiddenBatch and a KvCopy have a body, of exactly the size that they name.
     """
     header, body = decode_frame(frame)
     message = decode_tagged(header, _KINDS)
     n_body = 0
     if isinstance(message, HiddenBatch):
         n_body = n_body_bytes(message.n_tokens, message.n_embd, message.dtype)
+    elif isinstance(message, KvCopy):
+        n_body = message.n_bytes
     if len(body) != n_body:
         raise ProtocolError(f"a body of {n_body} bytes was due, {len(body)} came", code="BAD_FRAME")
     return message, body

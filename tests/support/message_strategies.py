@@ -14,9 +14,12 @@ from shardmesh.wire.messages import (
     BatchDone,
     BatchTaken,
     CloseSession,
+    CopyTo,
     Hello,
     HiddenBatch,
     HopFailed,
+    KvCopy,
+    KvTaken,
     Message,
     NextStage,
     OpenSession,
@@ -31,6 +34,8 @@ from shardmesh.wire.messages import (
     SessionOpened,
     SessionRepaired,
     StageTiming,
+    StandBy,
+    StandingBy,
     TokenBatch,
     TrimSession,
 )
@@ -99,7 +104,28 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         prefix=st.lists(
             st.builds(PrefixPiece, end=st.integers(1, 2**31 - 1), digest=session_ids), max_size=3
         ).map(tuple),
+        take_over=st.booleans(),
     ),
+    StandBy: st.builds(
+        StandBy,
+        session=session_ids,
+        manifest_digest=texts,
+        layer_start=counts,
+        layer_end=counts,
+        n_ctx=counts,
+        fingerprint=texts,
+        source=texts,
+    ),
+    StandingBy: st.builds(StandingBy, session=session_ids),
+    CopyTo: st.builds(CopyTo, session=session_ids, standby=next_stages, fingerprint=texts),
+    KvCopy: st.builds(
+        KvCopy,
+        session=session_ids,
+        position=counts,
+        n_tokens=st.integers(1, 2**31 - 1),
+        n_bytes=st.integers(1, 64),
+    ),
+    KvTaken: st.builds(KvTaken, session=session_ids, n_taken=counts),
     SessionOpened: st.builds(SessionOpened, **_session, n_held=counts),
     RepairSession: st.builds(
         RepairSession,
@@ -180,6 +206,8 @@ messages: st.SearchStrategy[Message] = st.one_of(*KINDS.values())
 
 def body_of(message: Message) -> bytes:
     """A body of the size that the message asks for."""
+    if isinstance(message, KvCopy):
+        return bytes(message.n_bytes)
     if not isinstance(message, HiddenBatch):
         return b""
     return bytes(n_body_bytes(message.n_tokens, message.n_embd, message.dtype))
