@@ -53,7 +53,7 @@ class Place:
 def open_message(
     place: Place, settings: SessionSettings, draft_key: bytes, *, reuse: bool
 ) -> OpenSession:
-    """Without `reuse`, in a repair, the stage begins with nothing, or with what it stood by with."""
+    """Without `reuse`, in a repair, the stage has nothing but what it stood by with, if it did."""
     stage, prefix, is_last = place.stage, settings.prefix, place.following is None
     peer_ids = [each.peer_id for each in place.stages[: place.number + 1]]
     return OpenSession(

@@ -3,8 +3,8 @@
 A stage that failed is replaced; the others keep what they hold.  Every stage keeps what it sent
 (`links/outgoing.py`), so the replacement gets its input from the stage before it, computes it in
 the original micro-batches, and sends on only what the stage behind it lacks.  The last stage
-samples again while it computes again, which brings its sampler into the state that it had.  One that
-stood by for the lost stage has a copy of its KV, and computes the tail only.
+samples again while it computes again, which brings its sampler into the state that it had.  One
+that stood by for the lost stage has a copy of its KV, and computes the tail only.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 llama.cpp gives the state of a whole sequence: numbers of cells, their positions, and then for each
 layer all keys, and all values.  Here only keys and values are kept, position by position, so that
-what was copied before need not be copied again, and so that nothing that llama.cpp parses comes from
-another machine: numbers, positions, types and sizes are written by whoever takes the rows.  Pure.
+what was copied before need not be copied again, and so that nothing that llama.cpp parses comes
+from another machine: numbers, positions, types and sizes are written by whoever takes the rows.
+Pure.
 
 A state, in a context with a cache for each sequence, little-endian:
 

@@ -1,4 +1,4 @@
-"""A stage that stood by takes over with its copy: the same tokens, and only the tail is computed."""
+"""A stage that stood by takes over: the same tokens, and only the tail is computed."""
 
 from __future__ import annotations
 

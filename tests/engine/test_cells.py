@@ -1,4 +1,4 @@
-"""KV that was copied to another engine has the bits of the original, and so has all that follows."""
+"""KV that was copied to another engine has the bits of the original; so has all that follows."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ class SessionPlan:
     prefers: tuple[int, ...]  # the replica of each stage, if it is there and well
     n_guesses: int  # tokens guessed ahead, at most
     guesses_right: float  # how often one is
+    standby: bool  # other replicas keep copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Plan:
             f"{s.at_s:7.3f} session {s.number} of {s.coordinator}: {len(s.prompt)} + "
             f"{s.n_tokens} tokens, temperature {s.temperature}, cancelled {s.cancelled_after_s}, "
             f"{s.n_guesses} guessed, of which right: {s.guesses_right}"
+            + (", with standbys" if s.standby else "")
             for s in self.sessions
         ]
         return "\n".join(lines + [str(fault) for fault in self.faults])
@@ -154,6 +156,7 @@ def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> Ses
         cancelled_after_s=chance.uniform(0.0, 2.0) if chance.random() < 0.1 else None,
         n_guesses=chance.choice((0, 0, 2, 8, 32)),
         guesses_right=chance.choice((0.2, 0.7, 0.9, 1.0)),
+        standby=chance.random() < 0.5,
     )
 
 

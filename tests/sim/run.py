@@ -62,6 +62,7 @@ class Outcome:
     n_refused: int = 0  # attempts that found no room or no chain
     n_reused: int = 0  # tokens of prompts
     n_guesses: int = 0  # tokens sent ahead
+    n_copied: int = 0  # positions that standbys did not have to compute
     n_late_frames: int = 0
     longest_pause_s: float = 0.0
     ended_s: float = 0.0
@@ -189,8 +190,11 @@ class Play:
                     n_ctx=N_CTX,
                     sampling=_sampling(plan),
                     prefix=PromptPrefix(plan.prompt, ASKER_KEY),
+                    standby=plan.standby,
                 )
                 async with coordinator.user.session(chain, links, settings, finder) as session:
+                    if session.standbys is not None:
+                        coordinator.nursery.start_soon(session.standbys.run)
                     world.note(f"session {plan.number} on {[s.peer_id for s in chain.stages]}")
                     self.outcome.n_reused += session.n_reused
                     done = await prefill(session, plan.prompt)
@@ -226,6 +230,7 @@ class Play:
                 repair.code != OurError.default_code, f"a stage found a fault of ours: {repair}"
             )
             self.outcome.n_repairs += 1
+            self.outcome.n_copied += repair.n_copied
             self.outcome.longest_pause_s = max(self.outcome.longest_pause_s, repair.pause_s)
             self._world.note(f"session {plan.number}: {repair}")
 
@@ -323,6 +328,8 @@ class Play:
             if not node.is_alive:
                 continue
             self._require(node.stage.n_sessions == 0, f"{node.name} keeps a session")
+            n_copies = node.stage.copy_figures["n_copies"]
+            self._require(n_copies == 0, f"{node.name} keeps {n_copies} copies")
             if node.working.cancel_called:
                 continue  # one that hangs closes nothing
             self._require(not node.engine.open_sequences, f"{node.name} keeps KV")

@@ -14,7 +14,7 @@ from sim.run import SimulationError, simulate
 
 from shardmesh.coordinator import session
 from shardmesh.coordinator.recovery import Held, ReplayPlan, plan_replay
-from shardmesh.listener import kept_sequences
+from shardmesh.listener import copying, kept_sequences, stage_session
 from shardmesh.listener.stage import Stage
 
 N_SEEDS = 200
@@ -84,6 +84,17 @@ def test_a_prefix_of_another_prompt_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_seeds_reuse_prefixes() -> None:
     assert sum(simulate(seed).n_reused for seed in range(6)) > 0
+
+
+def test_the_seeds_take_over_with_copies() -> None:
+    assert sum(simulate(seed).n_copied for seed in range(28, 32)) > 0
+
+
+@pytest.mark.slow
+def test_a_copy_of_guesses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "STEP_TOKENS_MIN", 1)
+    monkeypatch.setattr(stage_session, "n_final", lambda n_received, first: n_received)
+    assert failing_seed()
 
 
 def test_the_reference_is_one_engine() -> None:

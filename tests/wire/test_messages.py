@@ -19,6 +19,7 @@ from shardmesh.wire.limits import (
     DRAFT_CHECK_BYTES,
     DRAFT_KEY_BYTES,
     EMBEDDING_BYTES_MAX,
+    KV_COPY_BYTES_MAX,
     LOGIT_BIASES_MAX,
     MICRO_BATCH_TOKENS_MAX,
     PREFIX_PIECES_MAX,
@@ -29,6 +30,7 @@ from shardmesh.wire.limits import (
 )
 from shardmesh.wire.messages import (
     HiddenBatch,
+    KvCopy,
     Message,
     SessionFailed,
     decode_message,
@@ -93,6 +95,14 @@ OPEN: dict[str, Any] = {
     "wire": "f32",
     "draft_key": b"",
     "prefix": [],
+    "take_over": False,
+}
+KV: dict[str, Any] = {
+    "type": "kv",
+    "session": ID,
+    "position": 0,
+    "n_tokens": 2,
+    "n_bytes": KV_COPY_BYTES_MAX,
 }
 DONE: dict[str, Any] = {
     "type": "done",
@@ -163,8 +173,8 @@ def test_garbage_is_a_protocol_error(data: bytes) -> None:
             decode_message(frame)
 
 
-@given(messages.filter(lambda m: not isinstance(m, HiddenBatch)))
-def test_only_hidden_states_have_a_body(message: Message) -> None:
+@given(messages.filter(lambda m: not isinstance(m, HiddenBatch | KvCopy)))
+def test_only_hidden_states_and_kv_have_a_body(message: Message) -> None:
     with pytest.raises(ProtocolError):
         decode_message(encode_message(message, b"\x00"))
 
@@ -175,6 +185,20 @@ def test_hidden_states_have_exactly_the_body_that_they_name(n_body: int) -> None
     with pytest.raises(ProtocolError) as caught:
         decode(HIDDEN, bytes(n_body))
     assert caught.value.code == "BAD_FRAME"
+
+
+@pytest.mark.parametrize("n_body", [0, 1, KV_COPY_BYTES_MAX - 1])
+def test_kv_has_exactly_the_body_that_it_names(n_body: int) -> None:
+    decode(KV, bytes(KV_COPY_BYTES_MAX))
+    with pytest.raises(ProtocolError) as caught:
+        decode(KV, bytes(n_body))
+    assert caught.value.code == "BAD_FRAME"
+
+
+def test_kv_beyond_its_limit() -> None:
+    n_bytes = KV_COPY_BYTES_MAX + 1
+    with pytest.raises(ProtocolError):
+        decode({**KV, "n_bytes": n_bytes}, bytes(n_bytes))
 
 
 def repeated(item: Any, n: int) -> list[Any]:
