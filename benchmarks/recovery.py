@@ -3,11 +3,13 @@
 Two stages, the second with two replicas.  The data process of the one that serves is killed with
 -9 behind some tokens; the other computes its half of the layers again from the hidden states that
 the first stage has kept.  Beside it the time to the first token of the same prompt: what it would
-cost to begin anew, with all layers.
+cost to begin anew, with all layers.  Then the same where the other stands by with a copy of the KV,
+beside the pause without; and what the copying costs while nothing happens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,6 +34,8 @@ from shardmesh.swarm.identity import load_identity
 CONTEXTS: Final = (256, 1024, 4096)
 N_TOKENS: Final = 16
 KILLED_BEHIND: Final = 8
+COPIED_CONTEXT: Final = 1024
+COPIED_TOKENS: Final = 256
 N_SHARDS: Final = 2
 KILLED_SHARD: Final = 1
 TIMEOUT_S: Final = 300.0
@@ -50,23 +54,44 @@ async def measure_recovery(
             mesh = await _Mesh.open(stack, folder)
             results = []
             for n_context in CONTEXTS:
-                pauses, prefills = list[float](), list[float]()
+                pauses, prefills, standby_pauses = list[float](), list[float](), list[float]()
                 for run in range(runs + 1):
                     progress(f"{n_context} tokens, run {run} of {runs}")
                     pause_s, first_s = await mesh.kill_in_a_text(n_context)
                     pauses.append(pause_s)
                     prefills.append(first_s)
-                ratio, pairs = paired(pauses[1:], prefills[1:])
-                results.append(
-                    Result(
-                        name=f"recovery of {n_context} tokens",
-                        mesh={**median_of(pauses[1:], "s"), "pair_ratios": pairs},
-                        baseline=median_of(prefills[1:], "s"),
-                        runs=runs,
-                        ratio=ratio,
-                    )
-                )
+                    progress(f"{n_context} tokens with a standby, run {run} of {runs}")
+                    pause_s, _ = await mesh.kill_in_a_text(n_context, standby=True)
+                    standby_pauses.append(pause_s)
+                name = f"recovery of {n_context} tokens"
+                results.append(_compared(name, pauses, prefills))
+                results.append(_compared(f"{name} by a standby", standby_pauses, pauses))
+            results.append(await _cost_of_copying(mesh, runs, progress))
     return results
+
+
+async def _cost_of_copying(mesh: _Mesh, runs: int, progress: Callable[[str], None]) -> Result:
+    """Milliseconds of a token with standbys, beside one without."""
+    plain, copied = list[float](), list[float]()
+    for run in range(runs + 1):
+        progress(f"tokens with and without standbys, run {run} of {runs}")
+        plain.append(await mesh.token_ms(standby=False))
+        copied.append(await mesh.token_ms(standby=True))
+    return _compared("a token with a standby", copied, plain, unit="ms")
+
+
+def _compared(
+    name: str, values: Sequence[float], baseline: Sequence[float], unit: str = "s"
+) -> Result:
+    """Without the first run, which warms up."""
+    ratio, pairs = paired(values[1:], baseline[1:])
+    return Result(
+        name=name,
+        mesh={**median_of(values[1:], unit), "pair_ratios": pairs},
+        baseline=median_of(baseline[1:], unit),
+        runs=len(values) - 1,
+        ratio=ratio,
+    )
 
 
 class _Mesh:
@@ -110,18 +135,23 @@ class _Mesh:
         )
         return cls(client, (folder / "state", folder / "other"))
 
-    async def kill_in_a_text(self, n_context: int) -> tuple[float, float]:
+    async def token_ms(self, *, standby: bool) -> float:
+        """Milliseconds of a token behind a long prompt, of a stage that is copied or not."""
+        await self._wait_served()
+        request = dataclasses.replace(_request(COPIED_CONTEXT, standby), n_tokens_max=COPIED_TOKENS)
+        async with self._client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Finished) and item.timings.decode_tokens_per_s:
+                    if standby and KILLED_SHARD not in completion.standbys:
+                        raise OurError("nobody stood by")
+                    return 1e3 / item.timings.decode_tokens_per_s
+        raise OurError("a generation ended without its last item")
+
+    async def kill_in_a_text(self, n_context: int, *, standby: bool = False) -> tuple[float, float]:
         """The pause of a text whose second stage is killed, and the time to its first token."""
         victim, state_dir = next(self._victims)
         await self._wait_served()
-        request = CompletionRequest(
-            prompt_tokens=tuple(10 + i % 200 for i in range(n_context - KILLED_BEHIND)),
-            n_tokens_max=N_TOKENS,
-            sampling=GREEDY,
-            ignore_end=True,
-            via=(victim,),
-            reuse_prefix=False,
-        )
+        request = dataclasses.replace(_request(n_context - KILLED_BEHIND, standby), via=(victim,))
         n_pieces = 0
         async with self._client.coordinator.complete(request) as completion:
             async for item in completion.items:
@@ -146,6 +176,18 @@ class _Mesh:
                 if loaded >= set(self._peer_ids):
                     return
                 await directory.wait_changed(version)
+
+
+def _request(n_prompt: int, standby: bool) -> CompletionRequest:
+    return CompletionRequest(
+        prompt_tokens=tuple(10 + i % 200 for i in range(n_prompt)),
+        n_tokens_max=N_TOKENS,
+        sampling=GREEDY,
+        ignore_end=True,
+        reuse_prefix=False,
+        standby=standby,
+        n_drafts=0,
+    )
 
 
 def _data_process(state_dir: Path) -> psutil.Process:

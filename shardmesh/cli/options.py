@@ -290,6 +290,14 @@ drafts_option = click.option(
     help="Tokens to guess ahead where the text repeats itself: as many as pay, none, or at most N.",
 )
 
+standby_option = click.option(
+    "--standby",
+    is_flag=True,
+    envvar="LLAMA_STANDBY",
+    help="Have other replicas keep copies of the KV, so that one of them can take over a long text "
+    "without computing it again; takes their memory and some of the network.",
+)
+
 audit_option = click.option(
     "--audit",
     "audit_rate",

@@ -13,6 +13,7 @@ from shardmesh.cli.options import (
     audit_option,
     drafts_option,
     shards_dir_option,
+    standby_option,
     wire_option,
 )
 from shardmesh.cli.visit import Visit, visit_options
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Compute the whole prompt, whatever the stages hold of it, and leave nothing there.",
 )
+@standby_option
 @drafts_option
 @click.option(
     "--draft-model",
@@ -106,6 +108,7 @@ def command(
     wait_s: float,
     wire: WireType,
     no_prefix_reuse: bool,
+    standby: bool,
     drafts: int | None,
     draft_model: Path | None,
     audit_rate: float,
@@ -137,6 +140,7 @@ def command(
         n_drafts=drafts,
         draft_model=draft_model,
         reuse_prefix=not no_prefix_reuse,
+        standby=standby,
         sampling=SamplingSettings(
             temperature=temperature,
             top_k=top_k,
@@ -207,6 +211,8 @@ async def _answer(
                 else:
                     click.echo()
                     is_line_open = False
+                    if show_choice and request.standby:
+                        _print_standbys(completion)
                     if show_timings:
                         _print_timings(
                             item, can_roll_back=completion.can_roll_back, wire=request.wire
@@ -231,6 +237,11 @@ def _as_json(
             "seed": request.sampling.seed,
             "chain": [stage.peer_id for stage in completion.chain.stages],
             "wire": request.wire,
+            "standbys": {
+                stage.peer_id: completion.standbys[number].peer_id
+                for number, stage in enumerate(completion.chain.stages)
+                if number in completion.standbys
+            },
             "repairs": [dataclasses.asdict(repair) for repair in completion.repairs],
             "timings": dataclasses.asdict(finished.timings),
         },
@@ -271,6 +282,16 @@ def _print_choice(explanation: Explanation, *, can_roll_back: bool) -> None:
             "This architecture cannot be rolled back: prompts that begin alike are computed anew, "
             "and no token is guessed ahead."
         )
+
+
+def _print_standbys(completion: Completion) -> None:
+    """On standard error, behind the text: standbys are found while it is written."""
+    from shardmesh.cli.status import short_peer_id
+
+    for number, stage in enumerate(completion.chain.stages):
+        standby = completion.standbys.get(number)
+        who = f"{short_peer_id(standby.peer_id)} stands by" if standby else "nobody stands by"
+        click.echo(f"layers [{stage.layer_start}, {stage.layer_end}): {who}", err=True)
 
 
 def _reuse_note(timings: Timings, *, can_roll_back: bool) -> str:

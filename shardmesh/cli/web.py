@@ -19,6 +19,7 @@ from shardmesh.cli.options import (
     naming,
     naming_options,
     shards_dir_option,
+    standby_option,
     start_logging,
     state_dir_option,
     wire_option,
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     envvar="LLAMA_NO_PREFIX_REUSE",
     help="Compute every prompt as a whole, and leave none of them in the stages.",
 )
+@standby_option
 @drafts_option
 @audit_option
 @naming_options
@@ -118,6 +120,7 @@ def command(
     allowed_hosts: tuple[str, ...],
     wire: WireType,
     no_prefix_reuse: bool,
+    standby: bool,
     drafts: int | None,
     audit_rate: float,
     node_name: str,
@@ -162,6 +165,7 @@ def command(
             naming=naming(node_name, node_location, node_tags),
             wire=wire,
             reuse_prefix=not no_prefix_reuse,
+            standby=standby,
             n_drafts=drafts,
             audit_rate=audit_rate,
         ),

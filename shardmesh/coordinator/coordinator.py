@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 
 import trio
@@ -65,6 +72,11 @@ class Completion:
     def chain(self) -> Chain:
         """The chain as it is now; a stage that failed has been replaced in it."""
         return self.session.chain
+
+    @property
+    def standbys(self) -> Mapping[int, Replica]:
+        """Replicas that keep a copy of the KV now, by number of the stage."""
+        return self.session.standbys.ready() if self.session.standbys is not None else {}
 
     @property
     def repairs(self) -> Sequence[Repair]:

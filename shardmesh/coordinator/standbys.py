@@ -175,7 +175,7 @@ class Standbys:
         )
 
     def _have_it_copied(self, number: int, standby: _Standby) -> None:
-        """Tells the stage where to send its KV; one that cannot be told is lost, which is noticed."""
+        """Tells the stage where to send its KV; if it cannot be told, its loss is noticed."""
         replica = standby.replica
         message = CopyTo(
             session=self._session_id,

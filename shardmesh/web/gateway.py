@@ -58,6 +58,7 @@ class GatewayOptions:
     naming: Naming = dataclasses.field(default_factory=Naming)
     wire: WireType = EXACT  # how hidden states travel from stage to stage
     reuse_prefix: bool = True  # of prompts with the same API token
+    standby: bool = False  # as in a CompletionRequest
     n_drafts: int | None = None  # as in a CompletionRequest
     audit_rate: float = 0.0  # share of answers that another replica computes again
 

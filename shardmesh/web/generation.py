@@ -116,6 +116,7 @@ class _Run:
             wire=gateway.options.wire,
             n_drafts=gateway.options.n_drafts,
             reuse_prefix=gateway.options.reuse_prefix,
+            standby=gateway.options.standby,
         )
         self.session_id = answer_id if number == 0 else f"{answer_id}-{number}"
         self._known: dict[str, Any] = {

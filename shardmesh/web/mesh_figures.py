@@ -92,6 +92,9 @@ class MeshFigures(Collector):
         kept = _gauge(
             "shardmesh_kv_sequences_kept", "Free sequences of a listener that hold a prompt"
         )
+        copies = _gauge("shardmesh_kv_copies", "Sessions that a listener stands by for")
+        copy_bytes = _gauge("shardmesh_kv_copy_bytes", "Memory of a listener for their KV")
+        sent = _gauge("shardmesh_kv_copy_sent_bytes", "KV that a listener has sent to standbys")
         sessions = _gauge("shardmesh_sessions", "Sessions on a listener, of all coordinators")
         memory = _gauge(
             "shardmesh_data_process_memory_bytes", "Memory of a listener's data process"
@@ -109,6 +112,9 @@ class MeshFigures(Collector):
             if report.n_kv_tokens is not None:
                 used.add_metric(labels, report.n_kv_tokens)
             kept.add_metric(labels, report.n_sequences_kept)
+            copies.add_metric(labels, report.n_copies)
+            copy_bytes.add_metric(labels, report.copy_bytes)
+            sent.add_metric(labels, report.copy_bytes_sent)
             sessions.add_metric(labels, report.n_sessions)
             memory.add_metric(labels, report.memory_bytes)
             if report.round_trip_ms is not None:
@@ -117,7 +123,8 @@ class MeshFigures(Collector):
             fetching.add_metric(labels, len(under_way))
             missing.add_metric(labels, sum(d.n_bytes - d.n_bytes_done for d in under_way))
             rate.add_metric(labels, sum(d.bytes_per_s for d in under_way))
-        yield from (tokens, used, kept, sessions, memory, trip, fetching, missing, rate)
+        yield from (tokens, used, kept, copies, copy_bytes, sent)
+        yield from (sessions, memory, trip, fetching, missing, rate)
 
 
 def _gauge(name: str, text: str, labels: tuple[str, ...] = _LABELS) -> GaugeMetricFamily:

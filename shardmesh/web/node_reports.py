@@ -95,20 +95,21 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
     Raises ProtocolError (theirs) for an answer that is none.
     """
     metrics = convert(data, _Metrics)
-    n_tokens = metrics.stage.get("n_tokens", 0)
-    n_kv_tokens = metrics.stage.get("n_kv_tokens")
-    n_kept = metrics.stage.get("n_sequences_kept")
+    stage = {name: n for name, n in metrics.stage.items() if isinstance(n, int)}
     report = Report(
         round_trip_ms=round(round_trip_ms, 1),
         shard_state=metrics.shard_state,
         error=metrics.shard_error or "",
         n_sessions=metrics.n_sessions,
         memory_bytes=metrics.data_memory_bytes,
-        n_kv_tokens=n_kv_tokens if isinstance(n_kv_tokens, int) else None,
-        n_sequences_kept=n_kept if isinstance(n_kept, int) else 0,
+        n_kv_tokens=stage.get("n_kv_tokens"),
+        n_sequences_kept=stage.get("n_sequences_kept", 0),
+        n_copies=stage.get("n_copies", 0),
+        copy_bytes=stage.get("copy_bytes", 0),
+        copy_bytes_sent=stage.get("copy_bytes_sent", 0),
         downloads=tuple(each.shown() for each in metrics.downloads[-DOWNLOADS_SHOWN_MAX:]),
     )
-    return report, n_tokens if isinstance(n_tokens, int) else 0
+    return report, stage.get("n_tokens", 0)
 
 
 def pause_s(

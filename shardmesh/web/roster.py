@@ -54,6 +54,9 @@ class Report:
     tokens_per_s: float = 0.0
     n_kv_tokens: int | None = None  # None: the node does not tell
     n_sequences_kept: int = 0  # free ones that hold a prompt
+    n_copies: int = 0  # of other nodes' sessions, as their standby
+    copy_bytes: int = 0  # memory of those
+    copy_bytes_sent: int = 0  # of own sessions, to standbys
     downloads: tuple[Download, ...] = ()
 
     @property

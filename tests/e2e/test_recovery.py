@@ -12,7 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import trio
-from support.asking import as_client, complete_with, wait_no_sessions, wait_status
+from support.asking import (
+    ANSWER_TIMEOUT_S,
+    as_client,
+    ask,
+    complete_with,
+    wait_no_sessions,
+    wait_status,
+)
 from support.processes import Mesh, Node, start_bootstrap, workspace
 
 from shardmesh.coordinator.client import Client
@@ -21,6 +28,7 @@ from shardmesh.coordinator.generate import Piece
 from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.coordinator.session import Repair
 from shardmesh.engine.base import SamplingSettings
+from shardmesh.swarm.commands import send_command
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.recovery]
 
@@ -188,6 +196,43 @@ def test_a_killed_stage_of_a_text_that_began_behind_a_reused_prompt(
     assert text == replicated.text
     assert [repair.lost_peer_id for repair in repairs] == [killed]
     replicated.wait_complete()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_stage_whose_standby_has_the_prompt(replicated: Replicated, stage: int) -> None:
+    """Same text, and of the long prompt it computes only the tail."""
+
+    async def use(client: Client) -> tuple[str, list[Repair], int]:
+        request = dataclasses.replace(REQUEST, standby=True, reuse_prefix=False)
+        text, n_pieces = "", 0
+        async with client.coordinator.complete(request) as completion:
+            async for item in completion.items:
+                if isinstance(item, Piece):
+                    text, n_pieces = text + item.text, n_pieces + 1
+                    if n_pieces == N_TOKENS // 2:
+                        standby = completion.standbys[stage].peer_id
+                        n_before = (await metrics_of(client, standby))["n_tokens"]
+                        lost = completion.chain.stages[stage].peer_id
+                        replicated.node(lost).running.data_process().kill()
+            (repair,) = completion.repairs
+            assert (repair.lost_peer_id, repair.new_peer_id) == (lost, standby)
+            found = await metrics_of(client, standby)
+            n_all = completion.n_prompt_tokens + N_TOKENS - 1
+            assert found["n_tokens"] - n_before == n_all - repair.n_copied
+            assert found["n_copies_used"] > 0
+            return text, list(completion.repairs), completion.n_prompt_tokens
+
+    text, repairs, n_prompt = as_client(replicated.mesh, use)
+    assert text == replicated.text
+    assert n_prompt > 200
+    assert repairs[0].n_copied > n_prompt - 100
+    replicated.wait_complete()
+    assert all(answer["stage"]["n_copies"] == 0 for answer in ask(replicated.mesh, "GET_METRICS"))
+
+
+async def metrics_of(client: Client, peer_id: str) -> dict[str, int]:
+    answer = await send_command(client.host, peer_id, "GET_METRICS", None, ANSWER_TIMEOUT_S)
+    return dict(answer["stage"])
 
 
 def test_a_drained_listener_leaves_when_its_last_session_is_over(replicated: Replicated) -> None:
