@@ -11,11 +11,14 @@ A state, in a context with a cache for each sequence, little-endian:
     u32 that is always the same, u32 sequence; then one cache, or two (models with sliding windows):
         u32 number of sequences; for each of them
             u32 number of cells, and only if it is not 0:
-                for each cell: i32 position, u32 1, i32 sequence
+                for each cell, in the order of positions: i32 position, u32 1, i32 sequence
                 u32 whether values lie transposed, u32 number of layers
                 for each layer: i32 type, u64 bytes of a row, the keys row by row
                 for each layer: the same with values; transposed: i32 type, u32 bytes of a number,
                     u32 width, the values column by column
+
+Of a cache with a sliding window only the positions are given that the next one may look at.  A copy
+must have been begun before the first of them was left behind.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import dataclasses
 import struct
 
 import numpy as np
+import numpy.typing as npt
 
 from shardmesh.engine.base import Cells
 from shardmesh.wire.limits import MODEL_LAYERS_MAX
@@ -74,11 +78,12 @@ def layout_of(state: memoryview, n_sequences: int) -> StateLayout:
 def cells_of(layout: StateLayout, state: memoryview, start: int, end: int) -> Cells:
     """The positions [start, end) out of a state; raises UnknownStateError if it has not all."""
     found, planes = _read(state, layout.n_sequences)
-    if found != layout or any(len(rows) < end for rows in planes):
+    if found != layout:
         raise UnknownStateError("the state is another one than expected")
-    # Cells lie in the order of positions, so the row of a position is that of its number.
-    n_cells = end - start
-    return np.concatenate([rows[start:end].reshape(n_cells, -1) for rows in planes], axis=1)
+    parts = [plane.rows[start - plane.first : end - plane.first] for plane in planes]
+    if any(plane.first > start for plane in planes) or any(len(p) != end - start for p in parts):
+        raise UnknownStateError("the state does not have all of the positions")
+    return np.concatenate([part.reshape(end - start, -1) for part in parts], axis=1)
 
 
 def state_of(layout: StateLayout, cells: Cells, sequence: int) -> bytes:
@@ -120,17 +125,25 @@ class _Reader:
         return int(_COUNT.unpack(self.take(_COUNT.size))[0])
 
 
-def _read(state: memoryview, n_sequences: int) -> tuple[StateLayout, list[Cells]]:
-    """The layout, and of each plane the rows in the order of cells."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What a plane has, in the order of positions."""
+
+    first: int  # position
+    rows: npt.NDArray[np.uint8]  # (number of positions, ...)
+
+
+def _read(state: memoryview, n_sequences: int) -> tuple[StateLayout, list[_Rows]]:
+    """The layout, and what is in the planes."""
     reader = _Reader(state)
     magic, _ = _PAIR.unpack(reader.take(_PAIR.size))
-    caches, planes = [], list[Cells]()
+    caches, planes = [], list[_Rows]()
     while not reader.is_at_end:
         caches.append(_read_cache(reader, n_sequences, planes))
     return StateLayout(magic, n_sequences, tuple(caches)), planes
 
 
-def _read_cache(reader: _Reader, n_sequences: int, into: list[Cells]) -> _Cache:
+def _read_cache(reader: _Reader, n_sequences: int, into: list[_Rows]) -> _Cache:
     if reader.count() != n_sequences:
         raise UnknownStateError("another number of sequences")
     found: list[_Cache] = []
@@ -139,37 +152,41 @@ def _read_cache(reader: _Reader, n_sequences: int, into: list[Cells]) -> _Cache:
         if not n_cells:
             continue
         places = np.frombuffer(reader.take(n_cells * _CELL.itemsize), dtype=_CELL)
-        in_order = (places["position"] == np.arange(n_cells)).all()
+        first = int(places["position"][0])
+        in_order = (places["position"] == np.arange(first, first + n_cells)).all()
         if not in_order or not (places["n_sequences"] == 1).all():
             raise UnknownStateError("cells are shared, or not in the order of positions")
-        found.append(_read_layers(reader, n_cells, into))
+        found.append(_read_layers(reader, n_cells, first, into))
     if len(found) != 1:
         raise UnknownStateError("not the state of one sequence that holds something")
     return found[0]
 
 
-def _read_layers(reader: _Reader, n_cells: int, into: list[Cells]) -> _Cache:
+def _read_layers(reader: _Reader, n_cells: int, first: int, into: list[_Rows]) -> _Cache:
     header = bytes(reader.take(_PAIR.size))
     are_transposed, n_layer = _PAIR.unpack(header)
     if are_transposed > 1 or not 0 < n_layer <= MODEL_LAYERS_MAX:
         raise UnknownStateError("no number of layers")
-    planes = [_read_plane(reader, n_cells, into) for _ in range(n_layer)]
-    for _ in range(n_layer):
-        planes.append(_read_plane(reader, n_cells, into, is_transposed=bool(are_transposed)))
+    planes = []
+    for is_value in (False, True):
+        for _ in range(n_layer):
+            is_transposed = is_value and bool(are_transposed)
+            plane, rows = _read_plane(reader, n_cells, is_transposed=is_transposed)
+            planes.append(plane)
+            into.append(_Rows(first, rows))
     return _Cache(header, tuple(planes))
 
 
 def _read_plane(
-    reader: _Reader, n_cells: int, into: list[Cells], *, is_transposed: bool = False
-) -> _Plane:
+    reader: _Reader, n_cells: int, *, is_transposed: bool
+) -> tuple[_Plane, npt.NDArray[np.uint8]]:
     form = _COLUMNS if is_transposed else _ROWS
     header = bytes(reader.take(form.size))
     _, n_bytes, *widths = form.unpack(header)
-    n_columns = widths[0] if widths else 0
-    n_item, n_bytes = n_bytes, n_bytes * (n_columns or 1)
-    values = np.frombuffer(reader.take(n_cells * n_bytes), dtype=np.uint8)
-    if n_columns:
-        into.append(values.reshape(n_columns, n_cells, n_item).transpose(1, 0, 2))
-    else:
-        into.append(values.reshape(n_cells, n_bytes))
-    return _Plane(header, n_bytes, n_columns)
+    if not is_transposed:
+        values = np.frombuffer(reader.take(n_cells * n_bytes), dtype=np.uint8)
+        return _Plane(header, n_bytes, 0), values.reshape(n_cells, n_bytes)
+    (n_columns,) = widths
+    values = np.frombuffer(reader.take(n_cells * n_bytes * n_columns), dtype=np.uint8)
+    rows = values.reshape(n_columns, n_cells, n_bytes).transpose(1, 0, 2)
+    return _Plane(header, n_bytes * n_columns, n_columns), rows
