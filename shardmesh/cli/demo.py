@@ -82,10 +82,20 @@ def command(
             temperature=temperature, seed=secrets.randbits(32) if seed is None else seed
         ),
     )
+    if web:
+        _require_free(port)
     with tempfile.TemporaryDirectory(prefix="shardmesh-demo-") as folder:
         web_port = port if web else None
         demo = Demo(Console(), model or DEMO_MODEL, Path(folder), n_shards, request, web_port)
         return 0 if trio.run(demo.run, keep) else EXIT_DIFFERENT
+
+
+def _require_free(port: int) -> None:
+    """Raises InputError (theirs) for a taken port now, not when everything else is done."""
+    from shardmesh.web.server import bind_sockets
+
+    for bound in bind_sockets("127.0.0.1", [port]):
+        bound.close()
 
 
 @dataclasses.dataclass

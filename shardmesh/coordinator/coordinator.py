@@ -128,6 +128,10 @@ class Coordinator:
     def n_sessions(self) -> int:
         return self._router.n_sessions
 
+    def round_trips_us(self) -> dict[str, int]:
+        """Over the links to stages that are open now, by peer id."""
+        return self._pool.round_trips_us()
+
     @asynccontextmanager
     async def complete(self, request: CompletionRequest) -> AsyncIterator[Completion]:
         """A completion whose session is closed on all stages when the block is left.

@@ -102,6 +102,13 @@ class Directory:
         entry = self._entries.get(peer_id)
         return entry.announcement if entry is not None and self._is_live(entry) else None
 
+    def hidden(self, peer_id: str) -> Announcement | None:
+        """The timely announcement of a listener that is thought to be unreachable."""
+        entry = self._entries.get(peer_id)
+        if entry is None or entry.reachable or entry.is_over(self.wall_clock()):
+            return None
+        return None if entry.announcement.is_withdrawal else entry.announcement
+
     def has_left(self, peer_id: str) -> bool:
         """Whether a listener has taken its announcement back, as one does that ends in order."""
         entry = self._entries.get(peer_id)

@@ -262,23 +262,26 @@ class Neighbours:
         self._rechecked.add(peer_id)
         try:
             with trio.move_on_after(_RECHECK_S):
-                if await self._is_back(peer_id):
+                if await self._is_back(peer_id, _RECHECK_PAUSES_S):
                     return
+            self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
+            self._directory.mark_unreachable(peer_id)
+            await self._is_back(peer_id, pauses_s())  # it may have been busy, and say nothing new
         finally:
             self._rechecked.discard(peer_id)
-        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
-        self._directory.mark_unreachable(peer_id)
 
-    async def _is_back(self, peer_id: str) -> bool:
+    async def _is_back(self, peer_id: str, pauses_s: Iterable[float]) -> bool:
         """Whether a listener needs not be hidden: it could be dialed, or is forgotten already."""
-        for pause_s in _RECHECK_PAUSES_S:
+        for pause_s in pauses_s:
             await trio.sleep(pause_s)
-            announcement = self._directory.get(peer_id)
-            if announcement is None or peer_id in self._host.connected():
+            announcement = self._directory.get(peer_id) or self._directory.hidden(peer_id)
+            if announcement is None:
                 return True
-            try:
-                await self._host.connect(announcement.addresses, COMMAND_TIMEOUT_S)
-            except ShardmeshError:
-                continue
+            if peer_id not in self._host.connected():
+                try:
+                    await self._host.connect(announcement.addresses, COMMAND_TIMEOUT_S)
+                except ShardmeshError:
+                    continue
+            self._directory.mark_reachable(peer_id)
             return True
         return False

@@ -88,6 +88,10 @@ class Gateway:
             client.directory,
             is_seen=lambda: self.console.feed.n_subscribers > 0,
             on_change=lambda: self.watch.touch(),
+            link_trips_ms=lambda: {
+                peer_id: trip_us / 1e3
+                for peer_id, trip_us in client.coordinator.round_trips_us().items()
+            },
         )
         self.watch = MeshWatch(
             client.directory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ from shardmesh.errors import ShardmeshError
 from shardmesh.swarm.commands import get_metrics
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
+from shardmesh.web.meters import RateMeter, TripMeter
 from shardmesh.web.roster import Download, Report
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.codec import convert
@@ -97,7 +98,7 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
     metrics = convert(data, _Metrics)
     stage = {name: n for name, n in metrics.stage.items() if isinstance(n, int)}
     report = Report(
-        round_trip_ms=round(round_trip_ms, 1),
+        round_trip_ms=round(round_trip_ms, 2 if round_trip_ms < 10 else 1),
         shard_state=metrics.shard_state,
         error=metrics.shard_error or "",
         n_sessions=metrics.n_sessions,
@@ -144,14 +145,19 @@ class NodeReports:
         *,
         is_seen: Callable[[], bool],
         on_change: Callable[[], None],
+        link_trips_ms: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
+        """`link_trips_ms` are the round trips of links by peer id, where there are links: asking a
+        node takes its control process and a new stream, and so several times as long."""
+        self._link_trips_ms = link_trips_ms
         self.reports: dict[str, Report] = {}
         self._host = host
         self._directory = directory
         self._is_seen = is_seen
         self._on_change = on_change
         self._asked: dict[str, _Question] = {}
-        self._counted: dict[str, tuple[float, int]] = {}  # when, and tokens until then
+        self._rates: dict[str, RateMeter] = {}
+        self._trips: dict[str, TripMeter] = {}
         self._waiting: set[str] = set()
 
     async def run(self) -> None:
@@ -177,8 +183,10 @@ class NodeReports:
         try:
             data = await get_metrics(self._host, peer_id, ASK_TIMEOUT_S)
             now_s = time.monotonic()
-            report, n_tokens = report_of(data, (now_s - started_s) * 1e3)
-            report = dataclasses.replace(report, tokens_per_s=self._rate(peer_id, now_s, n_tokens))
+            trip_ms = self._trips.setdefault(peer_id, TripMeter()).note((now_s - started_s) * 1e3)
+            report, n_tokens = report_of(data, self._link_trips_ms().get(peer_id, trip_ms))
+            tokens_per_s = self._rates.setdefault(peer_id, RateMeter()).note(now_s, n_tokens)
+            report = dataclasses.replace(report, tokens_per_s=tokens_per_s)
         except ShardmeshError as error:
             report = Report(answered=False, error=str(error))
         finally:
@@ -189,7 +197,7 @@ class NodeReports:
     def _next_due(self) -> Announcement | None:
         """The node whose turn came first, if one's has come; forgets those gone."""
         announced = {each.peer_id: each for each in self._directory.all()}
-        for known in (self.reports, self._asked, self._counted):
+        for known in (self.reports, self._asked, self._rates, self._trips):
             for peer_id in known.keys() - announced.keys():
                 del known[peer_id]
         is_seen = self._is_seen()
@@ -205,11 +213,3 @@ class NodeReports:
         if first is None or due_s(first) > trio.current_time():
             return None
         return announced[first]
-
-    def _rate(self, peer_id: str, now_s: float, n_tokens: int) -> float:
-        """Tokens per second since the last answer; a counter that fell was started anew."""
-        before = self._counted.get(peer_id)
-        self._counted[peer_id] = (now_s, n_tokens)
-        if before is None or n_tokens < before[1] or now_s <= before[0]:
-            return 0.0
-        return (n_tokens - before[1]) / (now_s - before[0])

@@ -34,7 +34,7 @@ METRICS: dict[str, Any] = {
 def test_an_answer_as_a_report() -> None:
     report, n_tokens = report_of(METRICS, 1.23)
     assert n_tokens == 70
-    assert (report.round_trip_ms, report.n_sessions, report.shard_state) == (1.2, 3, "loaded")
+    assert (report.round_trip_ms, report.n_sessions, report.shard_state) == (1.23, 3, "loaded")
     (download,) = report.downloads
     assert (download.name, download.n_bytes, download.n_bytes_done) == ("shard-2.gguf", 100, 40)
     assert (download.remaining_s, download.n_sources, download.state) == (8.5, 2, "downloading")

@@ -235,7 +235,7 @@ export class ChainView {
     });
     parts.progress = h("span", { class: "bar way card-progress" }, h("i"));
     parts.meters = h("div", { class: "meters" }, h("span", {}, "Memory"), parts.memoryText, parts.memory, parts.kvName, parts.kvText, parts.kv);
-    parts.foot = h("div", { class: "card-foot" }, h("span", {}, parts.speed, " tok/s"), h("span", {}, parts.trip));
+    parts.foot = h("div", { class: "card-foot" }, h("span", {}, parts.speed, " tok/s"), h("span", { title: "Round trip from the gateway" }, parts.trip, " trip"));
     card.append(parts.progress, parts.meters, parts.foot, parts.note);
   }
 

@@ -1,0 +1,127 @@
+"""A listener that was thought to be gone is looked for, as long as its word about itself holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+from support.announcements import CLUSTER, an_announcement
+
+from shardmesh.errors import UnreachableError
+from shardmesh.swarm.connections import ConnectionEvent
+from shardmesh.swarm.directory import Directory
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.identity import new_identity
+from shardmesh.swarm.neighbours import Neighbours
+from shardmesh.swarm.remembered import RememberedNodes
+from shardmesh.wire.announcement import encode_signed
+
+ALICE = new_identity()
+BUSY_S = 60.0
+
+
+class OneNode:
+    """A host whose only neighbour cannot be reached before some moment."""
+
+    peer_id = "me"
+
+    def __init__(self, back_s: float) -> None:
+        self.n_dials = 0
+        self._back_s = back_s
+        self._connected: set[str] = set()
+        self._listener: Callable[[ConnectionEvent], None] = print
+
+    def keep_connections(self, wanted: Callable[[str], bool]) -> None:
+        """As a host does."""
+
+    def on_connection(self, listener: Callable[[ConnectionEvent], None]) -> None:
+        self._listener = listener
+
+    def connected(self) -> list[str]:
+        return sorted(self._connected)
+
+    async def connect(self, addresses: object, timeout_s: float) -> str:
+        self.n_dials += 1
+        await trio.sleep(0.5)
+        if trio.current_time() < self._back_s:
+            raise UnreachableError("no answer")
+        self._connected.add(ALICE.peer_id)
+        return ALICE.peer_id
+
+    def lose(self, *, was_silent: bool) -> None:
+        self._connected.clear()
+        event = ConnectionEvent(
+            peer_id=ALICE.peer_id,
+            address="",
+            direction="outbound",
+            kind="closed",
+            was_silent=was_silent,
+        )
+        self._listener(event)
+
+
+@asynccontextmanager
+async def losing(back_s: float) -> AsyncIterator[tuple[OneNode, Directory]]:
+    host, directory = OneNode(back_s), Directory(CLUSTER)
+    directory.update(encode_signed(an_announcement(ALICE), ALICE))
+    neighbours = Neighbours(
+        cast(Host, host),
+        directory,
+        bootstraps=(),
+        remembered=RememberedNodes(None),
+        logger=logging.getLogger("test"),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(neighbours.recheck_lost)
+        yield host, directory
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("was_silent", [False, True])
+async def test_a_node_that_was_only_busy_is_found_again(
+    autojump_clock: trio.testing.MockClock, was_silent: bool
+) -> None:
+    """It has not noticed that anybody missed it, and says nothing new."""
+    async with losing(BUSY_S) as (host, directory):
+        host.lose(was_silent=was_silent)
+        await trio.sleep(10)
+        assert directory.get(ALICE.peer_id) is None
+        await trio.sleep(2 * BUSY_S)
+        assert directory.get(ALICE.peer_id) is not None
+        n_dials = host.n_dials
+        await trio.sleep(1000)
+        assert host.n_dials == n_dials, "it is there; nobody looks for it any more"
+
+
+async def test_a_node_that_stays_away_is_given_up_with_its_announcement(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    now_s = 0.0
+    async with losing(float("inf")) as (host, directory):
+        now_s = directory.wall_clock()
+        directory.wall_clock = lambda: now_s + trio.current_time()
+        host.lose(was_silent=False)
+        await trio.sleep(700)
+        n_dials = host.n_dials
+        assert 10 < n_dials < 50, "at growing intervals"
+        await trio.sleep(1000)
+        assert host.n_dials == n_dials
+
+
+async def test_one_that_is_back_by_itself_is_not_dialed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(float("inf")) as (host, directory):
+        host.lose(was_silent=True)
+        await trio.sleep(20)
+        directory.mark_reachable(ALICE.peer_id)
+        host._connected.add(ALICE.peer_id)
+        await trio.sleep(60)
+        n_dials = host.n_dials
+        await trio.sleep(1000)
+        assert host.n_dials == n_dials
