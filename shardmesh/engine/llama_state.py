@@ -71,7 +71,8 @@ class SequenceStates:
         if n_bytes > COPIED_STATE_BYTES_MAX:
             raise EngineError(f"a sequence's state has {n_bytes} bytes, which is too much to copy")
         if n_bytes > len(self._buffer):
-            self._buffer = np.empty(n_bytes, dtype=np.uint8)
+            # Texts grow: with a new buffer each time, its first use would cost more than the copy.
+            self._buffer = np.empty(2 * n_bytes, dtype=np.uint8)
         pointer = self._buffer.ctypes.data_as(_BYTES)
         if api.llama_state_seq_get_data(self._context, pointer, n_bytes, sequence) != n_bytes:
             raise EngineError("llama.cpp did not give the state of a sequence")
