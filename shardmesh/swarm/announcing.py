@@ -165,13 +165,13 @@ class Teller:
         """Returns when all have been told, but for those that another call is telling."""
         async with trio.open_nursery() as nursery:
             for peer_id in self._neighbours():
-                if peer_id in self._is_behind:
-                    self._is_behind[peer_id] = True
-                else:
+                is_being_told = peer_id in self._is_behind
+                # Now, not in the task: another call may come before that begins.
+                self._is_behind[peer_id] = True
+                if not is_being_told:
                     nursery.start_soon(self._tell_newest, peer_id)
 
     async def _tell_newest(self, peer_id: str) -> None:
-        self._is_behind[peer_id] = True
         try:
             while self._is_behind[peer_id]:
                 async with self._limiter:

@@ -136,3 +136,24 @@ async def test_the_dht_is_tried_again_and_everything_renewed_in_time(
         await trio.sleep(301)
         assert len(announcing.told["near"]) == n_told + 1
         assert len(announcing.dht.sequences) == 2
+
+
+async def test_two_who_tell_at_once_tell_one_after_the_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Both were asked before either had begun."""
+    n_telling = n_told = 0
+
+    async def tell(peer_id: str) -> None:
+        nonlocal n_telling, n_told
+        n_telling += 1
+        assert n_telling == 1
+        await trio.sleep(0.1)
+        n_telling -= 1
+        n_told += 1
+
+    teller = Teller(lambda: ["neighbour"], tell)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(teller.tell_all)
+        nursery.start_soon(teller.tell_all)
+    assert n_told in (1, 2)
