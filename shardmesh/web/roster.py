@@ -47,7 +47,7 @@ class Report:
 
     answered: bool = True
     round_trip_ms: float | None = None
-    shard_state: str = "loaded"  # absent, loading, loaded, failed
+    shard_state: str = "loaded"  # absent, loading, loaded, draining, failed
     error: str = ""
     n_sessions: int = 0
     memory_bytes: int = 0
@@ -70,7 +70,7 @@ class Node:
 
     announcement: Announcement
     report: Report | None  # None: not asked yet
-    state: str  # online, busy, loading, downloading, waiting, failed, suspect, offline
+    state: str  # online, busy, draining, loading, downloading, waiting, failed, suspect, offline
     since_s: float  # in this state, wall clock
 
     @property
@@ -156,9 +156,10 @@ def state_of(announcement: Announcement, report: Report | None, *, is_busy: bool
         return "busy" if is_busy else "online"
     if not report.answered:
         return "suspect"
-    if report.shard_state == "loaded":
+    # What it announces may be newer than its last answer, and nobody uses what is not announced.
+    if report.shard_state == "loaded" and announcement.capabilities.shard_loaded:
         return "busy" if is_busy or report.n_sessions else "online"
-    if report.shard_state in ("loading", "failed"):
+    if report.shard_state in ("loading", "failed", "draining"):
         return report.shard_state
     return "downloading" if report.is_downloading else "waiting"
 

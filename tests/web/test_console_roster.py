@@ -38,6 +38,8 @@ def kinds(changes: list[Change]) -> list[str]:
         (True, Report(answered=False), True, "suspect"),
         (False, Report(shard_state="loading"), False, "loading"),
         (True, Report(shard_state="failed", error="no memory"), False, "failed"),
+        (True, Report(shard_state="draining", n_sessions=2), True, "draining"),
+        (False, Report(shard_state="loaded"), False, "waiting"),
         (False, Report(shard_state="absent"), False, "waiting"),
         (False, Report(shard_state="absent", downloads=(DOWNLOAD,)), False, "downloading"),
         (False, Report(shard_state="absent", downloads=(FETCHED, FAILED)), False, "waiting"),
@@ -118,6 +120,8 @@ def test_what_happens_from_joining_to_serving() -> None:
         ([FOUR[0]], Report(shard_state="failed", error="killed"), ["shard.failed"]),
         ([FOUR[0]], Report(), ["shard.loaded"]),
         ([waiting], Report(shard_state="absent"), ["shard.unloaded"]),
+        ([FOUR[0]], Report(), ["shard.loaded"]),
+        ([waiting], Report(), ["shard.unloaded"]),  # it says so before it is asked again
     ]
     roster = roster_of(*FOUR[1:])
     for own, report, expected in steps:

@@ -9,7 +9,7 @@ const DENSE_NODES = 40; // more than this, or
 const DENSE_REPLICAS = 6; // more than this in one stage: a line each
 
 const WORDS = {
-  online: "online", busy: "busy", loading: "loading", downloading: "downloading", waiting: "no shard",
+  online: "online", busy: "busy", draining: "draining", loading: "loading", downloading: "downloading", waiting: "no shard",
   failed: "failed", suspect: "silent", offline: "offline",
 };
 
@@ -197,7 +197,7 @@ export class ChainView {
     if (!card.parts.meters) this.makeMeters(card);
     const { progress, meters, memory, memoryText, kv, kvName, kvText, foot, speed, trip, note } = card.parts;
     const sessions = node.n_sessions ?? 0;
-    const hasShard = ["online", "busy", "suspect"].includes(node.state);
+    const hasShard = ["online", "busy", "suspect", "draining"].includes(node.state);
     hide(meters, !hasShard);
     hide(foot, !hasShard);
     const [download] = Object.values(node.downloads ?? {});
