@@ -301,8 +301,9 @@ class LlamaEngine:
             raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
         ends = list(itertools.accumulate(micro.n_tokens for micro in micros))
         if self._tap is not None:
-            self._tap.check()
-            if not is_last:
+            if is_last:
+                self._tap.check()
+            else:
                 hidden = self._tap.take(ends[-1]).copy()
                 starts = (0, *ends[:-1])
                 return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]

@@ -74,7 +74,8 @@ class HiddenTap:
         self._is_input_put = False
         if self._factors is not None:
             self._factors.start()
-        self._input = np.concatenate(hidden, dtype=np.float32) if hidden else None
+        is_put_in = self._input_name is not None and hidden
+        self._input = np.concatenate(hidden, dtype=np.float32) if is_put_in else None
         if self._native is not None:
             self._native.start(self._input)
 
