@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Job = Callable[[], None]
 
+HAND_OVER_S = 0.0005
+"""How long the loop waits at most until the thread that it has woken has begun."""
+
 
 class Computes(Protocol[Item]):
     """Whatever does a stage's work: the thread below, or a simulation of it."""
@@ -47,14 +50,20 @@ class Worker(Generic[Item]):
         self._is_stopping = False
         self._lock = threading.Lock()
         self._is_idle = False
+        # Plain locks: a Condition takes five steps in Python to wake somebody up.
         self._woken = threading.Lock()  # to be had once for each time that the thread went idle
         self._woken.acquire()
+        self._begun = threading.Lock()  # to be had once the thread is awake
+        self._begun.acquire()
 
     def add(self, session: bytes, n_tokens: int, item: Item) -> None:
         """Queues a micro-batch; raises ProtocolError (theirs) when its session has too many."""
         with self._lock:
             self._scheduler.add(session, n_tokens, item)
-            self._wake()
+            is_woken = self._wake()
+        if is_woken:
+            # Else it would wait for the interpreter while the loop tidies up: 40 us of each hop.
+            self._begun.acquire(timeout=HAND_OVER_S)
 
     def forget(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None:
         """Drops what waits of a session, or what of it is void; what is computed is not stopped."""
@@ -78,11 +87,14 @@ class Worker(Generic[Item]):
                     self._is_stopping = True
                     self._wake()
 
-    def _wake(self) -> None:
-        """With the lock held.  A plain lock: a Condition takes five steps in Python to wake up."""
-        if self._is_idle:
-            self._is_idle = False
-            self._woken.release()
+    def _wake(self) -> bool:
+        """Wakes the thread if it is idle; with the lock held."""
+        if not self._is_idle:
+            return False
+        self._is_idle = False
+        self._begun.acquire(blocking=False)  # it can be had if nobody waited the last time
+        self._woken.release()
+        return True
 
     def _work(self) -> None:
         while not self._is_stopping:
@@ -96,3 +108,4 @@ class Worker(Generic[Item]):
                 self._compute(items)
             if is_idle:
                 self._woken.acquire()
+                self._begun.release()

@@ -1,0 +1,77 @@
+"""The thread that computes: everything once and in order, however often it falls asleep."""
+
+from __future__ import annotations
+
+import threading
+
+import trio
+
+from shardmesh.listener.worker import Worker
+
+SESSION = b"session"
+N_ROUNDS = 200
+
+
+async def test_each_micro_batch_wakes_it_and_is_computed_once_in_order() -> None:
+    computed: list[int] = []
+    token = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+
+    def compute(items: list[int]) -> None:
+        computed.extend(items)
+        token.run_sync_soon(lambda: done.set())
+
+    worker = Worker(compute)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        for number in range(N_ROUNDS):
+            done = trio.Event()
+            worker.add(SESSION, 1, number)
+            with trio.fail_after(10):
+                await done.wait()
+        nursery.cancel_scope.cancel()
+    assert computed == list(range(N_ROUNDS))
+
+
+async def test_jobs_and_micro_batches_in_any_mixture() -> None:
+    seen: list[str] = []
+    ended = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    worker: Worker[int] = Worker(lambda items: seen.extend(f"item {item}" for item in items))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        for number in range(N_ROUNDS):
+            worker.do(lambda number=number: seen.append(f"job {number}"))  # type: ignore[misc]
+            if number % 3 == 0:
+                worker.add(bytes([number]), 1, number)
+            if number % 7 == 0:
+                await trio.lowlevel.checkpoint()
+        worker.add(SESSION, 1, N_ROUNDS)
+        worker.do(lambda: worker.do(lambda: token.run_sync_soon(ended.set)))
+        with trio.fail_after(10):
+            await ended.wait()
+        nursery.cancel_scope.cancel()
+    assert [each for each in seen if each.startswith("job")] == [
+        f"job {number}" for number in range(N_ROUNDS)
+    ]
+    items = [each for each in seen if each.startswith("item")]
+    assert sorted(items) == sorted({f"item {n}" for n in (*range(0, N_ROUNDS, 3), N_ROUNDS)})
+
+
+async def test_the_loop_does_not_wait_for_a_thread_that_is_busy() -> None:
+    goes_on = threading.Event()
+    computed: list[int] = []
+
+    def compute(items: list[int]) -> None:
+        goes_on.wait(10)
+        computed.extend(items)
+
+    worker = Worker(compute)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run)
+        for number in range(5):
+            worker.add(SESSION, 1, number)
+        assert computed == []
+        goes_on.set()
+        nursery.cancel_scope.cancel()  # waits for the pass under way only
+    assert computed == computed[:1] == list(range(len(computed)))
