@@ -24,7 +24,7 @@ from shardmesh.coordinator.stages import BrokenError, Event, Replacements, Sessi
 from shardmesh.coordinator.standbys import Standbys
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.wire.messages import BatchDone, BatchTaken, ResumeSession, TrimSession
+from shardmesh.wire.messages import BatchDone, BatchTaken, ResumeSession
 
 OPEN_TIMEOUT_S = 15.0
 """From asking all stages to their answers; a stage may have to dial the next one first."""
@@ -320,7 +320,7 @@ class Session:
             if self._is_open:
                 held = await self._stop_all(fresh, timeout_s)
             else:
-                held = self._begin_behind(await self._open_all(timeout_s))
+                held = await self._begin_behind(await self._open_all(timeout_s), timeout_s)
             plan = plan_replay(held, self._feed.n_done)
             if not plan.restart:
                 break
@@ -359,16 +359,13 @@ class Session:
         begun = begin_behind_copies(
             held, fresh, feed.starts, n_done=feed.n_done, n_unsampled=feed.n_unsampled
         )
-        for number, (has, begins) in enumerate(zip(held, begun, strict=True)):
-            if begins != has:
-                self._trim(number, begins.n_received)
-            if number in fresh:
-                self._note_copied(self.chain.stages[number].peer_id, begins.n_received)
+        too_long = (
+            n for n, (has, begins) in enumerate(zip(held, begun, strict=True)) if begins != has
+        )
+        await self._stages.trim({n: begun[n].n_received for n in too_long}, timeout_s)
+        for number in fresh:
+            self._note_copied(self.chain.stages[number].peer_id, begun[number].n_received)
         return begun
-
-    def _trim(self, number: int, n_keep: int) -> None:
-        trim = TrimSession(session=self.session_id, epoch=self.epoch, n_keep=n_keep)
-        self._stages.send(number, trim)
 
     def _note_copied(self, peer_id: str, n_copied: int) -> None:
         self._unfinished = [
@@ -385,14 +382,13 @@ class Session:
         except ShardmeshError as error:
             self._unsent = self._stages.lost(0, error)
 
-    def _begin_behind(self, held: Sequence[Held]) -> list[Held]:
+    async def _begin_behind(self, held: Sequence[Held], timeout_s: float) -> list[Held]:
         """Has all stages begin behind what every one of them holds of the prompt."""
         prefix, n_reused = self._prefix, 0
         if prefix is not None:
             n_reused = prefix.n_reusable(min(each.n_received for each in held))
-        for number, each in enumerate(held):
-            if each.n_received > n_reused:
-                self._trim(number, n_reused)
+        too_long = (number for number, each in enumerate(held) if each.n_received > n_reused)
+        await self._stages.trim(dict.fromkeys(too_long, n_reused), timeout_s)
         self._feed.begin_behind(pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ())
         self.n_reused = n_reused
         return [Held(n_reused, n_reused, n_reused)] * len(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import trio
@@ -257,7 +257,8 @@ class SessionStages:
         everyone = set(range(len(self.links)))
         for number in everyone:
             self._open_on(number, draft_key, reuse=True)
-        return await self._answers(everyone, timeout_s, may_hold=self._settings.prefix is not None)
+        may_hold = self._settings.prefix is not None
+        return await self._answers(everyone, everyone, timeout_s, may_hold=may_hold)
 
     async def stop_all(
         self,
@@ -275,7 +276,18 @@ class SessionStages:
                 self._open_on(number, draft_key, reuse=False)
             else:
                 self.send(number, repair_message(self._place(number), branches))
-        return await self._answers(fresh, timeout_s, may_hold=self._settings.standby)
+        everyone = set(range(len(self.links)))
+        return await self._answers(everyone, fresh, timeout_s, may_hold=self._settings.standby)
+
+    async def trim(self, n_keep: Mapping[int, int], timeout_s: float) -> None:
+        """Has stages forget all positions from those on, and waits until they say that they have.
+
+        For what the stage before sends goes another way, and could be there earlier.  Raises
+        BrokenError for a stage that does not answer.
+        """
+        for number, n in n_keep.items():
+            self.send(number, TrimSession(session=self.session_id, epoch=self.epoch, n_keep=n))
+        await self._answers(set(n_keep), set(), timeout_s, may_hold=False)
 
     def _open_on(self, number: int, draft_key: bytes, *, reuse: bool) -> None:
         self.send(number, open_message(self._place(number), self._settings, draft_key, reuse=reuse))
@@ -283,10 +295,12 @@ class SessionStages:
     def _place(self, number: int) -> Place:
         return Place(self.session_id, self.epoch, self.chain.stages, number)
 
-    async def _answers(self, fresh: set[int], timeout_s: float, *, may_hold: bool) -> list[Held]:
+    async def _answers(
+        self, asked: set[int], fresh: set[int], timeout_s: float, *, may_hold: bool
+    ) -> list[Held]:
         answers: dict[int, Held] = {}
         with trio.move_on_after(timeout_s) as scope:
-            while len(answers) < len(self.links):
+            while answers.keys() < asked:
                 number, event = await self.next_event()
                 if isinstance(event, SessionOpened):
                     if event.n_held and not may_hold:
@@ -296,9 +310,9 @@ class SessionStages:
                 elif isinstance(event, SessionRepaired):
                     answers[number] = Held(event.n_received, event.n_computed, event.kept_from)
         if not scope.cancelled_caught:
-            return [answers[number] for number in range(len(self.links))]
+            return [answers[number] for number in sorted(asked)]
         raise BrokenError(
-            _unanswering([n for n in range(len(self.links)) if n not in answers], fresh),
+            _unanswering(sorted(asked - answers.keys()), fresh),
             UnreachableError("a stage did not open the session in time", code="STAGE_TIMEOUT"),
         )
 

@@ -304,6 +304,7 @@ class Stage:
         self._run_in_engine(
             session, lambda: self._engine.trim_sequence(session.sequence, message.n_keep)
         )
+        self._tell(session, _repaired(session))
 
     def _release(self, session: StageSession, *, is_well: bool = True) -> None:
         """Frees the session's sequence, which keeps the prompt that was computed if all is well.

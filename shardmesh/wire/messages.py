@@ -280,7 +280,7 @@ class BatchDone(_Message, frozen=True, tag="done"):
 
 
 class TrimSession(_Message, frozen=True, tag="trim"):
-    """Coordinator to stage: forget all positions >= n_keep."""
+    """Coordinator to stage: forget all positions >= n_keep; answered by SessionRepaired."""
 
     session: SessionId
     epoch: Count

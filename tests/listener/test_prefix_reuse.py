@@ -21,7 +21,7 @@ from shardmesh.coordinator.session import Session
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import EngineError, ShardmeshError
 from shardmesh.listener.kept_sequences import KeptSequences
-from shardmesh.wire.messages import OpenSession, PrefixPiece, Sampling
+from shardmesh.wire.messages import Message, OpenSession, PrefixPiece, Sampling, TrimSession
 
 N_TOKENS = 6
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=N_TOKENS)
@@ -135,6 +135,31 @@ async def test_stages_that_hold_different_parts_begin_together(
         mesh.stages[1]._sequences = KeptSequences(4, 256)
         await answer(mesh, (*COMMON[:PIECE_TOKENS], 60, 60))
         assert await answer(mesh, (*COMMON, 3)) == PIECE_TOKENS
+
+
+async def test_a_stage_that_hears_late_what_to_forget_is_waited_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Hidden states come another way, and must not be there before."""
+    async with memory_mesh(fake_chain((0, 2, 4)), make_worker=LoopWorker) as mesh:
+        await answer(mesh, (*COMMON, 1))
+        mesh.stages[0]._sequences = KeptSequences(4, 256)
+        send = mesh.links[1].send
+
+        async def send_later(message: Message) -> None:
+            await trio.sleep(1.0)
+            send(message)
+
+        def send_slowly(message: Message, body: bytes | memoryview = b"") -> None:
+            if isinstance(message, TrimSession):
+                mesh.nursery.start_soon(send_later, message)
+            else:
+                send(message, body)
+
+        mesh.links[1].send = send_slowly  # type: ignore[method-assign]
+        async with session_of(mesh, COMMON) as session:
+            assert await write(session, COMMON) == undisturbed(COMMON, N_TOKENS, 0.9)
+            assert session.repairs == []
 
 
 async def test_a_prefill_that_was_cancelled_leaves_what_was_computed(
