@@ -106,9 +106,13 @@ async def measure_idle(model: Path, *, progress: Progress) -> Result:
     )
 
 
-async def measure_answers(model: Path, *, progress: Progress) -> Result:
-    """How long short questions take while N_STREAMS answers are streamed, and while none is."""
-    async with _gateway(model, 2, ("--parallel", str(N_STREAMS)), progress) as (_, gateway):
+async def measure_answers(model: Path, *, nice: int = 0, progress: Progress) -> Result:
+    """How long short questions take while N_STREAMS answers are streamed, and while none is.
+
+    With `nice` the listeners stand back behind the gateway, which is on the same machine.
+    """
+    options = ("--parallel", str(N_STREAMS), "--nice", str(nice))
+    async with _gateway(model, 2, options, progress) as (_, gateway):
         progress("at rest")
         at_rest = await _ask_questions(gateway)
         progress(f"{N_STREAMS} streams")
@@ -120,7 +124,7 @@ async def measure_answers(model: Path, *, progress: Progress) -> Result:
             nursery.cancel_scope.cancel()
     p99_ms = {path: _percentile_ms(times, 99) for path, times in busy.items()}
     return Result(
-        name="gateway-p99",
+        name=f"gateway-p99-nice-{nice}" if nice else "gateway-p99",
         mesh={
             "p99_ms": max(p99_ms.values()),
             "by_path": p99_ms,

@@ -128,6 +128,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     help="Sequences that one coordinator may use at once.",
 )
 @click.option(
+    "--nice",
+    type=click.IntRange(0, 19),
+    default=0,
+    show_default=True,
+    envvar="LLAMA_NICE",
+    help="How far computing stands back behind the machine's other work.",
+)
+@click.option(
     "--threads",
     "n_threads",
     type=click.IntRange(0),
@@ -205,6 +213,7 @@ def command(
     n_ctx: int,
     n_parallel: int,
     sessions_per_node_max: int,
+    nice: int,
     n_threads: int,
     n_gpu_layers: int,
     cache_type_k: str,
@@ -285,6 +294,7 @@ def command(
         data_port=data_port,
         refresh_interval_s=refresh_interval_s,
         sessions_per_node_max=sessions_per_node_max,
+        nice=nice,
         rebalance_interval_s=rebalance_interval_s,
         engine=EngineOptions(
             n_ctx=n_ctx,

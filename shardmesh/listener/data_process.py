@@ -214,6 +214,7 @@ async def _main(incoming: int, outgoing: int) -> int:
         return 0
     if not isinstance(start, Start):
         raise unexpected(start)
+    os.nice(start.nice)  # before there is a thread that computes: each inherits it
     configure_logging(start.log_format, verbosity=start.log_verbosity, stream=sys.stderr)
     engine: Engine | None = None
     try:

@@ -57,6 +57,7 @@ class Start(_Message, frozen=True, tag="start"):
     log_format: Literal["pretty", "json"]
     log_verbosity: int
     sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
+    nice: int = 0  # how far it stands back behind the machine's other work, 0 to 19
     is_draining: bool = False  # it takes no sessions: what it was before it died
     vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
 

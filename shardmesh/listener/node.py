@@ -102,6 +102,8 @@ class NodeOptions:
     """Where a link's model goes that is not here yet; else into a folder of its own."""
     link: ModelLink | None
     """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
+    nice: int = 0
+    """How far the data process stands back behind the machine's other work, 0 to 19."""
     sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
     """Sequences that one coordinator may use at once."""
     rebalance_interval_s: float = 0.0
@@ -241,6 +243,7 @@ class Node:
             listen_hosts=self.options.listen_hosts,
             data_port=self.options.data_port,
             sessions_per_node_max=self.options.sessions_per_node_max,
+            nice=self.options.nice,
             log_format=self.options.log_format,
             log_verbosity=self.options.log_verbosity,
             **dataclasses.asdict(engine),

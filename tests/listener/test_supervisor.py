@@ -201,9 +201,10 @@ async def test_the_process_has_what_it_needs_and_no_more(
     with socket.create_server(("127.0.0.1", 0)) as ours:
         ours.set_inheritable(True)
         async with supervised() as supervisor:
-            supervisor.serve(start)
+            supervisor.serve(msgspec.structs.replace(start, nice=2))
             ready = await supervisor.wait_loaded(LOAD_TIMEOUT_S)
             process = psutil.Process(pid_of(supervisor))
+            assert process.nice() == psutil.Process().nice() + 2
             ports = {c.laddr.port for c in process.net_connections() if c.laddr}
             assert ports == {ready.data_port}
             assert not [name for name in process.environ() if name.startswith("LLAMA_")]
