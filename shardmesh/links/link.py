@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 READ_BYTES_MIN = 64 * 1024
 READ_BYTES_MAX = 1024 * 1024  # a buffer of this size is made for each read of a large body
 N_ROUND_TRIPS_KEPT = 8
-N_CHECKS_PER_BEAT = 5  # a silence is noticed at most a fifth of a heartbeat late
+SILENCE_LATE_S = HEARTBEAT_INTERVAL_S / 5  # so late is a silence noticed at most
 
 _CLOSED_HERE = UnreachableError("the link was closed on this side", code="LINK_CLOSED")
 
@@ -185,27 +185,30 @@ class Link:
                     self._user.on_message(self, message, body)
 
     async def _heartbeat(self) -> None:
+        calm_s = HEARTBEAT_INTERVAL_S
         while True:
             self._n_pings += 1
             self._ping_sent_s = trio.current_time()
             self._send_beat(Ping(number=self._n_pings))
-            for _ in range(N_CHECKS_PER_BEAT):
-                await trio.sleep(HEARTBEAT_INTERVAL_S / N_CHECKS_PER_BEAT)
-                self._check_silence(trio.current_time())
+            next_ping_s = self._ping_sent_s + HEARTBEAT_INTERVAL_S
+            while (now_s := trio.current_time()) < next_ping_s:
+                # Each waking up takes time from whoever computes: not before there can be news.
+                await trio.sleep(min(max(calm_s, SILENCE_LATE_S), next_ping_s - now_s))
+                calm_s = self._check_silence(trio.current_time())
 
-    def _check_silence(self, now_s: float) -> None:
+    def _check_silence(self, now_s: float) -> float:
+        """Notices a silence; seconds from now on in which there can be none."""
         silence_s = self._silence.silence_s(now_s)
         if silence_s > HEARTBEAT_TIMEOUT_S:
             raise UnreachableError(
                 f"{self.peer_id} was silent for {HEARTBEAT_TIMEOUT_S:.0f} s", code="LINK_SILENT"
             )
-        was_suspected, self.is_suspected = (
-            self.is_suspected,
-            silence_s > self._silence.patience_s(now_s, 2e-6 * self.half_round_trip_us),
-        )
+        patience_s = self._silence.patience_s(now_s, 2e-6 * self.half_round_trip_us)
+        was_suspected, self.is_suspected = self.is_suspected, silence_s > patience_s
         if self.is_suspected and not was_suspected:
             logger.info("%s has been silent for %.1f s", self.peer_id, silence_s)
             self._user.on_suspected(self)
+        return patience_s - silence_s
 
     def _send_beat(self, beat: Ping | Pong) -> None:
         """Sends a heartbeat, unless so much waits to be written that it would say nothing new."""
