@@ -156,6 +156,7 @@ def _batch(n_tokens: int) -> tuple[HiddenBatch, bytes]:
         branch=0,
         check=b"",
         scored=(),
+        hand=False,
         timings=(),
     )
     return message, bytes(4 * n_tokens * N_EMBD)

@@ -331,6 +331,8 @@ def _print_timings(finished: Finished, *, can_roll_back: bool, wire: WireType) -
         + _wire_note(wire)
     )
     console.print(_drafts_note(timings, can_roll_back=can_roll_back))
+    if timings.n_handed:
+        console.print(f"{timings.n_handed} tokens went straight from the last stage to the first")
     n_steps = max(1, timings.n_tokens - 1)
     table = Table(title="milliseconds of one token", title_justify="left")
     table.add_column("stage")

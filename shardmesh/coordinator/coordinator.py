@@ -159,6 +159,7 @@ class Coordinator:
                 wire=request.wire,
                 prefix=prefix_of(prompt, request, model.manifest, self._prefix_secret),
                 standby=request.standby and model.manifest.can_roll_back,
+                hands_on=model.manifest.can_roll_back,
             )
             finder = self._finder(wish, request.wait_s)
             scores, results = list[Sampled](), list[Sampled]()

@@ -77,7 +77,7 @@ class Fed(Protocol):
     @property
     def guesses(self) -> Sequence[int]: ...
 
-    def send(self, tokens: Sequence[int], *, sample: bool) -> None: ...
+    def send(self, tokens: Sequence[int], *, sample: bool, hand: bool) -> None: ...
 
     def guess(self, token: int) -> None: ...
 
@@ -135,7 +135,7 @@ class Drafter:
         self._turn += 1
         self._is_alone = not (session.guesses and session.guesses[0] == token)
         self.n_right += not self._is_alone
-        session.send([token], sample=True)
+        session.send([token], sample=True, hand=True)
         if self._lookup is None:
             return
         is_model_better = self._ask_model and self._rate(BY_MODEL) > self._rate(self._length)

@@ -71,32 +71,42 @@ class Feed:
         self.n_done = self.n_compared = self.n_sent
 
     def add(
-        self, tokens: Sequence[int], *, sample: bool, embed: bool, scored: Sequence[int] = ()
+        self,
+        tokens: Sequence[int],
+        *,
+        sample: bool,
+        embed: bool,
+        scored: Sequence[int] = (),
+        hand: bool = False,
     ) -> None:
         """What comes next is known; raises what the link's `send` raises.
 
-        If it was guessed it is on its way already.
+        If it was guessed it is on its way already.  With `hand` the last stage may send what it
+        samples behind it to the first stage by itself; it is sent from here all the same.
         """
         if self._guesses:
             if list(tokens) == [self._guesses[0]] and sample and not (embed or scored):
                 self._guesses.popleft()
                 return
             self.take_back()
-        self._send(self._batch(tokens, sample=sample, embed=embed, scored=scored))
+        self._send(self._batch(tokens, sample=sample, embed=embed, scored=scored, hand=hand))
 
     def guess(self, token: int) -> None:
         """Sends a guess of what comes next; raises what the link's `send` raises."""
         self._guesses.append(token)
         check = draft_check(self.draft_key, self.n_sent, token)
-        self._send(self._batch([token], sample=True, check=check))
+        self._send(self._batch([token], sample=True, check=check, hand=True))
 
     def take_back(self) -> None:
         """Drops the guesses; what is sent next takes their place on every stage."""
-        if not self._guesses:
-            return
+        if self._guesses:
+            self.begin_branch()
+
+    def begin_branch(self) -> None:
+        """As `take_back`, and what the stages have behind them is dropped in any case."""
         self._branch += 1
         self.n_sent -= len(self._guesses)
-        del self._starts[-len(self._guesses) :]
+        del self._starts[len(self._starts) - len(self._guesses) :]
         for _ in self._guesses:
             self._due.pop()
         self._guesses.clear()
@@ -171,6 +181,7 @@ class Feed:
         embed: bool = False,
         check: bytes = b"",
         scored: Sequence[int] = (),
+        hand: bool = False,
     ) -> TokenBatch:
         return TokenBatch(
             session=self._session_id,
@@ -182,6 +193,7 @@ class Feed:
             branch=self._branch,
             check=check,
             scored=tuple(scored),
+            hand=hand,
         )
 
 

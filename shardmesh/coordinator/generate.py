@@ -55,13 +55,17 @@ class Finished:
 
 
 async def prefill(
-    session: Session, tokens: Sequence[int], scores: list[Sampled] | None = None
+    session: Session,
+    tokens: Sequence[int],
+    scores: list[Sampled] | None = None,
+    *,
+    hand: bool = False,
 ) -> BatchDone:
     """Sends a prompt in pieces, several under way at once; the result of the last one.
 
     What the session holds already is left out.  `scores` is filled with how likely each token is
-    that stands behind a token which was sent here.  Raises what the session's `send` and `receive`
-    raise.
+    that stands behind a token which was sent here.  `hand` is for the token behind the prompt, as
+    in the session's `send`.  Raises what the session's `send` and `receive` raise.
     """
 
     async def receive() -> BatchDone:
@@ -78,7 +82,8 @@ async def prefill(
             n_in_flight -= 1
         behind = session.n_sent + 1
         scored = () if scores is None else tokens[behind : behind + len(piece)]
-        session.send(piece, sample=number == len(pieces) - 1, scored=scored)
+        is_last = number == len(pieces) - 1
+        session.send(piece, sample=is_last, scored=scored, hand=is_last and hand)
         n_in_flight += 1
     for _ in range(n_in_flight - 1):
         await receive()
@@ -126,10 +131,13 @@ async def generate(
     def finish() -> Timings:
         timings = recorder.finish(trio.current_time())
         return dataclasses.replace(
-            timings, n_drafts=drafter.n_guessed, n_drafts_right=drafter.n_right
+            timings,
+            n_drafts=drafter.n_guessed,
+            n_drafts_right=drafter.n_right,
+            n_handed=session.n_handed,
         )
 
-    done = await catch_up(session, given, await prefill(session, prompt, scores))
+    done = await catch_up(session, given, await prefill(session, prompt, scores, hand=not given))
     reason: FinishReason = "length"
     for n_so_far in range(len(given) + 1, n_tokens_max + 1):
         sampled = done.sampled

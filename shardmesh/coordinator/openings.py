@@ -21,6 +21,7 @@ class SessionSettings:
     wire: WireType = EXACT  # how hidden states travel from stage to stage
     prefix: PromptPrefix | None = None  # the prompt, if its beginning may be reused
     standby: bool = False  # other replicas keep copies of the KV
+    hands_on: bool = False  # the last stage has a link to the first, for tokens that it may hand on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Place:
     epoch: int
     stages: tuple[Replica, ...]
     number: int
+    hands_on: bool
 
     @property
     def stage(self) -> Replica:
@@ -44,10 +46,29 @@ class Place:
     @property
     def following(self) -> NextStage | None:
         """None on the last stage."""
-        if self.number == len(self.stages) - 1:
+        return None if self._is_last else _address(self.stages[self.number + 1])
+
+    @property
+    def first(self) -> NextStage | None:
+        """Where it hands tokens on: only the last stage does, in a chain of several."""
+        if not (self.hands_on and self._is_last and self.number):
             return None
-        after = self.stages[self.number + 1]
-        return NextStage(peer_id=after.peer_id, addresses=after.addresses)
+        return _address(self.stages[0])
+
+    @property
+    def last(self) -> str | None:
+        """Peer id of who hands tokens on to it; None on all but the first stage."""
+        if not self.hands_on or self.number or self._is_last:
+            return None
+        return self.stages[-1].peer_id
+
+    @property
+    def _is_last(self) -> bool:
+        return self.number == len(self.stages) - 1
+
+
+def _address(stage: Replica) -> NextStage:
+    return NextStage(peer_id=stage.peer_id, addresses=stage.addresses)
 
 
 def open_message(
@@ -65,6 +86,8 @@ def open_message(
         n_ctx=settings.n_ctx,
         previous_stage=place.previous,
         next_stage=place.following,
+        first_stage=place.first,
+        last_stage=place.last,
         sampling=settings.sampling if is_last else None,
         history=settings.history if is_last else (),
         adapter=settings.adapter,
@@ -82,5 +105,7 @@ def repair_message(place: Place, branches: tuple[tuple[int, int], ...]) -> Repai
         epoch=place.epoch,
         previous_stage=place.previous,
         next_stage=place.following,
+        first_stage=place.first,
+        last_stage=place.last,
         branches=branches,
     )

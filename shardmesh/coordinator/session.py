@@ -77,8 +77,10 @@ class Session:
         self.session_id = session_id
         self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
         self.repairs: list[Repair] = []
+        self.n_handed = 0  # tokens that came to the first stage straight from the last
         self._stages = SessionStages(session_id, chain, links, events, settings, replacements)
         self._prefix = settings.prefix
+        self._hands_on = settings.hands_on
         self._replacements = replacements
         self._is_open = False
         self._is_steady = False  # open, and all stages know what to send
@@ -86,6 +88,7 @@ class Session:
         self._held: list[Held] = [EMPTY] * len(links)
         self._longest_step_s = 0.0
         self._stepped_s = trio.current_time()
+        self._is_handed, self._was_handed = False, False  # the newest token, the one before it
         self._unsent: BrokenError | None = None
         self._unfinished: list[Repair] = []  # repairs after which no result has come yet
 
@@ -111,8 +114,11 @@ class Session:
 
     @property
     def first_hop_us(self) -> int:
-        """Half a round trip to the first stage."""
-        return self._stages.links[0].half_round_trip_us
+        """Half a round trip to the first stage, if what the newest result is of went this way.
+
+        Else it came from the last stage, which reports that hop as its own: 0.
+        """
+        return 0 if self._was_handed else self._stages.links[0].half_round_trip_us
 
     @property
     def links(self) -> list[Link]:
@@ -142,15 +148,17 @@ class Session:
         sample: bool,
         embed: bool = False,
         scored: Sequence[int] = (),
+        hand: bool = False,
     ) -> None:
         """Sends a micro-batch to the first stage; a link that fails is noticed by `receive`.
 
         Has the result asked for only, if it was guessed and sent before.  The result says how
-        likely the `scored` tokens are, which stand behind the first rows.
+        likely the `scored` tokens are, which stand behind the first rows.  With `hand` the caller
+        will send what is sampled behind it, so the last stage may do so by itself, which is sooner.
         """
         self._stepped_s = trio.current_time()
         with self._noticed_later():
-            self._feed.add(tokens, sample=sample, embed=embed, scored=scored)
+            self._feed.add(tokens, sample=sample, embed=embed, scored=scored, hand=hand)
 
     def guess(self, token: int) -> None:
         """Sends what may be the next token, ahead of the result that will tell.
@@ -239,6 +247,8 @@ class Session:
     def _note_result(self, done: BatchDone) -> None:
         now_s = trio.current_time()
         self._stages.went_on()
+        self._was_handed, self._is_handed = self._is_handed, done.handed
+        self.n_handed += self._was_handed
         if self._replacements is not None:
             self._replacements.note_result(self.chain, done)
         if not self._unfinished:
@@ -315,7 +325,10 @@ class Session:
         self._is_steady = False
         if self.standbys is not None:
             self.standbys.pause()
-        self._feed.take_back()
+        if self._hands_on and self._is_open:
+            self._feed.begin_branch()  # another last stage need not go on as this one did
+        else:
+            self._feed.take_back()
         while True:
             if self._is_open:
                 held = await self._stop_all(fresh, timeout_s)

@@ -293,7 +293,8 @@ class SessionStages:
         self.send(number, open_message(self._place(number), self._settings, draft_key, reuse=reuse))
 
     def _place(self, number: int) -> Place:
-        return Place(self.session_id, self.epoch, self.chain.stages, number)
+        hands_on = self._settings.hands_on
+        return Place(self.session_id, self.epoch, self.chain.stages, number, hands_on)
 
     async def _answers(
         self, asked: set[int], fresh: set[int], timeout_s: float, *, may_hold: bool

@@ -39,6 +39,7 @@ class Timings:
     stages: tuple[StageTotal, ...]
     n_drafts: int = 0  # tokens that were guessed and sent ahead; then steps overlap
     n_drafts_right: int = 0
+    n_handed: int = 0  # tokens that the last stage sent straight to the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,29 @@ class Step:
     stages: Sequence[StageTiming]
 
 
+class StepClock:
+    """Makes steps of the times at which results came.
+
+    Where tokens go straight to the first stage, nobody waits for the coordinator.  A result that it
+    takes late makes that step too long and the next one too short, at times shorter than what its
+    stages computed; what is missing there is taken off the steps after it.
+    """
+
+    def __init__(self) -> None:
+        self._last_s: float | None = None
+        self._owed_us = 0.0
+
+    def step(self, now_s: float, stages: Sequence[StageTiming], first_hop_us: float) -> Step | None:
+        """The step that ends now; None for the first token, which closes the prefill."""
+        last_s, self._last_s = self._last_s, now_s
+        if last_s is None:
+            return None
+        elapsed_us = (now_s - last_s) * 1e6 - self._owed_us
+        busy_us = _busy_us(stages) if first_hop_us == 0 else 0
+        self._owed_us = max(0.0, busy_us - elapsed_us)
+        return Step(max(elapsed_us, busy_us, 0.0), first_hop_us, stages)
+
+
 class TimingRecorder:
     """Collects what the results report while a generation runs; times come from the caller."""
 
@@ -59,12 +83,13 @@ class TimingRecorder:
         self._started_s = started_s
         self._token_times_s: list[float] = []
         self._steps: list[Step] = []
+        self._clock = StepClock()
 
     def token(self, now_s: float, stages: Sequence[StageTiming], first_hop_us: float) -> None:
         """One token came; the first one closes the prefill and is not a decode step."""
-        if self._token_times_s:
-            elapsed_us = (now_s - self._token_times_s[-1]) * 1e6
-            self._steps.append(Step(elapsed_us, first_hop_us, stages))
+        step = self._clock.step(now_s, stages, first_hop_us)
+        if step is not None:
+            self._steps.append(step)
         self._token_times_s.append(now_s)
 
     def finish(self, now_s: float) -> Timings:
@@ -100,12 +125,15 @@ class TimingRecorder:
 
 def hops_of_step(step: Step) -> list[float]:
     """Milliseconds of each hop of a step, the one to the first stage first."""
-    busy_us = sum(t.compute_us + t.queue_us for t in step.stages)
-    way_us = max(0.0, step.elapsed_us - busy_us)
+    way_us = max(0.0, step.elapsed_us - _busy_us(step.stages))
     weights = [step.first_hop_us, *(t.next_hop_us for t in step.stages)]
     if not any(weights):
         weights = [1.0] * len(weights)  # no heartbeat has come back yet
     return [way_us * weight / sum(weights) / 1e3 for weight in weights]
+
+
+def _busy_us(stages: Sequence[StageTiming]) -> int:
+    return sum(t.compute_us + t.queue_us for t in stages)
 
 
 def _sum_columns(rows: Sequence[Sequence[float]]) -> list[float]:

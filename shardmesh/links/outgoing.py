@@ -199,9 +199,9 @@ class Outgoing:
         self._forget_oldest()
 
     def _as_sent(self, message: SentMessage, *, is_replay: bool) -> SentMessage:
-        """In this epoch; what is sent again is known to be right, whoever checks."""
+        """In this epoch; what is sent again is known to be right, as is what comes behind it."""
         if is_replay and not isinstance(message, BatchDone):
-            return msgspec.structs.replace(message, epoch=self._epoch, check=b"")
+            return msgspec.structs.replace(message, epoch=self._epoch, check=b"", hand=False)
         if message.epoch == self._epoch:
             return message
         return msgspec.structs.replace(message, epoch=self._epoch)

@@ -13,6 +13,7 @@ from shardmesh.engine.at_once import computations
 from shardmesh.engine.base import Engine, Output
 from shardmesh.errors import InputError, OurError, ShardmeshError
 from shardmesh.listener.copies import Copy
+from shardmesh.listener.handing import hand_on
 from shardmesh.listener.kept_sequences import Place
 from shardmesh.listener.stage_session import (
     StageCounters,
@@ -144,10 +145,13 @@ class Computing:
         if isinstance(result, ShardmeshError):
             self._sessions.fail_soon(session, result)
             return
+        handed_over = None
         if result.sampled is not None:
-            session.checks.sampled(work.batch.position + work.batch.n_tokens, result.sampled.token)
+            token = result.sampled.token
+            session.checks.sampled(work.batch.position + work.batch.n_tokens, token)
+            handed_over = hand_on(work, token)
         queue_us = int((started_s - work.received_s) * 1e6)
-        next_hop = session.next_link or session.coordinator
+        next_hop = handed_over or session.next_link or session.coordinator
         timing = StageTiming(
             layer_start=self._identity.layer_start,
             layer_end=self._identity.layer_end,
@@ -155,7 +159,8 @@ class Computing:
             compute_us=compute_us,
             next_hop_us=next_hop.half_round_trip_us,
         )
-        message, body = result_message(work, result, (*work.timings, timing))
+        is_handed = handed_over is not None
+        message, body = result_message(work, result, (*work.timings, timing), is_handed=is_handed)
         epoch = session.epoch
         try:
             session.outgoing.add(message.position, work.batch.n_tokens, message, body)

@@ -18,7 +18,7 @@ import trio
 from shardmesh.engine.base import Cells, Engine
 from shardmesh.errors import ShardmeshError
 from shardmesh.links.link import Link
-from shardmesh.wire.limits import DRAFTS_MAX, KV_COPY_WINDOW_BYTES
+from shardmesh.wire.limits import DRAFTS_MAX, HANDED_AHEAD_MAX, KV_COPY_WINDOW_BYTES
 from shardmesh.wire.messages import CopyTo, KvCopy, KvTaken, NextStage
 
 logger = logging.getLogger(__name__)
@@ -65,14 +65,18 @@ class CopiedSession(Protocol):
     def n_copyable(self) -> int: ...
 
 
+N_UNCERTAIN_MAX = DRAFTS_MAX + HANDED_AHEAD_MAX
+"""Of the newest positions, those that a repair may drop: guesses, and what nobody heard of yet."""
+
+
 def n_final(n_received: int, first_sampled: int | None) -> int:
     """Positions whose KV will not change and is of use to a standby.
 
-    What lies DRAFTS_MAX behind the newest micro-batch is no guess any more.  A last stage
-    samples again all that it sampled, which brings its sampler into the same state, so the KV
+    What lies N_UNCERTAIN_MAX behind the newest micro-batch is known to the coordinator.  A last
+    stage samples again all that it sampled, which brings its sampler into the same state, so the KV
     behind the first sampled position, if there is one, is computed again anyway.
     """
-    n_most = max(0, n_received - DRAFTS_MAX)
+    n_most = max(0, n_received - N_UNCERTAIN_MAX)
     return n_most if first_sampled is None else min(n_most, first_sampled)
 
 

@@ -7,10 +7,10 @@ only if it is that token, and its sampler chooses exactly where it would without
 from __future__ import annotations
 
 from shardmesh.wire.draft_check import draft_check
-from shardmesh.wire.limits import DRAFTS_MAX
+from shardmesh.wire.limits import DRAFTS_MAX, HANDED_AHEAD_MAX
 
-_TOKENS_KEPT = 2 * DRAFTS_MAX
-"""A draft may come again after a repair, up to DRAFTS_MAX positions behind what was sampled."""
+_TOKENS_KEPT = 2 * DRAFTS_MAX + HANDED_AHEAD_MAX
+"""A draft may come again after a repair, this far behind what was sampled at most."""
 
 
 class DraftChecks:

@@ -27,6 +27,7 @@ from shardmesh.links.link import Link
 from shardmesh.listener.computing import Computing, begin_sequence
 from shardmesh.listener.copies import Copies
 from shardmesh.listener.copying import Copier
+from shardmesh.listener.handing import give_up
 from shardmesh.listener.kept_sequences import KeptSequences
 from shardmesh.listener.stage_session import (
     StageCounters,
@@ -164,6 +165,8 @@ class Stage:
                 self._release(session)
             elif session.next_link is link:
                 self._report_hop(session, "next", error)
+            elif session.first_link is link:
+                give_up(session, error)
             self._copier.lost(session, link)
 
     def on_suspected(self, link: Link) -> None:
@@ -232,7 +235,7 @@ class Stage:
             self._fail(session, error)
             return
         self.counters.n_sessions_repaired += 1
-        session.move_to(message.epoch, message.previous_stage, message.next_stage)
+        session.move_to(message)
         missed = next((each for each in message.branches if each[0] > session.branch), None)
         if missed is not None and missed[1] < session.n_received:
             self._begin_branch(session, *missed)
@@ -249,19 +252,33 @@ class Stage:
         scope: trio.CancelScope,
         answer: Callable[[], Message],
     ) -> None:
-        """Brings up the link to the next stage, then tells the coordinator."""
-        link = session.coordinator
+        """Brings up the link to the next stage, then tells the coordinator.
+
+        The last stage tells at once, and brings up its link to the first.
+        """
         try:
             with scope:  # a session that ends meanwhile leaves nothing waiting
+                link = session.coordinator
                 if session.next_stage is not None:
                     link = await self._get_link(session.next_stage)
+                if not self._is_in(session, epoch):
+                    return
+                session.next_link = link
+                self._tell(session, answer())
+                if session.first_stage is not None:
+                    await self._connect_first(session, session.first_stage, epoch)
         except ShardmeshError as error:
             self._report_hop(session, "next", error, epoch)
+
+    async def _connect_first(self, session: StageSession, first: NextStage, epoch: int) -> None:
+        try:
+            link = await self._get_link(first)
+        except ShardmeshError as error:
+            if self._is_in(session, epoch):
+                give_up(session, error)
             return
-        if not self.is_current(session) or session.epoch != epoch:
-            return
-        session.next_link = link
-        self._tell(session, answer())
+        if self._is_in(session, epoch):
+            session.first_link = link
 
     def _resume(self, link: Link, message: ResumeSession) -> None:
         session = self._session_of(message.session, message.epoch)
@@ -301,6 +318,7 @@ class Stage:
         self._worker.forget(message.session)
         session.n_received = message.n_keep
         session.outgoing.forget_from(message.n_keep)
+        session.handed.forget_from(message.n_keep)
         self._run_in_engine(
             session, lambda: self._engine.trim_sequence(session.sequence, message.n_keep)
         )
@@ -404,7 +422,8 @@ class Stage:
         session = self._session_of(message.session, message.epoch)
         if session is None:
             return
-        if link is not session.coordinator or not self._engine.info.is_first:
+        is_handed = link is not session.coordinator
+        if not self._engine.info.is_first or (is_handed and link.peer_id != session.last_stage):
             raise ProtocolError("token ids came from where none are due")
         batch = MicroBatch(
             sequence=session.sequence,
@@ -415,7 +434,13 @@ class Stage:
             scored=message.scored,
         )
         try:
-            self._enqueue(session, link, batch, message)
+            if is_handed:
+                if not session.takes_handed(message):
+                    return
+                self.counters.n_tokens_handed += 1
+            elif session.handed.is_copy(message, branch=session.branch):
+                return
+            self._enqueue(session, session.coordinator, batch, message)
         except ShardmeshError as error:
             self._fail(session, error)
 
@@ -464,7 +489,13 @@ class Stage:
         session.previous_link = link
         timings = message.timings if isinstance(message, HiddenBatch) else ()
         work = Work(
-            session, batch, message.branch, message.check, timings, received_s=time.monotonic()
+            session,
+            batch,
+            message.branch,
+            message.check,
+            message.hand,
+            timings,
+            received_s=time.monotonic(),
         )
         self._worker.add(session.session_id, batch.n_tokens, work)
         session.n_received += batch.n_tokens
@@ -478,11 +509,15 @@ class Stage:
         if position == session.n_received:
             return
         session.n_received = position
+        session.handed.forget_from(position)
         self._worker.forget(session.session_id, lambda work: work.batch.position >= position)
         if self._engine.info.is_last:
             return  # it computed nothing that was wrong
         session.outgoing.begin_branch(branch, position)
         self._run_in_engine(session, lambda: self._engine.trim_sequence(session.sequence, position))
+
+    def _is_in(self, session: StageSession, epoch: int) -> bool:
+        return self.is_current(session) and session.epoch == epoch
 
     # -- from the worker's thread ----------------------------------------------------------------
 

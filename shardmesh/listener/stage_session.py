@@ -23,6 +23,7 @@ from shardmesh.links.link import Link
 from shardmesh.links.outgoing import Outgoing
 from shardmesh.listener.copying import CopyOut, n_final
 from shardmesh.listener.drafts import DraftChecks
+from shardmesh.listener.handed import HandedTokens
 from shardmesh.listener.kept_sequences import Place, Prefix, held_of
 from shardmesh.wire.hidden_states import EXACT, body_to_hidden, hidden_to_body
 from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
@@ -38,6 +39,7 @@ from shardmesh.wire.messages import (
     SessionFailed,
     StageTiming,
     StandBy,
+    TokenBatch,
 )
 
 SENTENCE_LENGTH_MAX = 1000  # characters; TEXT_BYTES_MAX with room for four bytes each
@@ -63,9 +65,13 @@ class StageSession:
     epoch: int
     previous_stage: str | None  # peer id; None on the first stage, which the coordinator feeds
     next_stage: NextStage | None  # None on the last stage, which reports to the coordinator
+    first_stage: NextStage | None  # on the last stage: where it may hand tokens on
+    last_stage: str | None  # on the first stage: peer id of who may hand tokens on to it
     checks: DraftChecks  # used on the last stage, in the worker's thread
     previous_link: Link | None = None  # where micro-batches came from last
     next_link: Link | None = None
+    first_link: Link | None = None  # where tokens are handed on, if that is possible now
+    handed: HandedTokens = dataclasses.field(default_factory=HandedTokens)
     branch: int = 0  # the newest that came
     n_received: int = 0  # the position that must come next
     n_before_repair: int | None = None  # positions computed before the first one
@@ -96,6 +102,15 @@ class StageSession:
             n_computed = min(n_computed, self.n_before_repair)
         return held_of(self.opened_by.prefix, n_computed)
 
+    def takes_handed(self, message: TokenBatch) -> bool:
+        """Whether to compute a token that the last stage handed on to this first one."""
+        return self.handed.take(
+            message,
+            n_received=self.n_received,
+            branch=self.branch,
+            n_ctx=self.opened_by.n_ctx,
+        )
+
     def acknowledge(self) -> None:
         """In a replay: lets the previous hop send more, once what came is dealt with."""
         if self.n_acknowledged >= self.n_replay:
@@ -108,15 +123,18 @@ class StageSession:
         with contextlib.suppress(ShardmeshError):  # its end is noticed by the link itself
             link.send(taken)
 
-    def move_to(self, epoch: int, previous: str | None, following: NextStage | None) -> None:
-        """Stops sending and takes frames of the new epoch only, from the new neighbour."""
+    def move_to(self, message: RepairSession) -> None:
+        """Stops sending and takes frames of the new epoch only, from the new neighbours."""
         if self.n_before_repair is None:
             self.n_before_repair = self.outgoing.n_computed
         self.connecting.cancel()
         self.connecting = trio.CancelScope()
-        self.outgoing.hold(epoch)
-        self.epoch, self.previous_stage, self.next_stage = epoch, previous, following
-        self.previous_link = self.next_link = None
+        self.outgoing.hold(message.epoch)
+        self.epoch = message.epoch
+        self.previous_stage, self.next_stage = message.previous_stage, message.next_stage
+        self.first_stage, self.last_stage = message.first_stage, message.last_stage
+        self.previous_link = self.next_link = self.first_link = None
+        self.handed.forget_from(0)
         self.n_replay = self.n_acknowledged = 0
         self.is_deaf = False
 
@@ -137,6 +155,8 @@ def new_session(message: OpenSession, place: Place, link: Link, info: EngineInfo
         epoch=message.epoch,
         previous_stage=message.previous_stage,
         next_stage=message.next_stage,
+        first_stage=message.first_stage,
+        last_stage=message.last_stage,
         checks=DraftChecks(message.draft_key),
         n_received=place.n_held,
     )
@@ -149,6 +169,7 @@ class Work(msgspec.Struct, frozen=True):
     batch: MicroBatch
     branch: int
     check: bytes
+    hand: bool
     timings: tuple[StageTiming, ...]
     received_s: float
 
@@ -168,6 +189,7 @@ class StageCounters:
     compute_us: int = 0
     token_us: int = 0  # computing one token, of late
     n_tokens_reused: int = 0  # of prompts, which were there already
+    n_tokens_handed: int = 0  # that came straight from a last stage
     n_sequences_kept: int = 0  # free ones that hold a prompt, now
     n_copies_used: int = 0  # sessions that went on behind what was kept as a standby
 
@@ -222,6 +244,8 @@ def check_neighbours(message: OpenSession | RepairSession, info: EngineInfo) -> 
     is_first, is_last = message.previous_stage is None, message.next_stage is None
     if (is_first, is_last) != (info.is_first, info.is_last):
         raise _wrong_chain()
+    if (message.last_stage and not is_first) or (message.first_stage and not is_last):
+        raise _wrong_chain()
 
 
 def _wrong_chain() -> InputError:
@@ -244,7 +268,7 @@ def hidden_of(session: StageSession, message: HiddenBatch, body: memoryview) -> 
 
 
 def result_message(
-    work: Work, output: Output, timings: tuple[StageTiming, ...]
+    work: Work, output: Output, timings: tuple[StageTiming, ...], *, is_handed: bool
 ) -> tuple[HiddenBatch | BatchDone, bytes | memoryview]:
     """What goes on: hidden states to the next stage, or word to the coordinator."""
     session, batch = work.session, work.batch
@@ -264,6 +288,7 @@ def result_message(
             branch=work.branch,
             check=work.check,
             scored=batch.scored,
+            hand=work.hand,
         )
         return hidden_batch, body
     chosen = output.sampled
@@ -276,6 +301,7 @@ def result_message(
         timings=timings,
         embedding=b"" if output.embedding is None else output.embedding.astype("<f4").tobytes(),
         scores=tuple(_sampled(score) for score in output.scores),
+        handed=is_handed,
     )
     return done, b""
 

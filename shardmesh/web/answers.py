@@ -44,6 +44,7 @@ class ChoiceTimes(pydantic.BaseModel):
     first_hop_ms: float
     n_drafts: int  # tokens guessed ahead
     n_drafts_right: int
+    n_handed: int  # tokens that the last stage sent straight to the first
     stages: list[StageTime]
     repairs: list[dict[str, Any]]  # stages that were replaced while it was generated
 

@@ -211,6 +211,7 @@ def timings_json(timings: Timings) -> dict[str, Any]:
         "first_hop_ms": round(timings.first_hop_ms, 3),
         "n_drafts": timings.n_drafts,
         "n_drafts_right": timings.n_drafts_right,
+        "n_handed": timings.n_handed,
         "stages": [
             {
                 "layer_start": stage.layer_start,

@@ -17,7 +17,7 @@ from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.coordinator import Completion
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.session import Repair
-from shardmesh.coordinator.timings import Step, hops_of_step
+from shardmesh.coordinator.timings import Step, StepClock, hops_of_step
 from shardmesh.errors import ShardmeshError
 from shardmesh.wire.messages import StageTiming
 
@@ -83,6 +83,7 @@ class LiveSession:
         self._wall_started_s = wall_started_s
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
+        self._steps = StepClock()
         self._n_tokens = 0
         self._n_steps = 0
         self._first_hop_us = 0.0
@@ -102,10 +103,11 @@ class LiveSession:
     def token(self, stages: Sequence[StageTiming], first_hop_us: float) -> None:
         """One token came; the first one ends the prefill and is not a decode step."""
         now_s = self._clock()
-        if self._last_token_s is None:
+        step = self._steps.step(now_s, stages, first_hop_us)
+        if step is None:
             self._first_token_s = now_s
         elif stages:
-            self._add(Step((now_s - self._last_token_s) * 1e6, first_hop_us, stages))
+            self._add(step)
         self._last_token_s = now_s
         self._n_tokens += 1
         self._recent.append(now_s)

@@ -70,6 +70,9 @@ DRAFT_CHECK_BYTES: Final = 8
 DRAFTS_MAX: Final = 32
 """Drafts of a session whose tokens are not known yet; half of what may wait in a stage."""
 
+HANDED_AHEAD_MAX: Final = 16
+"""Tokens that the last stage handed on and the coordinator has not sent: then it does not read."""
+
 BRANCHES_TOLD_MAX: Final = 64
 """Branches that a repair names; a stage has missed at most one for each draft under way."""
 

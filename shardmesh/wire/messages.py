@@ -139,6 +139,8 @@ class OpenSession(_Message, frozen=True, tag="open"):
     n_ctx: Count  # tokens that the session may come to hold
     previous_stage: Text | None  # peer id that hidden states must come from; None on the first
     next_stage: NextStage | None
+    first_stage: NextStage | None  # on the last stage: where it may hand tokens on
+    last_stage: Text | None  # on the first stage: peer id of who may hand tokens on to it
     sampling: Sampling | None  # on the last stage
     history: Annotated[tuple[Token, ...], msgspec.Meta(max_length=SAMPLING_HISTORY_TOKENS_MAX)]
     adapter: Text  # name of the LoRA adapter in the manifest; empty: none
@@ -167,6 +169,8 @@ class RepairSession(_Message, frozen=True, tag="repair"):
     epoch: Count  # the new one; frames of older ones are refused from now on
     previous_stage: Text | None
     next_stage: NextStage | None
+    first_stage: NextStage | None
+    last_stage: Text | None
     branches: BranchStarts  # the newest ones; what older ones put at these positions is void
 
 
@@ -217,7 +221,7 @@ class HopFailed(_Message, frozen=True, tag="hop_failed"):
 
 
 class TokenBatch(_Message, frozen=True, tag="tokens"):
-    """Coordinator to first stage: a micro-batch of token ids."""
+    """To the first stage: a micro-batch of token ids, from the coordinator or the last stage."""
 
     session: SessionId
     epoch: Count
@@ -228,6 +232,7 @@ class TokenBatch(_Message, frozen=True, tag="tokens"):
     branch: Count  # a higher one takes the place of all that came from `position` on
     check: Check  # of a draft: it counts only if the last stage sampled just this token
     scored: ScoredTokens
+    hand: bool  # the last stage may hand what it samples behind these on to the first stage
 
 
 class HiddenBatch(_Message, frozen=True, tag="hidden"):
@@ -245,6 +250,7 @@ class HiddenBatch(_Message, frozen=True, tag="hidden"):
     branch: Count
     check: Check
     scored: ScoredTokens
+    hand: bool
 
 
 class Sampled(_Message, frozen=True):
@@ -268,6 +274,7 @@ class BatchDone(_Message, frozen=True, tag="done"):
     timings: Timings
     embedding: Annotated[bytes, msgspec.Meta(max_length=EMBEDDING_BYTES_MAX)]  # f32; empty
     scores: Annotated[tuple[Sampled, ...], msgspec.Meta(max_length=SCORED_TOKENS_MAX)]
+    handed: bool  # the token that was sampled went to the first stage as well
 
     def embedding_values(self) -> npt.NDArray[np.float32]:
         """The embedding (n_embd,); raises ProtocolError (theirs) unless it is finite numbers."""

@@ -67,7 +67,7 @@ class Sent:
         self.tokens: list[int] = []
         self.guesses: list[int] = []
 
-    def send(self, tokens: Sequence[int], *, sample: bool) -> None:
+    def send(self, tokens: Sequence[int], *, sample: bool, hand: bool) -> None:
         self.tokens += tokens
         if self.guesses and [self.guesses[0]] == list(tokens):
             self.guesses.pop(0)

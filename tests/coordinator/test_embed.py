@@ -56,6 +56,7 @@ def test_an_embedding_that_is_not_numbers_is_refused(data: bytes) -> None:
         timings=(),
         embedding=data,
         scores=(),
+        handed=False,
     )
     with pytest.raises(ProtocolError):
         done.embedding_values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 import pytest
@@ -96,9 +97,9 @@ async def test_the_next_token_is_on_its_way_while_one_is_looked_at(
             sent: list[int] = []
             send = session.send
 
-            def note(tokens: Sequence[int], *, sample: bool, scored: Sequence[int] = ()) -> None:
+            def note(tokens: Sequence[int], **how: Any) -> None:
                 sent.extend(tokens)
-                send(tokens, sample=sample, scored=scored)
+                send(tokens, **how)
 
             monkeypatch.setattr(session, "send", note)
             seen: list[int] = []

@@ -312,6 +312,7 @@ async def test_frames_that_cannot_be_right_do_not_change_the_text(
                     branch=0,
                     check=b"",
                     scored=(),
+                    hand=False,
                 )
                 mesh.link_between(0).send(forged, bytes(4 * n_embd))
 

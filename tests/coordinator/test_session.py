@@ -110,6 +110,7 @@ def done(session_id: bytes, *, epoch: int = 0, position: int = 0) -> BatchDone:
         timings=(),
         embedding=b"",
         scores=(),
+        handed=False,
     )
 
 

@@ -21,8 +21,8 @@ from shardmesh.coordinator.recovery import Held, begin_behind_copies, plan_repla
 from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.listener.copying import N_UNCERTAIN_MAX
 from shardmesh.listener.stage_session import Work
-from shardmesh.wire.limits import DRAFTS_MAX
 from shardmesh.wire.messages import Sampling
 
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
@@ -136,7 +136,9 @@ async def test_a_standby_computes_the_tail_only(
             # The last stage samples again all that was sampled; the others lack very little.
             assert repair.n_copied >= LAST_PIECE - 2 * PIECE_TOKENS
             if number < 2:
-                assert repair.n_copied >= len(PROMPT) + N_TOKENS // 2 - DRAFTS_MAX - PIECE_TOKENS
+                assert (
+                    repair.n_copied >= len(PROMPT) + N_TOKENS // 2 - N_UNCERTAIN_MAX - PIECE_TOKENS
+                )
             spare = engine_of(mesh, f"stage-{number}-1")
             assert spare.n_computed == n_all - repair.n_copied
             for other in {0, 1, 2} - {number}:  # nobody else computes anything again
@@ -214,7 +216,7 @@ async def test_a_standby_that_dies_is_replaced_by_another(
             assert await written(session, kills) == whole_tokens()
             (repair,) = session.repairs
             assert repair.new_peer_id == "stage-1-2"
-            assert repair.n_copied > LAST_PIECE
+            assert repair.n_copied > LAST_PIECE - N_UNCERTAIN_MAX
         await trio.testing.wait_all_tasks_blocked()
         assert_nothing_left(mesh)
 

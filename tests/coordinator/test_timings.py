@@ -64,6 +64,17 @@ def test_without_heartbeats_all_hops_count_alike() -> None:
     assert timings.first_hop_ms == timings.stages[0].wire_ms == pytest.approx(30.0)
 
 
+def test_a_result_that_is_taken_late_does_not_make_the_parts_more_than_the_whole() -> None:
+    """Tokens go round without the coordinator, which looks at the second one late."""
+    recorder = TimingRecorder(1, started_s=0.0)
+    for taken_ms in (0, 10, 29, 30, *range(40, 101, 10)):
+        recorder.token(taken_ms / 1e3, (timing(0, 4, compute=8000, hop=100),), 0)
+    timings = recorder.finish(0.1)
+    (stage,) = timings.stages
+    assert (timings.first_hop_ms, stage.compute_ms) == pytest.approx((0, 80))
+    assert stage.wire_ms == pytest.approx(20)
+
+
 durations_us = st.integers(0, 10**7)
 
 

@@ -32,6 +32,7 @@ from shardmesh.swarm.commands import send_command
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.recovery]
 
+N_STAGES = 3
 N_CTX = 1024
 N_TOKENS = 60
 PROMPT = "Once upon a time there was a king who went to the river and said: " * 15
@@ -45,7 +46,7 @@ IN_PREFILL, IN_DECODE = "prefill", "decode"
 
 @dataclasses.dataclass
 class Replicated:
-    """A mesh of two stages with two replicas each, and what an undisturbed run writes."""
+    """A mesh of three stages with two replicas each, and what an undisturbed run writes."""
 
     mesh: Mesh
     text: str = ""
@@ -54,10 +55,10 @@ class Replicated:
         return next(node for node in self.mesh.listeners if node.peer_id == peer_id)
 
     def start(self, number: int) -> Node:
-        """Listener `number`: replica `number // 2` of stage `number % 2`."""
+        """Listener `number`: replica `number // N_STAGES` of stage `number % N_STAGES`."""
         state = str(self.mesh.space.folder / f"state-{number}")
         options = ("--ctx-size", str(N_CTX), "--parallel", "2", "--state-dir", state)
-        return self.mesh.listen(number % 2, *options)
+        return self.mesh.listen(number % N_STAGES, *options)
 
     def start_again(self, peer_id: str) -> None:
         number = self.mesh.listeners.index(self.node(peer_id))
@@ -74,11 +75,11 @@ class Replicated:
 def replicated(model: Path) -> Iterator[Replicated]:
     with workspace() as space:
         shards_dir = space.folder / "shards"
-        done = space.run("split", str(model), "--shards", "2", "--out", str(shards_dir))
+        done = space.run("split", str(model), "--shards", str(N_STAGES), "--out", str(shards_dir))
         assert done.code == 0, done.err
         mesh = Mesh(space, "test", shards_dir, start_bootstrap(space, "test"))
         found = Replicated(mesh)
-        mesh.listeners = [found.start(number) for number in range(4)]
+        mesh.listeners = [found.start(number) for number in range(2 * N_STAGES)]
         mesh.wait_ready()
         found.text, repairs = write(found)
         assert found.text
@@ -107,6 +108,7 @@ def write(
                     text, n_pieces = text + item.text, n_pieces + 1
                     if disturb is not None and when == IN_DECODE and n_pieces == N_TOKENS // 2:
                         await disturb(completion)
+            assert completion.session.n_handed > N_TOKENS // 2
             return text, list(completion.repairs)
 
     return as_client(mesh.mesh, use)
@@ -120,7 +122,7 @@ async def _in_prefill(completion: Completion, disturb: Disturb) -> None:
 
 
 @pytest.mark.parametrize("when", [IN_PREFILL, IN_DECODE])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", range(N_STAGES))
 def test_a_killed_data_process(replicated: Replicated, stage: int, when: str) -> None:
     killed: list[str] = []
 
@@ -169,7 +171,7 @@ def test_a_stopped_listener(replicated: Replicated, when: str) -> None:
     replicated.wait_complete()
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", range(N_STAGES))
 def test_a_killed_stage_of_a_text_that_began_behind_a_reused_prompt(
     replicated: Replicated, stage: int
 ) -> None:

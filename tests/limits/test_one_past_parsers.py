@@ -114,7 +114,8 @@ def _chat(n_tools: int) -> object:
 
 
 def _branches(n: int) -> object:
-    fields = {"session": bytes(16), "epoch": 1, "previous_stage": None, "next_stage": None}
+    places = dict.fromkeys(("previous_stage", "next_stage", "first_stage", "last_stage"))
+    fields = {"session": bytes(16), "epoch": 1, **places}
     branches = [[number, number] for number in range(n)]
     return decode_cbor(
         encode_cbor({**fields, "type": "repair", "branches": branches}), RepairSession

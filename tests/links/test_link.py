@@ -45,6 +45,7 @@ HIDDEN = HiddenBatch(
     branch=0,
     check=b"",
     scored=(),
+    hand=False,
     timings=(),
 )
 

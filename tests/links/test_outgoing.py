@@ -41,6 +41,7 @@ def add(outgoing: Outgoing, position: int, n_tokens: int = 1) -> None:
         branch=0,
         check=b"",
         scored=(),
+        hand=False,
     )
     outgoing.add(position, n_tokens, batch)
 

@@ -19,12 +19,18 @@ from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import BusyError, EngineError
 from shardmesh.links.link import Link
 from shardmesh.listener.copies import Copies
-from shardmesh.listener.copying import FRAME_BYTES, STEP_SHARE, STEP_TOKENS_MIN, is_due, n_final
+from shardmesh.listener.copying import (
+    FRAME_BYTES,
+    N_UNCERTAIN_MAX,
+    STEP_SHARE,
+    STEP_TOKENS_MIN,
+    is_due,
+    n_final,
+)
 from shardmesh.listener.stage_session import Work
 from shardmesh.wire.limits import (
     COPIES_BYTES_MAX,
     COPIES_MAX,
-    DRAFTS_MAX,
     KV_COPY_BYTES_MAX,
     KV_COPY_WINDOW_BYTES,
 )
@@ -61,6 +67,8 @@ OPEN = OpenSession(
     n_ctx=N_CTX,
     previous_stage=None,
     next_stage=None,
+    first_stage=None,
+    last_stage=None,
     sampling=GREEDY,
     history=(),
     adapter="",
@@ -323,10 +331,10 @@ async def test_an_engine_that_gives_no_kv_fails_no_session(
 
 
 def test_what_may_be_a_guess_is_not_copied() -> None:
-    assert n_final(DRAFTS_MAX, None) == 0
-    assert n_final(DRAFTS_MAX + 5, None) == 5
+    assert n_final(N_UNCERTAIN_MAX, None) == 0
+    assert n_final(N_UNCERTAIN_MAX + 5, None) == 5
     assert n_final(200, 96) == 96  # a last stage samples the rest again
-    assert n_final(100, 96) == 100 - DRAFTS_MAX
+    assert n_final(100, 96) == 100 - N_UNCERTAIN_MAX
 
 
 def test_copying_costs_a_bounded_share() -> None:

@@ -143,6 +143,7 @@ async def test_a_position_out_of_order_ends_the_session() -> None:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=False,
             )
             mesh.links[0].send(late)
             with pytest.raises(ShardmeshError) as caught:
@@ -173,6 +174,7 @@ async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=False,
             )
             mesh.links[0].send(late)
             assert await written_tokens(session, [5], 3) == whole_tokens([5], 3)
@@ -189,6 +191,8 @@ async def test_two_repairs_that_are_read_at_once_leave_the_stage_well() -> None:
                     epoch=epoch,
                     previous_stage=None,
                     next_stage=following,
+                    first_stage=None,
+                    last_stage=None,
                     branches=(),
                 )
                 mesh.links[0].send(repair)
@@ -212,6 +216,7 @@ async def test_hidden_states_from_a_stranger_close_the_link() -> None:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=False,
                 timings=(),
             )
             mesh.links[1].send(forged, bytes(4 * 8))
@@ -237,6 +242,7 @@ async def test_hidden_states_that_are_not_finite_end_the_session() -> None:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=False,
                 timings=(),
             )
             body = np.full((1, 8), np.nan, dtype="<f4").tobytes()

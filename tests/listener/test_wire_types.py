@@ -76,6 +76,7 @@ async def test_an_exact_session_takes_no_short_numbers() -> None:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=False,
                 timings=(),
             )
             mesh.link_between(0).send(short, body)

@@ -33,6 +33,7 @@ FaultKind = Literal[
     "doubled frame",  # a stage sends hidden states twice
     "early frame",  # or for a position that is not due
     "wide frame",  # or of a wrong width
+    "stray token",  # a last stage hands on a token that is not due
     "not finite",  # or NaN
     "engine fails",
     "coordinator killed",
@@ -76,6 +77,8 @@ class SessionPlan:
     n_guesses: int  # tokens guessed ahead, at most
     guesses_right: float  # how often one is
     standby: bool  # other replicas keep copies
+    hands_on: bool  # the last stage sends tokens straight to the first
+    reads_after_s: float  # how long it takes to go on behind a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,8 @@ class Plan:
         lines += [
             f"{s.at_s:7.3f} session {s.number} of {s.coordinator}: {len(s.prompt)} + "
             f"{s.n_tokens} tokens, temperature {s.temperature}, cancelled {s.cancelled_after_s}, "
-            f"{s.n_guesses} guessed, of which right: {s.guesses_right}"
+            f"{s.n_guesses} guessed, of which right: {s.guesses_right}, "
+            f"handed on: {s.hands_on}, read after {s.reads_after_s}"
             + (", with standbys" if s.standby else "")
             for s in self.sessions
         ]
@@ -157,6 +161,8 @@ def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> Ses
         n_guesses=chance.choice((0, 0, 2, 8, 32)),
         guesses_right=chance.choice((0.2, 0.7, 0.9, 1.0)),
         standby=chance.random() < 0.5,
+        hands_on=chance.random() < 0.8,
+        reads_after_s=chance.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
     )
 
 
@@ -167,7 +173,7 @@ def _fault(chance: random.Random, nodes: list[str]) -> Fault:
         node = coordinator_name(chance.randrange(N_COORDINATORS))
     if kind in BETWEEN_TWO:
         others = [coordinator_name(n) for n in range(N_COORDINATORS)]
-        others += [name for name in nodes if abs(stage_of(name) - stage_of(node)) == 1]
+        others += [name for name in nodes if stage_of(name) != stage_of(node)]  # each has a link
         other = chance.choice(others)
     at_s = chance.uniform(0.0, FAULTS_UNTIL_S)
     lasts_s = chance.choice((0.05, 0.4, chance.uniform(0.0, FAULT_LONGEST_S)))

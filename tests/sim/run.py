@@ -63,6 +63,7 @@ class Outcome:
     n_reused: int = 0  # tokens of prompts
     n_guesses: int = 0  # tokens sent ahead
     n_copied: int = 0  # positions that standbys did not have to compute
+    n_handed: int = 0  # tokens that the last stage sent to the first
     n_late_frames: int = 0
     longest_pause_s: float = 0.0
     ended_s: float = 0.0
@@ -191,20 +192,24 @@ class Play:
                     sampling=_sampling(plan),
                     prefix=PromptPrefix(plan.prompt, ASKER_KEY),
                     standby=plan.standby,
+                    hands_on=plan.hands_on,
                 )
                 async with coordinator.user.session(chain, links, settings, finder) as session:
                     if session.standbys is not None:
                         coordinator.nursery.start_soon(session.standbys.run)
                     world.note(f"session {plan.number} on {[s.peer_id for s in chain.stages]}")
                     self.outcome.n_reused += session.n_reused
-                    done = await prefill(session, plan.prompt)
+                    done = await prefill(session, plan.prompt, hand=plan.hands_on)
                     while True:
                         assert done.sampled is not None
                         tokens.append(done.sampled.token)
                         if len(tokens) == plan.n_tokens:
+                            self.outcome.n_handed += session.n_handed
                             self._note_repairs(plan, session.repairs)
                             return tokens
-                        session.send([tokens[-1]], sample=True)
+                        if plan.reads_after_s:
+                            await trio.sleep(plan.reads_after_s)
+                        session.send([tokens[-1]], sample=True, hand=plan.hands_on)
                         self._guess(plan, session, len(tokens))
                         done = await session.receive()
             except ShardmeshError as error:
@@ -291,6 +296,8 @@ class Play:
                 node.engine.fails_next = True
             case "doubled frame" | "early frame" | "wide frame":
                 world.send_wrong_frame(fault.node, fault.kind)
+            case "stray token":
+                world.send_stray_token(fault.node)
 
     async def _kill(self, name: str, gone_s: float) -> None:
         world = self._world

@@ -51,14 +51,14 @@ async def generate_and_cancel(at_step: int, *, kill: bool) -> bool:
             trio.lowlevel.add_instrument(cancel)
             chain, links = await world.chain(coordinator, [])
             finder = world.finder(coordinator, 10.0)
-            settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY)
+            settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY, hands_on=True)
             async with coordinator.user.session(chain, links, settings, finder) as session:
-                done = await prefill(session, PROMPT)
+                done = await prefill(session, PROMPT, hand=True)
                 for number in range(N_TOKENS):
                     if kill and number == 0:
                         world.kill_node(chain.stages[1].peer_id)
                     assert done.sampled is not None
-                    session.send([done.sampled.token], sample=True)
+                    session.send([done.sampled.token], sample=True, hand=True)
                     done = await session.receive()
         trio.lowlevel.remove_instrument(cancel)
         await trio.sleep(SETTLE_S)

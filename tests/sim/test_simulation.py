@@ -97,6 +97,11 @@ def test_a_copy_of_guesses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failing_seed()
 
 
+def test_the_seeds_hand_tokens_on_and_repair() -> None:
+    outcomes = [simulate(seed) for seed in range(6)]
+    assert any(outcome.n_handed and outcome.n_repairs for outcome in outcomes)
+
+
 def test_the_reference_is_one_engine() -> None:
     tokens = simulation.undisturbed((1, 2, 3), 5, 0.0)
     assert tokens == simulation.undisturbed((1, 2, 3), 9, 0.0)[:5]

@@ -28,7 +28,7 @@ from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
-from shardmesh.wire.messages import HiddenBatch, NextStage
+from shardmesh.wire.messages import HiddenBatch, NextStage, TokenBatch
 
 BOUNDARIES = (0, 1, 3, 4)
 N_CTX = 256
@@ -301,9 +301,30 @@ class World:
                 branch=0,
                 check=b"",
                 scored=(),
+                hand=True,
             )
             link.send(wrong, bytes(4 * n_embd))
             return
+
+    def send_stray_token(self, name: str) -> None:
+        """A last stage hands on tokens that are not due, of a session that it holds."""
+        for session in self.nodes[name].stage._sessions.values():
+            if session.first_link is None or not session.first_link.is_open:
+                continue
+            for ahead in (-1, 2, 5):
+                stray = TokenBatch(
+                    session=session.session_id,
+                    epoch=session.epoch,
+                    position=max(0, session.n_received + ahead),
+                    tokens=(1,),
+                    sample=True,
+                    embed=False,
+                    branch=session.branch,
+                    check=b"",
+                    scored=(),
+                    hand=True,
+                )
+                session.first_link.send(stray)
 
 
 async def _greet_and_run(link: Link) -> None:

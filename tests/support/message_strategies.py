@@ -96,6 +96,8 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         n_ctx=counts,
         previous_stage=st.none() | texts,
         next_stage=st.none() | next_stages,
+        first_stage=st.none() | next_stages,
+        last_stage=st.none() | texts,
         sampling=st.none() | samplings,
         history=st.lists(counts, max_size=5).map(tuple),
         adapter=texts,
@@ -132,6 +134,8 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         **_session,
         previous_stage=st.none() | texts,
         next_stage=st.none() | next_stages,
+        first_stage=st.none() | next_stages,
+        last_stage=st.none() | texts,
         branches=st.lists(st.tuples(counts, counts), max_size=3).map(tuple),
     ),
     SessionRepaired: st.builds(
@@ -162,6 +166,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         branch=counts,
         check=checks,
         scored=st.lists(counts, max_size=3).map(tuple),
+        hand=st.booleans(),
     ),
     HiddenBatch: st.builds(
         HiddenBatch,
@@ -176,6 +181,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         branch=counts,
         check=checks,
         scored=st.lists(counts, max_size=3).map(tuple),
+        hand=st.booleans(),
     ),
     BatchDone: st.builds(
         BatchDone,
@@ -186,6 +192,7 @@ KINDS: dict[type, st.SearchStrategy[Message]] = {
         timings=timings,
         embedding=st.binary(max_size=16),
         scores=st.lists(sampled, max_size=3).map(tuple),
+        handed=st.booleans(),
     ),
     TrimSession: st.builds(TrimSession, **_session, n_keep=counts),
     CloseSession: st.builds(CloseSession, session=session_ids),

@@ -49,6 +49,7 @@ TOKENS: dict[str, Any] = {
     "branch": 0,
     "check": b"",
     "scored": [],
+    "hand": True,
 }
 HIDDEN: dict[str, Any] = {
     "type": "hidden",
@@ -63,6 +64,7 @@ HIDDEN: dict[str, Any] = {
     "branch": 0,
     "check": b"",
     "scored": [],
+    "hand": True,
     "timings": [],
 }
 SAMPLING: dict[str, Any] = {
@@ -89,6 +91,8 @@ OPEN: dict[str, Any] = {
     "n_ctx": 16,
     "previous_stage": None,
     "next_stage": {"peer_id": "p", "addresses": []},
+    "first_stage": None,
+    "last_stage": "p",
     "sampling": SAMPLING,
     "history": [],
     "adapter": "",
@@ -114,6 +118,7 @@ DONE: dict[str, Any] = {
     "timings": [],
     "embedding": b"",
     "scores": [],
+    "handed": True,
 }
 SCORE = {"token": 1, "logprob": -0.5, "top_logprobs": []}
 
