@@ -9,9 +9,10 @@ value.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import cbor2
@@ -21,6 +22,7 @@ from shardmesh.errors import ProtocolError
 from shardmesh.wire.limits import NESTING_MAX
 
 T = TypeVar("T")
+Tagged = TypeVar("Tagged", bound=msgspec.Struct)
 
 
 class _NoTags(dict[int, Any]):
@@ -51,24 +53,56 @@ def decode_cbor(data: bytes | memoryview, kind: type[T]) -> T:
     return convert(_decode_plain(data), kind)
 
 
-def decode_tagged(data: bytes | memoryview, kinds: Mapping[str, type[T]]) -> T:
-    """The message in `data` of the kind that its `type` names.
+def encode_flat(message: msgspec.Struct) -> bytes:
+    """The same bytes as `encode_cbor`, in half the time, for a message of a flat kind.
 
-    Ten times faster than `decode_cbor` with a union.  Raises ProtocolError (theirs) if the bytes
-    are no message of these kinds.
+    Flat is a kind whose fields are whole numbers, truth values, bytes, texts, and arrays of these.
     """
-    value = _decode_plain(data)
+    value = msgspec.to_builtins(message, builtin_types=(bytes,))
+    return cbor2.dumps({key: value[key] for key in _key_order(type(message))})
+
+
+def decode_tagged(
+    data: bytes | memoryview, kinds: Mapping[str, type[Tagged]], flat: Collection[type[Tagged]] = ()
+) -> Tagged:
+    """The message in `data` of the kind that its `type` names; in `flat` are those that are flat.
+
+    Much faster than `decode_cbor` with a union.  Raises ProtocolError (theirs) if the bytes are no
+    message of these kinds.
+    """
+    raw = bytes(data)
+    value = _load(raw)
     tag = value.get("type") if isinstance(value, dict) else None
     kind = kinds.get(tag) if isinstance(tag, str) else None
     if kind is None:
         raise ProtocolError("message refused: its type is unknown")
+    if kind in flat:  # the keys' order is all that sorting would change, and no number has a point
+        _check_same(raw, value, is_sorted=tuple(value) == _key_order(kind))
+    else:
+        _check_same(raw, value)
+        _check_plain(value)
     return convert(value, kind)
+
+
+@functools.cache
+def _key_order(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """The keys of a tagged kind as deterministic CBOR has them: shorter ones first."""
+    tag = kind.__struct_config__.tag_field
+    names = (*kind.__struct_encode_fields__, *((tag,) if tag else ()))
+    return tuple(sorted(names, key=lambda name: (len(name), name)))
 
 
 def _decode_plain(data: bytes | memoryview) -> Any:
     raw = bytes(data)
+    value = _load(raw)
+    _check_same(raw, value)
+    _check_plain(value)
+    return value
+
+
+def _load(raw: bytes) -> Any:
     try:
-        value = cbor2.loads(
+        return cbor2.loads(
             raw,
             max_depth=NESTING_MAX,
             allow_indefinite=False,
@@ -76,13 +110,25 @@ def _decode_plain(data: bytes | memoryview) -> Any:
             strict_hashable_types=True,
             semantic_decoders=_NO_TAGS,
         )
-        same = cbor2.dumps(value, canonical=True) == raw
-    except (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"not valid CBOR: {_brief(error)}", code="BAD_CBOR") from error
+    except _CBOR_ERRORS as error:
+        raise _bad_cbor(error) from error
+
+
+def _check_same(raw: bytes, value: Any, *, is_sorted: bool = False) -> None:
+    """Raises ProtocolError unless these are the deterministic bytes of the value."""
+    try:
+        same = cbor2.dumps(value, canonical=not is_sorted) == raw
+    except _CBOR_ERRORS as error:
+        raise _bad_cbor(error) from error
     if not same:
         raise ProtocolError("CBOR is not in its deterministic form", code="BAD_CBOR")
-    _check_plain(value)
-    return value
+
+
+_CBOR_ERRORS = (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError)
+
+
+def _bad_cbor(error: Exception) -> ProtocolError:
+    return ProtocolError(f"not valid CBOR: {_brief(error)}", code="BAD_CBOR")
 
 
 def encode_json(message: object) -> bytes:

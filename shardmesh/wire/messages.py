@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
-from shardmesh.wire.codec import decode_tagged, encode_cbor
+from shardmesh.wire.codec import decode_tagged, encode_cbor, encode_flat
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.hidden_states import WireType, n_body_bytes
 from shardmesh.wire.limits import (
@@ -390,10 +390,14 @@ _KINDS: dict[str, type[Message]] = {
     kind.__struct_config__.tag: kind for kind in typing.get_args(Message)
 }
 
+_FLAT: frozenset[type[Message]] = frozenset((TokenBatch, HiddenBatch, BatchTaken, Ping, Pong))
+"""See `codec.encode_flat`: what is sent for each token, and heartbeats."""
+
 
 def encode_message(message: Message, body: bytes | memoryview = b"") -> bytes:
     """A message as one frame, not yet sealed."""
-    return encode_frame(encode_cbor(message), body)
+    encode = encode_flat if type(message) in _FLAT else encode_cbor
+    return encode_frame(encode(message), body)
 
 
 def decode_message(frame: bytes) -> tuple[Message, memoryview]:
@@ -402,7 +406,7 @@ def decode_message(frame: bytes) -> tuple[Message, memoryview]:
     Only a HiddenBatch and a KvCopy have a body, of exactly the size that they name.
     """
     header, body = decode_frame(frame)
-    message = decode_tagged(header, _KINDS)
+    message = decode_tagged(header, _KINDS, _FLAT)
     n_body = 0
     if isinstance(message, HiddenBatch):
         n_body = n_body_bytes(message.n_tokens, message.n_embd, message.dtype)

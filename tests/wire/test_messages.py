@@ -13,7 +13,7 @@ from support.message_strategies import KINDS, body_of, messages
 
 from shardmesh.errors import BusyError, ProtocolError
 from shardmesh.wire.codec import encode_cbor
-from shardmesh.wire.framing import LENGTH, RecordReader, encode_frame
+from shardmesh.wire.framing import LENGTH, RecordReader, decode_frame, encode_frame
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
     DRAFT_CHECK_BYTES,
@@ -140,6 +140,7 @@ def test_every_kind_goes_round(kind: type, data: st.DataObject) -> None:
     assert found == message
     assert bytes(body) == body_of(message)
     assert encode_message(found, body) == frame
+    assert bytes(decode_frame(frame)[0]) == encode_cbor(message)
 
 
 @given(st.lists(messages, max_size=4), st.data())
