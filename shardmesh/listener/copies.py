@@ -35,9 +35,9 @@ class Copy:
 class Copies:
     """All copies of one stage.  Not thread-safe."""
 
-    def __init__(self, info: EngineInfo, n_bytes_max: int = COPIES_BYTES_MAX) -> None:
+    def __init__(self, info: EngineInfo) -> None:
+        self.n_bytes_max = COPIES_BYTES_MAX
         self._info = info
-        self._n_bytes_max = n_bytes_max
         self._copies: dict[bytes, Copy] = {}
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Copies:
             raise ProtocolError("KV came of another size than this model's", code="BAD_FRAME")
         if message.position != copy.n_held:
             return None  # of a copy that was begun anew since
-        if self.n_bytes + message.n_bytes > self._n_bytes_max:
+        if self.n_bytes + message.n_bytes > self.n_bytes_max:
             return 0
         part = np.frombuffer(body, dtype=np.uint8).reshape(message.n_tokens, -1)
         copy.parts.append(part)

@@ -21,6 +21,7 @@ from shardmesh.confinement import allow_files, confine
 from shardmesh.engine.at_once import find_numbers_at_once
 from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
+from shardmesh.engine.options import memory_free_bytes
 from shardmesh.errors import BusyError, OurError, ShardmeshError, StorageError, known_error
 from shardmesh.links.dial import Acceptor, LinkPool
 from shardmesh.links.link import Link
@@ -62,6 +63,9 @@ SWITCH_INTERVAL_S = 0.0005
 Python's own 5 ms would delay a finished result by as much when frames come in at that moment.
 """
 
+COPIES_SHARE_OF_MEMORY = 0.25
+"""Part of the memory that is free when the shard is loaded, which copies for others may take."""
+
 FAREWELL_TIMEOUT_S = 1.0
 """For telling the coordinators why their sessions end."""
 
@@ -85,6 +89,7 @@ class DataProcess:
             self.stage = Stage(self._engine, identity, nursery, self._link_to)
             self.stage.is_draining = self._start.is_draining
             self.stage.sessions_per_node_max = self._start.sessions_per_node_max
+            self.stage.limit_copies(int(COPIES_SHARE_OF_MEMORY * memory_free_bytes()))
             self._acceptor = Acceptor(self.stage)
             self._pool = LinkPool(nursery, self._agree, self.stage)
             listeners = await _open_listeners(self._start.listen_hosts, self._start.data_port)

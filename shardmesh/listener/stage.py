@@ -44,7 +44,7 @@ from shardmesh.listener.stage_session import (
     new_session,
 )
 from shardmesh.listener.worker import Computes, Worker
-from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
+from shardmesh.wire.limits import COPIES_BYTES_MAX, SESSIONS_PER_NODE_MAX
 from shardmesh.wire.messages import (
     BatchTaken,
     CloseSession,
@@ -94,7 +94,7 @@ class Stage:
         self._computing = Computing(engine, identity, self.counters, self)
         self._worker = make_worker(self._computing.compute)
         self._copies = Copies(engine.info)
-        self._copier = Copier(engine, self._worker.do, nursery, get_link)
+        self._copier = Copier(engine, partial(self._run_in_engine, None), nursery, get_link)
         self._trio_token = trio.lowlevel.current_trio_token()
         self.is_draining = False
         """No further session is taken; those that are here go on."""
@@ -108,6 +108,10 @@ class Stage:
     def sequences_in_use(self) -> list[int]:
         """Those of sessions; what others keep may go at any moment."""
         return [session.sequence for session in self._sessions.values()]
+
+    def limit_copies(self, n_bytes: int) -> None:
+        """Takes no more memory than that as a standby."""
+        self._copies.n_bytes_max = min(n_bytes, COPIES_BYTES_MAX)
 
     @property
     def copy_figures(self) -> dict[str, int]:
