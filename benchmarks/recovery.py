@@ -1,10 +1,10 @@
 """`recovery`: the pause when a stage is killed in a text, by the length of its context.
 
-Two stages, the second with two replicas.  The data process of the one that serves is killed with
--9 behind some tokens; the other computes its half of the layers again from the hidden states that
-the first stage has kept.  Beside it the time to the first token of the same prompt: what it would
-cost to begin anew, with all layers.  Then the same where the other stands by with a copy of the KV,
-beside the pause without; and what the copying costs while nothing happens.
+Two stages with two replicas each.  The data process that serves the second one is killed with -9
+behind some tokens; its replica computes half of the layers again from the hidden states that the
+first stage has kept.  Beside it the time to the first token of the same prompt: what it would cost
+to begin anew, with all layers.  Then the same where that replica stands by with a copy of the KV,
+beside the pause without; and what copying costs a token while nothing happens.
 """
 
 from __future__ import annotations
@@ -95,13 +95,17 @@ def _compared(
 
 
 class _Mesh:
-    """The mesh, a client, and where the two replicas keep their keys."""
+    """The mesh, a client, and where the replicas keep their keys."""
 
     def __init__(self, client: Client, state_dirs: Sequence[Path]) -> None:
         self._client = client
-        keys = [folder / f"shard-{KILLED_SHARD}" / "node.key" for folder in state_dirs]
-        self._peer_ids = [load_identity(key).peer_id for key in keys]
-        self._victims = itertools.cycle(zip(self._peer_ids, state_dirs, strict=True))
+        self._peer_ids = {
+            (shard_id, folder): load_identity(folder / f"shard-{shard_id}" / "node.key").peer_id
+            for shard_id in range(N_SHARDS)
+            for folder in state_dirs
+        }
+        victims = [(self._peer_ids[KILLED_SHARD, folder], folder) for folder in state_dirs]
+        self._victims = itertools.cycle(victims)
 
     @classmethod
     async def open(cls, stack: AsyncExitStack, folder: Path) -> _Mesh:
@@ -116,14 +120,16 @@ class _Mesh:
                 listen_options=options,
             )
         )
-        arguments = (
-            *("listen", "--shard-id", str(KILLED_SHARD), "--shards-dir", str(folder / "shards")),
-            *("--models-dir", str(folder / "models"), "--state-dir", str(folder / "other")),
-            *("--bootstrap", mesh.bootstrap_address, "--cluster", CLUSTER),
-            *("--secret", mesh.secret.text(), "--listen-addr", "127.0.0.1", "--no-mdns"),
-            *("--log-format", "json", "--threads", str(N_THREADS), *options),
-        )
-        await stack.enter_async_context(start_process(DemoProcess("other replica", arguments)))
+        for shard_id in range(N_SHARDS):
+            arguments = (
+                *("listen", "--shard-id", str(shard_id), "--shards-dir", str(folder / "shards")),
+                *("--models-dir", str(folder / "models"), "--state-dir", str(folder / "other")),
+                *("--bootstrap", mesh.bootstrap_address, "--cluster", CLUSTER),
+                *("--secret", mesh.secret.text(), "--listen-addr", "127.0.0.1", "--no-mdns"),
+                *("--log-format", "json", "--threads", str(N_THREADS), *options),
+            )
+            other = DemoProcess(f"other replica of shard {shard_id}", arguments)
+            await stack.enter_async_context(start_process(other))
         client = await stack.enter_async_context(
             open_client(
                 bootstraps=[mesh.bootstrap_address],
@@ -142,8 +148,8 @@ class _Mesh:
         async with self._client.coordinator.complete(request) as completion:
             async for item in completion.items:
                 if isinstance(item, Finished) and item.timings.decode_tokens_per_s:
-                    if standby and KILLED_SHARD not in completion.standbys:
-                        raise OurError("nobody stood by")
+                    if standby and len(completion.standbys) < N_SHARDS:
+                        raise OurError("a stage had no standby")
                     return 1e3 / item.timings.decode_tokens_per_s
         raise OurError("a generation ended without its last item")
 
@@ -167,13 +173,13 @@ class _Mesh:
         raise OurError("a generation ended without its last item")
 
     async def _wait_served(self) -> None:
-        """Both replicas serve: the one that was killed before has been started again."""
+        """All replicas serve: the one that was killed before has been started again."""
         directory = self._client.directory
         with trio.fail_after(TIMEOUT_S):
             while True:
                 version = directory.version
                 loaded = {a.peer_id for a in directory.all() if a.capabilities.shard_loaded}
-                if loaded >= set(self._peer_ids):
+                if loaded >= set(self._peer_ids.values()):
                     return
                 await directory.wait_changed(version)
 
