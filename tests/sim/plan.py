@@ -17,7 +17,7 @@ FAULTS_UNTIL_S = 2.0
 
 FAULT_LONGEST_S = 6.0
 
-PROMPT_TOKENS = (1, 7, 32, 33, 70, 96, 130, 130)
+PROMPT_TOKENS = (1, 7, 32, 33, 70, 96, 130, 130, 190, 190)
 
 FaultKind = Literal[
     "kill",  # the node is gone, and comes back as a new process
@@ -160,7 +160,7 @@ def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> Ses
         cancelled_after_s=chance.uniform(0.0, 2.0) if chance.random() < 0.1 else None,
         n_guesses=chance.choice((0, 0, 2, 8, 32)),
         guesses_right=chance.choice((0.2, 0.7, 0.9, 1.0)),
-        standby=chance.random() < 0.5,
+        standby=chance.random() < 0.7,
         hands_on=chance.random() < 0.8,
         reads_after_s=chance.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
     )

@@ -87,7 +87,7 @@ def test_the_seeds_reuse_prefixes() -> None:
 
 
 def test_the_seeds_take_over_with_copies() -> None:
-    assert sum(simulate(seed).n_copied for seed in range(28, 32)) > 0
+    assert any(simulate(seed).n_copied for seed in range(N_SEEDS))
 
 
 @pytest.mark.slow
