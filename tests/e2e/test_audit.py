@@ -23,13 +23,13 @@ N_TRIES_MAX = 30  # each of them finds the liar with a chance of two thirds
 LIE = """
 import sys
 if "shardmesh.listener.data_process" in sys.orig_argv:
-    import dataclasses
+    import msgspec
     from shardmesh.engine.llama import LlamaEngine
     compute = LlamaEngine.compute
 
     def lie(self, batches):
         given = compute(self, batches)
-        return [dataclasses.replace(each, hidden=each.hidden * 1.5) for each in given]
+        return [msgspec.structs.replace(each, hidden=each.hidden * 1.5) for each in given]
 
     LlamaEngine.compute = lie
 """
