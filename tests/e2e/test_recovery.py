@@ -6,6 +6,7 @@ Each test leaves the mesh complete.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -230,6 +231,19 @@ def test_a_killed_stage_whose_standby_has_the_prompt(replicated: Replicated, sta
     assert repairs[0].n_copied > n_prompt - 100
     replicated.wait_complete()
     assert all(answer["stage"]["n_copies"] == 0 for answer in ask(replicated.mesh, "GET_METRICS"))
+
+
+def test_run_says_who_stood_by(replicated: Replicated) -> None:
+    arguments = ("--standby", "--max-tokens", "60", "--ignore-end", *replicated.mesh.where)
+    done = replicated.mesh.space.run("run", PROMPT, "--explain", *arguments)
+    assert done.code == 0, done.err
+    assert done.err.count("stands by") == len(replicated.mesh.listeners) // 2
+    done = replicated.mesh.space.run("run", PROMPT, "--json", *arguments)
+    found = json.loads(done.out)
+    peer_ids = {node.peer_id for node in replicated.mesh.listeners}
+    assert set(found["standbys"]) == set(found["chain"])
+    assert set(found["standbys"].values()) == peer_ids - set(found["chain"])
+    replicated.wait_complete()
 
 
 async def metrics_of(client: Client, peer_id: str) -> dict[str, int]:
