@@ -17,7 +17,7 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.web.meters import RateMeter, TripMeter
 from shardmesh.web.roster import Download, Report
-from shardmesh.wire.announcement import Announcement
+from shardmesh.wire.announcement import Announcement, Capabilities
 from shardmesh.wire.codec import convert
 from shardmesh.wire.limits import TEXT_BYTES_MAX
 
@@ -113,14 +113,40 @@ def report_of(data: object, round_trip_ms: float) -> tuple[Report, int]:
     return report, stage.get("n_tokens", 0)
 
 
+def has_news(known: Announcement, newest: Announcement) -> bool:
+    """Whether a node has announced anything but how fast it computes.  Pure.
+
+    A download is announced by saying the same again.
+    """
+    if newest.sequence == known.sequence:
+        return False
+    before, now = (
+        msgspec.structs.replace(
+            each, sequence=0, issued_at_s=0, expires_at_s=0, capabilities=_without_pace(each)
+        )
+        for each in (known, newest)
+    )
+    return before != now or _pace(known) == _pace(newest)
+
+
+def _pace(announcement: Announcement) -> tuple[int, object]:
+    return announcement.capabilities.token_us, announcement.capabilities.round_trips_us
+
+
+def _without_pace(announcement: Announcement) -> Capabilities:
+    return msgspec.structs.replace(
+        announcement.capabilities, token_us=0, round_trips_us=(), memory_available_mb=0
+    )
+
+
 def pause_s(
-    announcement: Announcement, asked_sequence: int, report: Report | None, *, is_seen: bool
+    newest: Announcement, asked: Announcement, report: Report | None, *, is_seen: bool
 ) -> float:
     """How long after one question to a node the next one is due.  Pure.
 
-    `asked_sequence` is that of its announcement when it was asked.
+    `asked` is what it had announced when it was asked.
     """
-    if announcement.sequence != asked_sequence:
+    if has_news(asked, newest):
         return NEWS_PAUSE_S if is_seen else NEWS_PAUSE_UNSEEN_S
     if not is_seen:
         return ASK_INTERVAL_UNSEEN_S
@@ -132,7 +158,7 @@ class _Question(NamedTuple):
     """The last question to a node."""
 
     at_s: float
-    sequence: int  # of its announcement then
+    announcement: Announcement  # what it had said then
 
 
 class NodeReports:
@@ -170,7 +196,7 @@ class NodeReports:
                         await self._directory.wait_changed(version)
                     continue
                 if len(self._waiting) < QUESTIONS_WAITING_MAX:
-                    self._asked[due.peer_id] = _Question(trio.current_time(), due.sequence)
+                    self._asked[due.peer_id] = _Question(trio.current_time(), due)
                     self._waiting.add(due.peer_id)
                     # Whoever comes back has other addresses than before.
                     self._host.learn(due.peer_id, due.addresses)
@@ -207,7 +233,9 @@ class NodeReports:
             if asked is None:
                 return -math.inf
             report = self.reports.get(peer_id)
-            return asked.at_s + pause_s(announced[peer_id], asked.sequence, report, is_seen=is_seen)
+            return asked.at_s + pause_s(
+                announced[peer_id], asked.announcement, report, is_seen=is_seen
+            )
 
         first = min(announced.keys() - self._waiting, key=due_s, default=None)
         if first is None or due_s(first) > trio.current_time():

@@ -31,6 +31,7 @@ from shardmesh.web.node_reports import (
     ASK_INTERVAL_UNSEEN_S,
     NEWS_PAUSE_S,
     NodeReports,
+    has_news,
     pause_s,
 )
 from shardmesh.web.roster import Download, Report
@@ -164,10 +165,29 @@ def test_how_long_a_node_is_not_asked_again() -> None:
     asked = an_announcement(NODE, sequence=5)
     idle, loading = Report(), Report(shard_state="loading")
     fetching = Report(downloads=(Download(name="a", n_bytes=9, n_bytes_done=1),))
-    assert pause_s(asked, 5, idle, is_seen=True) == ASK_INTERVAL_S
-    assert pause_s(asked, 5, loading, is_seen=True) == ASK_INTERVAL_MOVING_S
-    assert pause_s(asked, 5, fetching, is_seen=True) == ASK_INTERVAL_MOVING_S
-    assert pause_s(asked, 5, fetching, is_seen=False) == ASK_INTERVAL_UNSEEN_S
+    assert pause_s(asked, asked, idle, is_seen=True) == ASK_INTERVAL_S
+    assert pause_s(asked, asked, loading, is_seen=True) == ASK_INTERVAL_MOVING_S
+    assert pause_s(asked, asked, fetching, is_seen=True) == ASK_INTERVAL_MOVING_S
+    assert pause_s(asked, asked, fetching, is_seen=False) == ASK_INTERVAL_UNSEEN_S
     newer = msgspec.structs.replace(asked, sequence=6)
-    assert pause_s(newer, 5, None, is_seen=True) == NEWS_PAUSE_S
-    assert NEWS_PAUSE_S < pause_s(newer, 5, None, is_seen=False) < ASK_INTERVAL_UNSEEN_S
+    assert pause_s(newer, asked, None, is_seen=True) == NEWS_PAUSE_S
+    assert NEWS_PAUSE_S < pause_s(newer, asked, None, is_seen=False) < ASK_INTERVAL_UNSEEN_S
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_news"),
+    [
+        ({}, True),  # the same again: a download has begun
+        ({"token_us": 900}, False),
+        ({"round_trips_us": (("other", 7),), "memory_available_mb": 1}, False),
+        ({"token_us": 900, "n_sessions": 1}, True),
+        ({"token_us": 900, "shard_loaded": False}, True),
+        ({"is_draining": True}, True),
+    ],
+)
+def test_what_a_node_is_asked_about(changes: dict[str, Any], is_news: bool) -> None:
+    known = an_announcement(NODE, sequence=5)
+    told = msgspec.structs.replace(known.capabilities, **changes)
+    newest = msgspec.structs.replace(known, sequence=6, capabilities=told)
+    assert has_news(known, newest) is is_news
+    assert not has_news(newest, newest)
