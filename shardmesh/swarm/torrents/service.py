@@ -32,6 +32,9 @@ BUSY_RATE_BYTES_PER_S: Final = 4_000_000
 """What is given and taken while the node computes: little of a core, and still some progress."""
 
 _BUSY_INTERVAL_S: Final = 0.25
+_CALM_INTERVAL_S: Final = 1.0
+"""The same while nobody gives or takes: asking takes time from whoever computes."""
+
 _DONE_KEPT: Final = 16
 
 IsBusy = Callable[[], Awaitable[bool]]
@@ -245,7 +248,10 @@ class FileService:
                     upload_rate=backed_off(upload) if backs_off else upload,
                     download_rate=backed_off(download) if backs_off else download,
                 )
-            await trio.sleep(_BUSY_INTERVAL_S)
+            await trio.sleep(_BUSY_INTERVAL_S if self._has_partners() else _CALM_INTERVAL_S)
+
+    def _has_partners(self) -> bool:
+        return any(torrent.status.n_sources for torrent in self._torrents.all())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
