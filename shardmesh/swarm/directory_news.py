@@ -39,14 +39,24 @@ def news_since(told: Mapping[str, bytes], now: Mapping[str, bytes]) -> Directory
 
 
 def serve_directory_news(host: Host, directory: Directory) -> None:
-    """Tells whoever opens a stream all that the directory knows, and then what changes."""
+    """Tells whoever opens a stream all that the directory knows, and then what changes.
+
+    One stream for each node: each change is sent on every one.
+    """
+    followers: set[str] = set()
 
     async def serve(stream: ByteStream, peer_id: str) -> None:
         with trio.fail_after(REQUEST_READ_TIMEOUT_S):
             data = await receive_message(stream, DIRECTORY_REQUEST_BYTES_MAX)
         if decode_cbor(data, DirectoryFollow).cluster != directory.cluster:
             raise RefusedError("asked for news of another cluster", code="OTHER_CLUSTER")
-        await tell_news(stream, directory)
+        if peer_id in followers:
+            raise RefusedError("asked for news that it is told already")
+        followers.add(peer_id)
+        try:
+            await tell_news(stream, directory)
+        finally:
+            followers.discard(peer_id)
 
     host.serve(DIRECTORY_NEWS_PROTOCOL, serve, lasting=True)
 

@@ -156,4 +156,6 @@ async def test_between_two_hosts() -> None:
                 there.update(sign(BOB, sequence=sequence))
                 with trio.fail_after(5):
                     await here.wait_changed(sequence - 1)
+            with pytest.raises(ShardmeshError), trio.fail_after(5):
+                await follow_directory(alice, here, BOB.peer_id, print)  # once is enough
             nursery.cancel_scope.cancel()
