@@ -20,6 +20,7 @@ from shardmesh.engine.base import Engine, EngineOptions, MicroBatch, SamplingSet
 from shardmesh.engine.cells import UnknownStateError, cells_of, layout_of, state_of
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.engine.llama import LlamaEngine
+from shardmesh.engine.options import CACHE_TYPES
 from shardmesh.errors import EngineError, InputError
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -36,10 +37,15 @@ CASES = [
     ("llama", "q8_0", 0, "q8_0", "q8_0", True),
     ("llama", "f16", 0, "q4_0", "f16", False),
     ("llama", "f16", 0, "bf16", "q5_1", True),
+    ("llama", "f16", 0, "q4_1", "q5_0", True),
     ("qwen3", "f16", 0, "f16", "f16", False),
     ("mixtral", "f16", 0, "f16", "f16", False),
     ("phi3", "f16", 64, "f16", "f16", False),
 ]
+
+
+def test_all_types_of_the_cache_are_tried() -> None:
+    assert {name for case in CASES for name in case[3:5]} == set(CACHE_TYPES)
 
 
 def options(type_k: str = "f16", type_v: str = "f16", flash: bool = False) -> EngineOptions:
