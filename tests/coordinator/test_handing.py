@@ -371,7 +371,7 @@ async def test_what_a_lost_stage_handed_on_and_nobody_heard_of_is_not_in_the_tex
     async with memory_mesh(engines(), [[], [], [other_last_stage()]], loop_worker) as mesh:
         async with session_of(mesh) as session:
             done = await prefill(session, PROMPT, hand=True)
-            (lost,) = mesh.nodes["stage-2"].stage._sessions.values()
+            (lost,) = mesh.nodes["stage-2"].stage.sessions
             lost.coordinator.send = lambda *message: None  # type: ignore[method-assign]
             await trio.sleep(3.5 * n_lost * TOKEN_S)
             assert n_taken(mesh) > n_lost

@@ -55,7 +55,7 @@ async def until_free(mesh: MemoryMesh) -> None:
 
 
 def free(mesh: MemoryMesh) -> list[int]:
-    return [stage._sequences.n_free for stage in mesh.stages]
+    return [stage.sessions.sequences.n_free for stage in mesh.stages]
 
 
 async def test_a_second_prompt_begins_behind_what_it_shares(
@@ -130,9 +130,9 @@ async def test_stages_that_hold_different_parts_begin_together(
     engines = fake_chain((0, 2, 4))
     async with memory_mesh(engines, make_worker=LoopWorker) as mesh:
         await answer(mesh, (*COMMON, 1))
-        mesh.stages[1]._sequences = KeptSequences(4, 256)
+        mesh.stages[1].sessions.sequences = KeptSequences(4, 256)
         assert await answer(mesh, (*COMMON, 2)) == 0
-        mesh.stages[1]._sequences = KeptSequences(4, 256)
+        mesh.stages[1].sessions.sequences = KeptSequences(4, 256)
         await answer(mesh, (*COMMON[:PIECE_TOKENS], 60, 60))
         assert await answer(mesh, (*COMMON, 3)) == PIECE_TOKENS
 
@@ -143,7 +143,7 @@ async def test_a_stage_that_hears_late_what_to_forget_is_waited_for(
     """Hidden states come another way, and must not be there before."""
     async with memory_mesh(fake_chain((0, 2, 4)), make_worker=LoopWorker) as mesh:
         await answer(mesh, (*COMMON, 1))
-        mesh.stages[0]._sequences = KeptSequences(4, 256)
+        mesh.stages[0].sessions.sequences = KeptSequences(4, 256)
         send = mesh.links[1].send
 
         async def send_later(message: Message) -> None:
@@ -290,7 +290,7 @@ async def test_a_stage_that_claims_too_much_is_told_to_forget_it(
         await answer(mesh, COMMON)
         async with session_of(mesh, COMMON) as session:
             assert session.n_sent == session.n_reused == PIECE_TOKENS
-            (held,) = mesh.stages[0]._sessions.values()
+            (held,) = mesh.stages[0].sessions
             while held.n_received != PIECE_TOKENS:
                 await trio.lowlevel.checkpoint()
 
@@ -316,7 +316,7 @@ async def test_without_a_prefix_nothing_is_named(autojump_clock: trio.testing.Mo
             async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
                 assert session.n_reused == 0
                 await write(session, (*COMMON, 1))
-                (opened,) = (s.opened_by for s in mesh.stages[0]._sessions.values())
+                (opened,) = (s.opened_by for s in mesh.stages[0].sessions)
                 assert isinstance(opened, OpenSession)
                 assert opened.prefix == ()
             await until_free(mesh)

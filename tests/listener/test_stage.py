@@ -328,7 +328,7 @@ async def test_a_stage_advances_its_share_of_the_sessions_at_once() -> None:
         first.numbers.clear()
         for session in sessions:
             session.send(expected[:1], sample=True)
-        waiting = mesh.stages[0]._sessions.values()
+        waiting = mesh.stages[0].sessions
         await until(lambda: all(s.n_received == len(prompt) + 1 for s in waiting))
         first.gate.set()
         for session in sessions:

@@ -340,7 +340,7 @@ class Play:
             if node.working.cancel_called:
                 continue  # one that hangs closes nothing
             self._require(not node.engine.open_sequences, f"{node.name} keeps KV")
-            n_free = node.stage._sequences.n_free
+            n_free = node.stage.sessions.sequences.n_free
             self._require(
                 n_free == self.plan.n_parallel, f"{node.name} has {n_free} sequences free"
             )

@@ -67,7 +67,7 @@ async def generate_and_cancel(at_step: int, *, kill: bool) -> bool:
             if node.is_alive:
                 assert node.stage.n_sessions == 0
                 assert not node.engine.open_sequences
-                assert node.stage._sequences.n_free == 2
+                assert node.stage.sessions.sequences.n_free == 2
                 assert not node.worker._scheduler
         nursery.cancel_scope.cancel()
     return not cancel.scope.cancelled_caught

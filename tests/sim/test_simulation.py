@@ -70,7 +70,7 @@ def test_a_sequence_that_is_not_given_back_is_found(monkeypatch: pytest.MonkeyPa
 
     def leak(stage: Stage, released, **how) -> None:  # type: ignore[no-untyped-def]
         release(stage, released, **how)
-        stage._sequences.take(())
+        stage.sessions.sequences.take(())
 
     monkeypatch.setattr(Stage, "_release", leak)
     assert failing_seed()

@@ -283,7 +283,7 @@ class World:
     def send_wrong_frame(self, name: str, how: str) -> None:
         """A stage sends hidden states that cannot be right, of a session that it holds."""
         node = self.nodes[name]
-        for session in node.stage._sessions.values():
+        for session in node.stage.sessions:
             link, n_sent = session.outgoing.hop, session.outgoing.n_done
             if link is None or session.next_stage is None or n_sent == 0:
                 continue
@@ -308,7 +308,7 @@ class World:
 
     def send_stray_token(self, name: str) -> None:
         """A last stage hands on tokens that are not due, of a session that it holds."""
-        for session in self.nodes[name].stage._sessions.values():
+        for session in self.nodes[name].stage.sessions:
             if session.first_link is None or not session.first_link.is_open:
                 continue
             for ahead in (-1, 2, 5):
