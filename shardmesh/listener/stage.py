@@ -333,6 +333,7 @@ class Stage:
         elif session.coordinator is link:
             self._copier.begin(session, message)
 
+
 def _repaired(session: StageSession) -> SessionRepaired:
     return SessionRepaired(
         session=session.session_id,
