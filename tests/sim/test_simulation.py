@@ -15,7 +15,7 @@ from sim.run import SimulationError, simulate
 from shardmesh.coordinator import session
 from shardmesh.coordinator.recovery import Held, ReplayPlan, plan_replay
 from shardmesh.listener import copying, kept_sequences, stage_session
-from shardmesh.listener.stage import Stage
+from shardmesh.listener.sessions import HeldSessions
 
 N_SEEDS = 200
 
@@ -66,13 +66,13 @@ def test_a_replay_that_leaves_a_piece_out_is_found(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_sequence_that_is_not_given_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    release = Stage._release
+    release = HeldSessions.release
 
-    def leak(stage: Stage, released, **how) -> None:  # type: ignore[no-untyped-def]
-        release(stage, released, **how)
-        stage.sessions.sequences.take(())
+    def leak(sessions: HeldSessions, released, **how) -> None:  # type: ignore[no-untyped-def]
+        release(sessions, released, **how)
+        sessions.sequences.take(())
 
-    monkeypatch.setattr(Stage, "_release", leak)
+    monkeypatch.setattr(HeldSessions, "release", leak)
     assert failing_seed()
 
 
