@@ -79,6 +79,10 @@ class ReplicaHealth:
         known = self._failures.get(replica.peer_id)
         return known is not None and now_s < known.until_s
 
+    def went_well(self, replica: Replica) -> None:
+        """A result has come through it: what it failed before does not make the next time worse."""
+        self._failures.pop(replica.peer_id, None)
+
     def n_failures(self, peer_id: str) -> int:
         """How often it failed, one time not long after the other."""
         known = self._failures.get(peer_id)
@@ -166,6 +170,8 @@ class ReplicaFinder:
         return await self._first_reachable(self._ordered(alike, chain, number))
 
     def note_result(self, chain: Chain, done: BatchDone) -> None:
+        for stage in chain.stages:
+            self._health.went_well(stage)
         if self._seen is not None and done.n_tokens == 1:
             self._seen.note(chain.stages, done.timings, trio.current_time())
 

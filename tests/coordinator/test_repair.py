@@ -331,6 +331,18 @@ async def test_a_lost_link_between_two_good_stages_is_mended(
             assert session.epoch == 1
 
 
+async def test_replicas_that_are_killed_in_turn_are_not_left_alone_for_ever_longer(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Each has brought results since it failed the last time."""
+    async with replicated() as mesh:
+        names = itertools.cycle(["stage-1", "stage-1-1"])
+        async with session_of(mesh, timeout_s=3 * ASIDE_MIN_S) as session:
+            before = {n: lambda: mesh.drop(next(names)) for n in range(2, 30, 2)}
+            assert await write(session, 30, before) == whole_tokens(n_tokens=30)
+            assert len(session.repairs) == len(before)
+
+
 async def test_a_bad_line_between_two_stages_is_given_more_time(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

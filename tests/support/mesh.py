@@ -251,6 +251,12 @@ class MemoryMesh:
             link.close(UnreachableError("the connection broke", code="LINK_LOST"))
         node.links.clear()
 
+    def drop(self, name: str) -> None:
+        """All links of the node end; it can be reached again at once, and holds nothing."""
+        for link in self.nodes[name].links:
+            link.close(UnreachableError("the connection broke", code="LINK_LOST"))
+        self.nodes[name].links.clear()
+
     def freeze(self, name: str) -> None:
         """SIGSTOP: nothing that is sent to it is read and nothing that it sends comes out."""
         self.nodes[name].thawed = trio.Event()
