@@ -19,6 +19,7 @@ from benchmarks.results import Result
 from benchmarks.rpc import measure_rpc
 from benchmarks.seeding import measure_seeding
 from benchmarks.torrent import measure_swarm, measure_torrents
+from shardmesh.wire.defaults import NICE_DEFAULT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,10 @@ async def _gateway_idle(to: Setting) -> list[Result]:
 
 
 async def _gateway_p99(to: Setting) -> list[Result]:
-    return [await measure_answers(to.model, nice=nice, progress=to.progress) for nice in (0, 5)]
+    return [
+        await measure_answers(to.model, nice=nice, progress=to.progress)
+        for nice in (NICE_DEFAULT, 0)
+    ]
 
 
 def _by_rpc(name: str) -> Measure:

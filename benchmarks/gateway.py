@@ -22,6 +22,7 @@ from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Result, median_of, paired
 from benchmarks.websocket import Onlooker, open_onlooker
 from shardmesh.confinement import allow_files
+from shardmesh.wire.defaults import NICE_DEFAULT
 
 Progress = Callable[[str], None]
 
@@ -106,10 +107,10 @@ async def measure_idle(model: Path, *, progress: Progress) -> Result:
     )
 
 
-async def measure_answers(model: Path, *, nice: int = 0, progress: Progress) -> Result:
+async def measure_answers(model: Path, *, nice: int = NICE_DEFAULT, progress: Progress) -> Result:
     """How long short questions take while N_STREAMS answers are streamed, and while none is.
 
-    With `nice` the listeners stand back behind the gateway, which is on the same machine.
+    By `nice` the listeners stand back behind the gateway, which is on the same machine.
     """
     options = ("--parallel", str(N_STREAMS), "--nice", str(nice))
     async with _gateway(model, 2, options, progress) as (_, gateway):
@@ -124,7 +125,7 @@ async def measure_answers(model: Path, *, nice: int = 0, progress: Progress) -> 
             nursery.cancel_scope.cancel()
     p99_ms = {path: _percentile_ms(times, 99) for path, times in busy.items()}
     return Result(
-        name=f"gateway-p99-nice-{nice}" if nice else "gateway-p99",
+        name="gateway-p99" if nice == NICE_DEFAULT else f"gateway-p99-nice-{nice}",
         mesh={
             "p99_ms": max(p99_ms.values()),
             "by_path": p99_ms,

@@ -31,6 +31,7 @@ from shardmesh.cli.options import (
 )
 from shardmesh.cli.reach import listener_reach
 from shardmesh.confinement import allow_files
+from shardmesh.wire.defaults import NICE_DEFAULT
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @click.option(
     "--nice",
     type=click.IntRange(0, 19),
-    default=0,
+    default=NICE_DEFAULT,
     show_default=True,
     envvar="LLAMA_NICE",
     help="How far computing stands back behind the machine's other work.",

@@ -39,6 +39,7 @@ from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents.service import FileService, TorrentOptions
 from shardmesh.wire.announcement import Capabilities
+from shardmesh.wire.defaults import NICE_DEFAULT
 from shardmesh.wire.limits import (
     HANDSHAKE_TIMEOUT_S,
     LINK_AGREEMENT_BYTES_MAX,
@@ -102,7 +103,7 @@ class NodeOptions:
     """Where a link's model goes that is not here yet; else into a folder of its own."""
     link: ModelLink | None
     """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
-    nice: int = 0
+    nice: int = NICE_DEFAULT
     """How far the data process stands back behind the machine's other work, 0 to 19."""
     sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
     """Sequences that one coordinator may use at once."""
