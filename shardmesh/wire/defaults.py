@@ -10,6 +10,6 @@ DEFAULT_BOOTSTRAP: Final = "/ip4/127.0.0.1/tcp/51820"
 NICE_DEFAULT: Final = 5
 """How far computing stands back behind a machine's other work.
 
-A gateway on the same two cores took 9.5 ms instead of 13.2 for the slowest of a hundred short
+A gateway on the same two cores took 8.8 ms instead of 13.2 for the slowest of a hundred short
 answers while eight texts were streamed; a text alone was written as fast (docs/performance.md).
 """
