@@ -28,6 +28,7 @@ from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pace import Explanation
 from shardmesh.coordinator.prefixes import prefix_of
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.coordinator.replacements import ReplicaFinder
 from shardmesh.coordinator.request import (
     WAIT_S_DEFAULT,
@@ -38,7 +39,7 @@ from shardmesh.coordinator.request import (
     uses_history,
 )
 from shardmesh.coordinator.router import SessionRouter
-from shardmesh.coordinator.session import Repair, Session
+from shardmesh.coordinator.session import Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.engine.text import TextDecoder
 from shardmesh.engine.tokenizer import Tokenizer

@@ -17,6 +17,7 @@ from shardmesh.coordinator.stages import (
     INBOX_MESSAGES_MAX,
     Event,
     Replacements,
+    SessionStages,
     StageMessage,
     Suspected,
 )
@@ -104,7 +105,8 @@ class SessionRouter:
         # Not bounded by itself: what may wait is counted before it is put in.
         inbox, events = trio.open_memory_channel[tuple[Link, Event]](float("inf"))
         own_links = list(links)
-        session = Session(session_id, chain, own_links, events, settings, replacements)
+        stages = SessionStages(session_id, chain, own_links, events, settings, replacements)
+        session = Session(stages, settings)
         self._routes[session_id] = _Route(inbox, own_links, session.standbys)
         try:
             await session.open()

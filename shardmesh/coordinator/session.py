@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +19,8 @@ from shardmesh.coordinator.recovery import (
     no_replica,
     plan_replay,
 )
-from shardmesh.coordinator.stages import BrokenError, Event, Replacements, SessionStages
+from shardmesh.coordinator.repairs import Repair, RepairLog
+from shardmesh.coordinator.stages import BrokenError, SessionStages
 from shardmesh.coordinator.standbys import Standbys
 from shardmesh.errors import ProtocolError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
@@ -47,55 +47,35 @@ N_BATCHES_IN_FLIGHT_MAX = 8
 """Micro-batches of a prompt under way at once: enough to keep all stages of a chain busy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Repair:
-    """One stage that was replaced."""
-
-    epoch: int
-    layer_start: int
-    layer_end: int
-    code: str  # why
-    lost_peer_id: str
-    new_peer_id: str
-    pause_s: float  # from noticing the failure to the next result
-    n_copied: int = 0  # positions that it need not compute again, since it stood by
-
-
 class Session:
     """One generation's KV on every stage of a chain."""
 
-    def __init__(
-        self,
-        session_id: bytes,
-        chain: Chain,
-        links: list[Link],
-        events: trio.MemoryReceiveChannel[tuple[Link, Event]],
-        settings: SessionSettings,
-        replacements: Replacements | None,
-    ) -> None:
-        """`links` is shared with the router, which takes messages of these links only."""
-        self.session_id = session_id
+    def __init__(self, stages: SessionStages, settings: SessionSettings) -> None:
+        self.session_id = stages.session_id
         self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
-        self.repairs: list[Repair] = []
         self.n_handed = 0  # tokens that came to the first stage straight from the last
-        self._stages = SessionStages(session_id, chain, links, events, settings, replacements)
+        self._stages = stages
         self._prefix = settings.prefix
         self._hands_on = settings.hands_on
-        self._replacements = replacements
         self._is_open = False
         self._is_steady = False  # open, and all stages know what to send
-        self._feed = Feed(session_id)
-        self._held: list[Held] = [EMPTY] * len(links)
+        self._feed = Feed(stages.session_id)
+        self._held: list[Held] = [EMPTY] * len(stages.links)
         self._longest_step_s = 0.0
         self._stepped_s = trio.current_time()
         self._is_handed, self._was_handed = False, False  # the newest token, the one before it
         self._unsent: BrokenError | None = None
-        self._unfinished: list[Repair] = []  # repairs after which no result has come yet
+        self._repairs = RepairLog()
 
     @property
     def chain(self) -> Chain:
         """The stages as they are now."""
         return self._stages.chain
+
+    @property
+    def repairs(self) -> list[Repair]:
+        """The stages that were replaced, and by whom."""
+        return self._repairs.repairs
 
     @property
     def epoch(self) -> int:
@@ -238,7 +218,7 @@ class Session:
         return done
 
     def _patience_s(self) -> float:
-        if self._replacements is None:
+        if self._stages.replacements is None:
             return float("inf")
         if not self._longest_step_s:
             return LATE_FIRST_S
@@ -249,13 +229,11 @@ class Session:
         self._stages.went_on()
         self._was_handed, self._is_handed = self._is_handed, done.handed
         self.n_handed += self._was_handed
-        if self._replacements is not None:
-            self._replacements.note_result(self.chain, done)
-        if not self._unfinished:
+        if self._stages.replacements is not None:
+            self._stages.replacements.note_result(self.chain, done)
+        if not self._repairs.is_under_way:
             self._longest_step_s = max(self._longest_step_s, now_s - self._stepped_s)
-        for repair in self._unfinished:
-            self.repairs.append(dataclasses.replace(repair, pause_s=now_s - repair.pause_s))
-        self._unfinished.clear()
+        self._repairs.went_on(now_s)
 
     # -- repair --------------------------------------------------------------------------------
 
@@ -265,7 +243,7 @@ class Session:
         `fresh` are the stages that hold nothing yet.  Raises the failure if it cannot be mended in
         time.
         """
-        replacements = self._replacements
+        replacements = self._stages.replacements
         if replacements is None:
             raise broken.error
         started_s = trio.current_time()
@@ -305,7 +283,7 @@ class Session:
         new = self.chain.stages[number]
         if new.fingerprint != lost.fingerprint:
             self._feed.compare_no_more()
-        self._unfinished.append(
+        self._repairs.begin(
             Repair(
                 epoch=self.epoch + 1,
                 layer_start=lost.layer_start,
@@ -377,16 +355,8 @@ class Session:
         )
         await self._stages.trim({n: begun[n].n_received for n in too_long}, timeout_s)
         for number in fresh:
-            self._note_copied(self.chain.stages[number].peer_id, begun[number].n_received)
+            self._repairs.copied(self.chain.stages[number].peer_id, begun[number].n_received)
         return begun
-
-    def _note_copied(self, peer_id: str, n_copied: int) -> None:
-        self._unfinished = [
-            dataclasses.replace(repair, n_copied=n_copied)
-            if repair.new_peer_id == peer_id
-            else repair
-            for repair in self._unfinished
-        ]
 
     @contextmanager
     def _noticed_later(self) -> Iterator[None]:

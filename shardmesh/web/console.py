@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import trio
 
-from shardmesh.coordinator.session import Repair
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.errors import StorageError
 from shardmesh.web.event_store import EventStore
 from shardmesh.web.events import EventHub

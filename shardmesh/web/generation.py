@@ -14,8 +14,8 @@ import trio
 from shardmesh.coordinator.chain import choose_model
 from shardmesh.coordinator.coordinator import Completion, replica_of
 from shardmesh.coordinator.generate import Finished, Piece
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.coordinator.request import CompletionRequest
-from shardmesh.coordinator.session import Repair
 from shardmesh.coordinator.timings import Timings
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import BusyError, ShardmeshError

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.coordinator import Completion
 from shardmesh.coordinator.generate import Finished, Piece
-from shardmesh.coordinator.session import Repair
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.coordinator.timings import Step, StepClock, hops_of_step
 from shardmesh.errors import ShardmeshError
 from shardmesh.wire.messages import StageTiming

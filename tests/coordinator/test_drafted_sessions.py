@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -15,11 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.replicated import (
+    CountingEngine,
+    assert_nothing_left,
+    loop_worker,
+    one_engine_tokens,
+    replicated_mesh,
+)
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.listener.stage_session import Work
 from shardmesh.wire.limits import DRAFTS_MAX
@@ -31,16 +36,6 @@ PROMPT = [i % 60 for i in range(40)]
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 
 
-class CountingEngine(FakeEngine):
-    """Counts the single rows that it computes."""
-
-    n_rows = 0
-
-    def compute(self, batch: Sequence[MicroBatch]):  # type: ignore[no-untyped-def]
-        self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
-        return super().compute(batch)
-
-
 def engines() -> list[CountingEngine]:
     return [
         CountingEngine(fake_info(start, end, BOUNDARIES[-1], n_ctx=512), layer_start=start)
@@ -50,33 +45,11 @@ def engines() -> list[CountingEngine]:
 
 def whole_tokens(sampling: Sampling, n_tokens: int) -> list[int]:
     """What one engine with all layers gives, without guesses."""
-    engine = FakeEngine(fake_info(n_ctx=512))
-    engine.open_sequence(0, SamplingSettings(temperature=sampling.temperature, seed=sampling.seed))
-    tokens: list[int] = []
-    position = 0
-    pieces = [tuple(PROMPT[:32]), tuple(PROMPT[32:])]
-    while len(tokens) < n_tokens:
-        piece = pieces.pop(0)
-        batch = MicroBatch(sequence=0, position=position, tokens=piece, sample=not pieces)
-        (output,) = engine.compute([batch])
-        position += len(piece)
-        if output.sampled is not None:
-            tokens.append(output.sampled.token)
-            pieces.append((tokens[-1],))
-    return tokens
+    return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
 
 
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
-    return LoopWorker(compute, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
-
-
-@asynccontextmanager
-async def mesh_of(
-    stages: Sequence[FakeEngine] | None = None, n_spares: int = 0
-) -> AsyncIterator[MemoryMesh]:
-    spares = [list(each) for each in zip(*(engines() for _ in range(n_spares)), strict=True)]
-    async with memory_mesh(stages or engines(), spares, loop_worker) as mesh:
-        yield mesh
+def mesh_of(stages: Sequence[FakeEngine] | None = None, n_spares: int = 0):  # type: ignore[no-untyped-def]
+    return replicated_mesh(engines, n_spares, stages)
 
 
 def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED):  # type: ignore[no-untyped-def]
@@ -127,11 +100,6 @@ def guesser(expected: Sequence[int], plan: Sequence[tuple[int, int]]) -> Guess:
         return guesses[: DRAFTS_MAX // 2]
 
     return guess
-
-
-def assert_nothing_left(mesh: MemoryMesh) -> None:
-    assert mesh.router.n_sessions == 0
-    assert all(node.stage.n_sessions == 0 for node in mesh.nodes.values() if node.is_alive)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -16,6 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.replicated import (
+    TOKEN_S,
+    CountingEngine,
+    assert_nothing_left,
+    loop_worker,
+    one_engine_tokens,
+    replicated_mesh,
+)
 
 from shardmesh.coordinator.feed import Feed
 from shardmesh.coordinator.generate import prefill
@@ -35,17 +41,6 @@ N_CTX = 300
 N_TOKENS = 24
 PROMPT = [i % 60 for i in range(40)]
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
-TOKEN_S, PIECE_S = 0.01, 0.04
-
-
-class CountingEngine(FakeEngine):
-    """Counts the single rows that it computes."""
-
-    n_rows = 0
-
-    def compute(self, batch: Sequence[MicroBatch]):  # type: ignore[no-untyped-def]
-        self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
-        return super().compute(batch)
 
 
 class OtherMachine(CountingEngine):
@@ -78,29 +73,16 @@ def sampled_behind(
     return found
 
 
-@lru_cache(maxsize=8)
 def whole_tokens(n_tokens: int = N_TOKENS, sampling: Sampling = SAMPLED) -> list[int]:
     """What one engine with all layers writes."""
-    tokens: list[int] = []
-    while len(tokens) < n_tokens:
-        tokens = sampled_behind(FakeEngine(fake_info(n_ctx=512)), tokens, sampling)
-    return tokens
+    return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
 
 
 EXPECTED = whole_tokens()
 
 
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
-    return LoopWorker(compute, lambda n_tokens: TOKEN_S if n_tokens == 1 else PIECE_S)
-
-
-@asynccontextmanager
-async def mesh_of(
-    stages: Sequence[FakeEngine] | None = None, n_spares: int = 0
-) -> AsyncIterator[MemoryMesh]:
-    spares = [list(each) for each in zip(*(engines() for _ in range(n_spares)), strict=True)]
-    async with memory_mesh(stages or engines(), spares, loop_worker) as mesh:
-        yield mesh
+def mesh_of(stages: Sequence[FakeEngine] | None = None, n_spares: int = 0):  # type: ignore[no-untyped-def]
+    return replicated_mesh(engines, n_spares, stages)
 
 
 def session_of(mesh: MemoryMesh, *, hands_on: bool = True, **changes):  # type: ignore[no-untyped-def]
@@ -137,11 +119,6 @@ async def write(
         if before and len(tokens) in before:
             before[len(tokens)]()
         done = await session.receive()
-
-
-def assert_nothing_left(mesh: MemoryMesh) -> None:
-    assert mesh.router.n_sessions == 0
-    assert all(node.stage.n_sessions == 0 for node in mesh.nodes.values() if node.is_alive)
 
 
 def n_taken(mesh: MemoryMesh, name: str = "stage-0") -> int:

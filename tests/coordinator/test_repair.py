@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
 import pytest
 import trio
 import trio.testing
-from support.loop_worker import LoopWorker
 from support.mesh import COORDINATOR, GREEDY, MemoryMesh, memory_mesh
+from support.replicated import (
+    assert_nothing_left,
+    loop_worker,
+    one_engine_tokens,
+    replicated_mesh,
+)
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of
+from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.replacements import ASIDE_MIN_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
-from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.listener.stage_session import Work
 from shardmesh.wire.messages import HiddenBatch, Sampling
 
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
@@ -41,22 +43,7 @@ def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[Fake
 
 def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
     """What one engine with all layers gives."""
-    engine = FakeEngine(fake_info(n_ctx=512))
-    engine.open_sequence(0, SamplingSettings(temperature=sampling.temperature, seed=sampling.seed))
-    tokens: list[int] = []
-    position, pieces = (
-        0,
-        list(pieces_of(PROMPT)),
-    )
-    while len(tokens) < n_tokens:
-        piece = pieces.pop(0)
-        batch = MicroBatch(sequence=0, position=position, tokens=tuple(piece), sample=not pieces)
-        (output,) = engine.compute([batch])
-        position += len(piece)
-        if output.sampled is not None:
-            tokens.append(output.sampled.token)
-            pieces.append([tokens[-1]])
-    return tokens
+    return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
 
 
 async def write(
@@ -76,19 +63,9 @@ async def write(
         done = await session.receive()
 
 
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
-    """10 ms for a token, 40 ms for a piece of a prompt."""
-    return LoopWorker(compute, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
-
-
-@asynccontextmanager
-async def replicated(n_spares: int = 1, **options: int) -> AsyncIterator[MemoryMesh]:
+def replicated(n_spares: int = 1, **options: int):  # type: ignore[no-untyped-def]
     """Three stages with as many spare replicas of each."""
-    spares = [
-        list(each) for each in zip(*(engines(**options) for _ in range(n_spares)), strict=True)
-    ]
-    async with memory_mesh(engines(**options), spares, loop_worker) as mesh:
-        yield mesh
+    return replicated_mesh(lambda: engines(**options), n_spares)
 
 
 def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
@@ -96,11 +73,6 @@ def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float 
     return mesh.router.session(
         mesh.chain, mesh.links, settings, replacements=mesh.replacements(timeout_s)
     )
-
-
-def assert_nothing_left(mesh: MemoryMesh) -> None:
-    assert mesh.router.n_sessions == 0
-    assert all(node.stage.n_sessions == 0 for node in mesh.nodes.values() if node.is_alive)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

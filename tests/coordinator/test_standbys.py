@@ -12,17 +12,21 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
-from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
+from support.replicated import (
+    CountingEngine,
+    assert_nothing_left,
+    loop_worker,
+    one_engine_tokens,
+    replicated_mesh,
+)
 
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS, pieces_of
+from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.recovery import Held, begin_behind_copies, plan_replay
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.base import MicroBatch, SamplingSettings
-from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.engine.fake import fake_info
 from shardmesh.listener.copying import N_UNCERTAIN_MAX
-from shardmesh.listener.stage_session import Work
 from shardmesh.wire.messages import Sampling
 
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
@@ -33,49 +37,20 @@ N_TOKENS = 60
 LAST_PIECE = len(PROMPT) // PIECE_TOKENS * PIECE_TOKENS
 
 
-class CountingEngine(FakeEngine):
-    """Counts the positions that it computes."""
-
-    def __init__(self, start: int, end: int) -> None:
-        super().__init__(fake_info(start, end, BOUNDARIES[-1], n_ctx=N_CTX), layer_start=start)
-        self.n_computed = 0
-
-    def compute(self, batch):  # type: ignore[no-untyped-def]
-        self.n_computed += sum(micro.n_tokens for micro in batch)
-        return super().compute(batch)
-
-
 def engines() -> list[CountingEngine]:
-    return [CountingEngine(start, end) for start, end in itertools.pairwise(BOUNDARIES)]
-
-
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
-    return LoopWorker(compute, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
+    return [
+        CountingEngine(fake_info(start, end, BOUNDARIES[-1], n_ctx=N_CTX), layer_start=start)
+        for start, end in itertools.pairwise(BOUNDARIES)
+    ]
 
 
 def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
     """What one engine with all layers gives."""
-    engine = FakeEngine(fake_info(n_ctx=N_CTX))
-    engine.open_sequence(0, SamplingSettings(temperature=sampling.temperature, seed=sampling.seed))
-    pieces = [list(piece) for piece in pieces_of(PROMPT)]
-    tokens: list[int] = []
-    position = 0
-    while len(tokens) < n_tokens:
-        piece = pieces.pop(0)
-        batch = MicroBatch(sequence=0, position=position, tokens=tuple(piece), sample=not pieces)
-        (output,) = engine.compute([batch])
-        position += len(piece)
-        if output.sampled is not None:
-            tokens.append(output.sampled.token)
-            pieces.append([tokens[-1]])
-    return tokens
+    return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
 
 
-@asynccontextmanager
-async def replicated(n_spares: int = 1) -> AsyncIterator[MemoryMesh]:
-    spares = [list(each) for each in zip(*(engines() for _ in range(n_spares)), strict=True)]
-    async with memory_mesh(engines(), spares, loop_worker) as mesh:
-        yield mesh
+def replicated(n_spares: int = 1):  # type: ignore[no-untyped-def]
+    return replicated_mesh(engines, n_spares)
 
 
 @asynccontextmanager
@@ -108,14 +83,6 @@ async def written(session: Session, before: dict[int, Callable[[], None]]) -> li
         assert done.sampled is not None
         tokens.append(done.sampled.token)
     return tokens
-
-
-def assert_nothing_left(mesh: MemoryMesh) -> None:
-    assert mesh.router.n_sessions == 0
-    for node in mesh.nodes.values():
-        if node.is_alive:
-            assert node.stage.n_sessions == 0
-            assert node.stage.copy_figures["n_copies"] == 0
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -26,8 +26,8 @@ from support.processes import Mesh, Node, start_bootstrap, workspace
 from shardmesh.coordinator.client import Client
 from shardmesh.coordinator.coordinator import Completion
 from shardmesh.coordinator.generate import Piece
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.coordinator.request import CompletionRequest
-from shardmesh.coordinator.session import Repair
 from shardmesh.engine.base import SamplingSettings
 from shardmesh.swarm.commands import send_command
 

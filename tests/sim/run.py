@@ -21,16 +21,15 @@ from sim.plan import (
     node_name,
 )
 from sim.schedule import run_seeded
-from sim.world import BOUNDARIES, N_CTX, SimulatedCoordinator, World
+from sim.world import N_CTX, SimulatedCoordinator, World
 from support.mesh import GREEDY
+from support.replicated import one_engine_tokens
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.prefixes import PromptPrefix
-from shardmesh.coordinator.session import Repair, Session
-from shardmesh.engine.base import MicroBatch, SamplingSettings
-from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.coordinator.repairs import Repair
+from shardmesh.coordinator.session import Session
 from shardmesh.errors import OurError, ShardmeshError
 from shardmesh.wire.limits import HEARTBEAT_TIMEOUT_S
 from shardmesh.wire.messages import Sampling
@@ -73,20 +72,7 @@ class Outcome:
 @lru_cache(maxsize=256)
 def undisturbed(prompt: tuple[int, ...], n_tokens: int, temperature: float) -> list[int]:
     """The tokens of one engine with all layers, fed the same micro-batches."""
-    engine = FakeEngine(fake_info(0, BOUNDARIES[-1], BOUNDARIES[-1], n_ctx=N_CTX))
-    engine.open_sequence(0, SamplingSettings(temperature=temperature, seed=n_tokens))
-    pieces = list(pieces_of(prompt))
-    tokens: list[int] = []
-    position = 0
-    while len(tokens) < n_tokens:
-        piece = pieces.pop(0)
-        micro = MicroBatch(sequence=0, position=position, tokens=tuple(piece), sample=not pieces)
-        (output,) = engine.compute([micro])
-        position += len(piece)
-        if output.sampled is not None:
-            tokens.append(output.sampled.token)
-            pieces.append((tokens[-1],))
-    return tokens
+    return one_engine_tokens(prompt, n_tokens, temperature=temperature, seed=n_tokens, n_ctx=N_CTX)
 
 
 def simulate(seed: int) -> Outcome:

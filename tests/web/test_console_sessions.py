@@ -9,7 +9,7 @@ from support.roster import LAYERS, announced
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.coordinator import Completion, replica_of
 from shardmesh.coordinator.generate import Finished, Piece
-from shardmesh.coordinator.session import Repair
+from shardmesh.coordinator.repairs import Repair
 from shardmesh.coordinator.timings import TimingRecorder
 from shardmesh.errors import UnreachableError
 from shardmesh.web.sessions import SESSIONS_FINISHED_MAX, SessionBoard

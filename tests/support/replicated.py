@@ -1,0 +1,74 @@
+"""Memory meshes whose stages have spare replicas, and what they must write."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from support.loop_worker import LoopWorker
+from support.mesh import MemoryMesh, memory_mesh
+
+from shardmesh.coordinator.pieces import pieces_of
+from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.listener.stage_session import Work
+
+TOKEN_S, PIECE_S = 0.01, 0.04
+
+
+class CountingEngine(FakeEngine):
+    """Counts the positions that it computes, and those that come by themselves."""
+
+    n_computed = 0
+    n_rows = 0
+
+    def compute(self, batch: Sequence[MicroBatch]):  # type: ignore[no-untyped-def]
+        self.n_computed += sum(micro.n_tokens for micro in batch)
+        self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
+        return super().compute(batch)
+
+
+def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+    """10 ms for a token, 40 ms for a piece of a prompt."""
+    return LoopWorker(compute, lambda n_tokens: TOKEN_S if n_tokens == 1 else PIECE_S)
+
+
+@asynccontextmanager
+async def replicated_mesh(
+    engines: Callable[[], Sequence[FakeEngine]],
+    n_spares: int,
+    stages: Sequence[FakeEngine] | None = None,
+) -> AsyncIterator[MemoryMesh]:
+    """A mesh of `stages`, or what `engines` makes, with as many spare replicas of each."""
+    spares = [list(each) for each in zip(*(engines() for _ in range(n_spares)), strict=True)]
+    async with memory_mesh(stages or engines(), spares, loop_worker) as mesh:
+        yield mesh
+
+
+def one_engine_tokens(
+    prompt: Sequence[int], n_tokens: int, *, temperature: float, seed: int, n_ctx: int = 512
+) -> list[int]:
+    """What one engine with all layers writes, fed the same micro-batches."""
+    engine = FakeEngine(fake_info(n_ctx=n_ctx))
+    engine.open_sequence(0, SamplingSettings(temperature=temperature, seed=seed))
+    pieces = [tuple(piece) for piece in pieces_of(prompt)]
+    tokens: list[int] = []
+    position = 0
+    while len(tokens) < n_tokens:
+        piece = pieces.pop(0)
+        micro = MicroBatch(sequence=0, position=position, tokens=piece, sample=not pieces)
+        (output,) = engine.compute([micro])
+        position += len(piece)
+        if output.sampled is not None:
+            tokens.append(output.sampled.token)
+            pieces.append((tokens[-1],))
+    return tokens
+
+
+def assert_nothing_left(mesh: MemoryMesh) -> None:
+    """No session anywhere, and no copy of one."""
+    assert mesh.router.n_sessions == 0
+    for node in mesh.nodes.values():
+        if node.is_alive:
+            assert node.stage.n_sessions == 0
+            assert node.stage.copy_figures["n_copies"] == 0
