@@ -20,16 +20,19 @@ def hand_on(work: Work, token: int) -> Link | None:
     """Sends the token that was sampled behind a micro-batch to the first stage; the link, if so.
 
     In the worker's thread.  Not if a later micro-batch came already, whose sender knew the token or
-    guesses it, and not if nothing would have a place behind the token.
+    guesses it, and not if nothing would have a place behind the token.  Nor what came before a
+    repair: its branch is void, though a first stage that has just taken over cannot know it.
     """
     session = work.session
     link, position = session.first_link, work.batch.position + work.batch.n_tokens
     is_last = position + 1 >= session.opened_by.n_ctx
-    if link is None or not work.hand or is_last or session.n_received > position:
+    if link is None or not work.hand or is_last:
+        return None
+    if work.epoch != session.epoch or session.n_received > position:
         return None
     batch = TokenBatch(
         session=session.session_id,
-        epoch=session.epoch,
+        epoch=work.epoch,
         position=position,
         tokens=(token,),
         sample=True,

@@ -113,6 +113,7 @@ class Intake:
         work = Work(
             session,
             batch,
+            session.epoch,
             message.branch,
             message.check,
             message.hand,

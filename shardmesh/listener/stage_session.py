@@ -167,6 +167,7 @@ class Work(msgspec.Struct, frozen=True):
 
     session: StageSession
     batch: MicroBatch
+    epoch: int  # the one in which it came
     branch: int
     check: bytes
     hand: bool

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
@@ -83,6 +84,19 @@ EXPECTED = whole_tokens()
 
 def mesh_of(stages: Sequence[FakeEngine] | None = None, n_spares: int = 0):  # type: ignore[no-untyped-def]
     return replicated_mesh(engines, n_spares, stages)
+
+
+@asynccontextmanager
+async def quick_first_mesh() -> AsyncIterator[MemoryMesh]:
+    """With spares; a first stage computes a prompt again while the last one computes one token."""
+    workers = itertools.count()
+
+    def worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+        pace_s = TOKEN_S / 20 if next(workers) < 2 else TOKEN_S
+        return LoopWorker(compute, lambda n_tokens: pace_s)
+
+    async with memory_mesh(engines(), [[engine] for engine in engines()], worker) as mesh:
+        yield mesh
 
 
 def session_of(mesh: MemoryMesh, *, hands_on: bool = True, **changes):  # type: ignore[no-untyped-def]
@@ -378,6 +392,29 @@ async def test_what_is_computed_again_is_not_handed_on(
             tokens = await write(session, before={at: kill})
             assert len(session.repairs) == 2
     assert_goes_on_otherwise(tokens)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("at_s", [0.001 * n for n in range(1, 40, 3)])
+async def test_what_came_before_a_repair_is_not_handed_on_behind_it(
+    at_s: float, number: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A guess was under way: its branch is void, which a new first stage would not know."""
+    async with quick_first_mesh() as mesh, session_of(mesh) as session:
+
+        async def kill() -> None:
+            await trio.sleep(at_s)
+            mesh.kill(f"stage-{number}")
+
+        tokens = await write(
+            session,
+            before={2: lambda: mesh.nursery.start_soon(kill)},
+            hands=lambda n_so_far: n_so_far == 2,
+            guess=lambda n_known: EXPECTED[2:3] if n_known == 2 else (),
+            pause_s=TOKEN_S / 5,  # the new first stage is sooner with what was handed on
+        )
+        assert tokens == EXPECTED
+        assert [repair.lost_peer_id for repair in session.repairs] == [f"stage-{number}"]
 
 
 async def test_a_last_stage_that_says_two_things_ends_the_session(
