@@ -115,6 +115,7 @@ class Coordinator:
         self._pool = LinkPool(nursery, agree, self._router)
         self._chains = ChainLinker(self._pool, self._router.n_sessions_by_peer)
         self._found: list[Announcement] = []
+        self._replicas: list[Replica] = []  # what was found, as the chooser sees it
         self._known = known or (lambda: self._found)
         self._refresh = refresh or trio.lowlevel.checkpoint
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
@@ -267,10 +268,11 @@ class Coordinator:
 
     async def _link_found(self, wish: Wish) -> LinkedChain:
         self._found = await self._find()
-        return await self._chains.link([replica_of(a) for a in self._found], wish)
+        self._replicas = [replica_of(announcement) for announcement in self._found]
+        return await self._chains.link(self._replicas, wish)
 
     def _finder(self, wish: Wish, timeout_s: float) -> ReplicaFinder:
-        found = [replica_of(announcement) for announcement in self._found]
+        found = self._replicas
         allowed = {replica.peer_id for replica in pinned(found, avoid=wish.avoid)}
         return self._chains.finder(
             lambda: [replica_of(announcement) for announcement in self._known()],

@@ -150,6 +150,10 @@ class ChainLinker:
 
     async def _links(self, stages: Sequence[Replica]) -> list[Link]:
         """The links to all stages, brought up at once; raises the first _UnlinkedError."""
+        there = [self._pool.open_link(stage.peer_id) for stage in stages]
+        known = [link for link in there if link is not None and not link.is_suspected]
+        if len(known) == len(stages):  # as for all requests but the first: nobody has to be asked
+            return known
         links: dict[int, Link] = {}
 
         async def bring_up(number: int, stage: Replica) -> None:

@@ -228,8 +228,8 @@ class LinkPool:
         try:
             with trio.fail_after(timeout_s):
                 async with lock:
-                    link = self._links.get(peer_id)
-                    if link is None or not link.is_open:
+                    link = self.open_link(peer_id)
+                    if link is None:
                         grant = await self._agree(peer_id, addresses)
                         link = await dial(grant, self._user)
                         self._links[peer_id] = link
@@ -242,6 +242,11 @@ class LinkPool:
         finally:
             if not lock.locked():  # nobody waits: strangers name the nodes, so none is kept
                 self._dialing.pop(peer_id, None)
+
+    def open_link(self, peer_id: str) -> Link | None:
+        """The link to a node if there is one; nothing is done for it."""
+        link = self._links.get(peer_id)
+        return link if link is not None and link.is_open else None
 
     def links(self) -> list[Link]:
         """Those that are open now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,11 @@ from shardmesh.errors import InputError
 from shardmesh.wire.limits import TEXT_BYTES_MAX
 from shardmesh.wire.peer_id import is_peer_id
 
+ADDRESSES_READ_KEPT = 1024
+"""Each request names the same addresses, and reading one takes as long as sending a frame."""
 
+
+@functools.lru_cache(ADDRESSES_READ_KEPT)
 def parse_address(text: str) -> tuple[Multiaddr, str | None]:
     """A multiaddress without its `/p2p/...` end, and the peer id of that end if there is one.
 

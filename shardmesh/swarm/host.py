@@ -7,6 +7,7 @@ id where it is known.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -57,6 +58,9 @@ Handler = Callable[[ByteStream, str], Awaitable[None]]
 """Serves one stream; is given the peer id of the other side, which libp2p has proven."""
 
 _DIRECT = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/tcp/\d+(/p2p/\w+)?$")
+_id_of = functools.lru_cache(KNOWN_NODES_MAX)(ID.from_base58)
+"""The same few nodes are meant again and again, and reading a peer id takes long."""
+
 _KNOWN_FOREVER_S = 365 * 24 * 3600
 _LEAVE_TIMEOUT_S = 1.0
 _log = logging.getLogger(__name__)
@@ -127,7 +131,7 @@ class Host:
 
     def observed_host(self, peer_id: str) -> str | None:
         """The IP address that a node is seen at; None if it is only connected through a relay."""
-        conns = self._swarm.get_connections(ID.from_base58(peer_id))
+        conns = self._swarm.get_connections(_id_of(peer_id))
         return next((h for c in conns if not c.is_closed and (h := remote_host(c))), None)
 
     def is_relayed(self, peer_id: str) -> bool:
@@ -137,7 +141,7 @@ class Host:
     def known_addresses(self, peer_id: str) -> list[str]:
         """Where a node was reached or said to be."""
         try:
-            found = self.libp2p.get_peerstore().addrs(ID.from_base58(peer_id))
+            found = self.libp2p.get_peerstore().addrs(_id_of(peer_id))
         except PeerStoreError:
             return []
         return [str(address) for address in found]
@@ -145,7 +149,7 @@ class Host:
     async def probe(self, host: str, port: int, peer_id: str) -> bool:
         """Whether a new connection there is answered by that node; it is not kept."""
         try:
-            await self._swarm.probe(listen_address(host, port), ID.from_base58(peer_id))
+            await self._swarm.probe(listen_address(host, port), _id_of(peer_id))
         except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes provoke
             _log.debug("%s does not answer at %s port %d: %s", peer_id, host, port, error)
             return False
@@ -175,7 +179,7 @@ class Host:
         """Clients come and go; what is remembered of them would be named to others as a node."""
         gone = event.kind == "closed" and event.peer_id not in self.connected()
         if gone and not self._watch.wanted(event.peer_id):
-            self._swarm.forget(ID.from_base58(event.peer_id))
+            self._swarm.forget(_id_of(event.peer_id))
 
     def learn(self, peer_id: str, addresses: Sequence[str]) -> None:
         """Remembers where a node is said to be, so that streams to it can be opened.
@@ -183,7 +187,7 @@ class Host:
         Addresses that cannot be dialed are left out: they are a stranger's word.
         """
         store = self.libp2p.get_peerstore()
-        node = ID.from_base58(peer_id)
+        node = _id_of(peer_id)
         if node not in store.peer_ids() and len(store.peer_ids()) >= KNOWN_NODES_MAX:
             return
         found = []
@@ -201,7 +205,7 @@ class Host:
         Names, and addresses of a relay in between, are left out.
         """
         known = self.libp2p.get_peerstore()
-        node = ID.from_base58(peer_id)
+        node = _id_of(peer_id)
         told = [str(a) for a in known.addrs(node)] if node in known.peer_ids() else []
         found = [_DIRECT.match(text) for text in [*self._watch.addresses_of(peer_id), *told]]
         return list(dict.fromkeys(match[1] for match in found if match))
@@ -223,7 +227,7 @@ class Host:
         try:
             with trio.fail_after(timeout_s):
                 conn = await self._swarm.dial_first(
-                    [(address, ID.from_base58(p) if p else None) for address, p in targets]
+                    [(address, _id_of(p) if p else None) for address, p in targets]
                 )
         except NotAdmitted as error:
             raise error.refusal from error
@@ -238,7 +242,7 @@ class Host:
 
     async def disconnect(self, peer_id: str, cause: str) -> None:
         """Closes all connections with a node."""
-        conns = self._swarm.get_connections(ID.from_base58(peer_id))
+        conns = self._swarm.get_connections(_id_of(peer_id))
         await self._watch.close(conns, cause)
 
     async def open_stream(
@@ -291,7 +295,7 @@ class Host:
     async def _open(self, peer_id: str, protocol: str, opening: _Opening) -> None:
         """Runs in the host's own nursery: cancelled half-way it would ruin the connection."""
         try:
-            stream = await self.libp2p.new_stream(ID.from_base58(peer_id), [TProtocol(protocol)])
+            stream = await self.libp2p.new_stream(_id_of(peer_id), [TProtocol(protocol)])
         except NotAdmitted as error:
             opening.error = error.refusal
         except StreamFailure as error:

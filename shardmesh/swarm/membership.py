@@ -145,16 +145,18 @@ class Membership:
         Without `total_shards` the number is taken from what is found.  Raises UnreachableError
         (the moment's) if the DHT does not answer.
         """
-        known = self._directory.all()
-        wanted = total_shards or max((a.total_shards for a in known), default=0)
+        found = self._directory.all()
+        wanted = total_shards or max((a.total_shards for a in found), default=0)
         if not wanted:
             await self._ask_dht(0)
-            wanted = max((a.total_shards for a in self._directory.all()), default=0)
-        served = {a.shard_id for a in self._directory.all()}
+            found = self._directory.all()
+            wanted = max((a.total_shards for a in found), default=0)
+        missing = sorted(set(range(wanted)) - {a.shard_id for a in found})
         async with trio.open_nursery() as nursery:
-            for shard_id in sorted(set(range(wanted)) - served)[:_LOOK_UPS_AT_ONCE]:
+            for shard_id in missing[:_LOOK_UPS_AT_ONCE]:
                 nursery.start_soon(self._ask_dht, shard_id)
-        found = self._directory.all()
+        if missing:
+            found = self._directory.all()
         for announcement in found:
             if announcement.peer_id != self._host.peer_id:
                 self._host.learn(announcement.peer_id, announcement.addresses)
