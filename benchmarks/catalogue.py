@@ -11,6 +11,7 @@ from benchmarks.against_llama import measure_decode, measure_prefill
 from benchmarks.far import measure_drafts, measure_latency
 from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
 from benchmarks.hop import measure_hops
+from benchmarks.idle import measure_waiting
 from benchmarks.load_shard import measure_load_shard
 from benchmarks.many import measure_aggregate
 from benchmarks.prefix import measure_prefix
@@ -70,6 +71,10 @@ async def _hop(to: Setting) -> list[Result]:
     return await measure_hops(runs=to.runs, progress=to.progress)
 
 
+async def _idle(to: Setting) -> list[Result]:
+    return [await measure_waiting(to.model, runs=to.runs, progress=to.progress)]
+
+
 async def _recovery(to: Setting) -> list[Result]:
     return await measure_recovery(to.model, runs=to.runs, progress=to.progress)
 
@@ -122,6 +127,7 @@ BENCHMARKS: Final[dict[str, Measure]] = {
     "drafts": _drafts,
     "latency": _latency,
     "hop": _hop,
+    "idle": _idle,
     "recovery": _recovery,
     "torrent": _torrent,
     "swarm": _swarm,

@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from benchmarks.generation import GREEDY, N_THREADS, Generation
-from shardmesh.cli.demo_mesh import OptionsOf, no_options, start_mesh
+from shardmesh.cli.demo_mesh import DemoMesh, OptionsOf, no_options, start_mesh
 from shardmesh.coordinator.client import Client, open_client
 from shardmesh.coordinator.generate import Finished, Piece
 from shardmesh.coordinator.request import CompletionRequest
@@ -139,6 +139,11 @@ async def open_mesh(
             cache_dir=folder / "cache",
         ) as client,
     ):
-        state = ("--state-dir", str(folder / "state"))
-        at = ("--bootstrap", nodes.bootstrap_address, "--shards-dir", str(folder / "shards"))
-        yield Mesh(client, ("--cluster", CLUSTER, *at, *state))
+        yield Mesh(client, where_of(nodes, folder))
+
+
+def where_of(nodes: DemoMesh, folder: Path) -> tuple[str, ...]:
+    """Flags of commands that are to find these nodes, started with `folder`."""
+    state = ("--state-dir", str(folder / "state"))
+    at = ("--bootstrap", nodes.bootstrap_address, "--shards-dir", str(folder / "shards"))
+    return ("--cluster", CLUSTER, *at, *state)
