@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
@@ -12,18 +13,22 @@ from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.connection_types import ConnectionType
 from libp2p.host.ping import ID as PING_PROTOCOL
 from libp2p.network.connection.swarm_connection import SwarmConn
-from libp2p.network.health.ping_probe import ping_connection
 from libp2p.network.swarm import Swarm
 from libp2p.rcmgr import Direction
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
+from shardmesh.swarm.pulse import Pulse
 from shardmesh.wire.limits import LIVENESS_INTERVAL_S, LIVENESS_NODES_MAX, PING_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 2.0
 _CHECKS_PER_INTERVAL = 10
+_HEAD_START = 0.1
+
+OWN_DELAY_S = 1.0
+"""A look that comes so late says that this process was held up, and nothing of the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +49,12 @@ Listener = Callable[[ConnectionEvent], None]
 @dataclasses.dataclass
 class _Watched:
     event: ConnectionEvent  # how it was established
+    pulse: Pulse
     last_used_s: float
-    last_pinged_s: float
+    asked_s: float | None = None  # when a sign of life was asked for last
     cause: str = "closed by the other side or lost"
     was_silent: bool = False
-    is_checked: bool = False  # now, by a task of its own
+    is_closing: bool = False
 
 
 class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
@@ -83,34 +89,52 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
     async def run(self) -> None:
         """Pings and closes for ever."""
         shortest_s = min(self._ping_s, self._idle_timeout_s, LIVENESS_INTERVAL_S)
-        pause_s = shortest_s / _CHECKS_PER_INTERVAL
         async with trio.open_nursery() as nursery:
             while True:
+                now_s = trio.current_time()
+                steps = [self._step(*each, now_s, nursery) for each in self._watched.items()]
+                # Who is new, or wanted since a moment ago, has a turn after the shortest time.
+                pause_s = min(steps, default=math.inf) - now_s
+                pause_s = min(max(pause_s, shortest_s / _CHECKS_PER_INTERVAL), shortest_s)
                 await trio.sleep(pause_s)
-                for conn, watched in list(self._watched.items()):
-                    if not watched.is_checked:
-                        nursery.start_soon(self._check, conn, watched)
+                if trio.current_time() - now_s > pause_s + OWN_DELAY_S:
+                    self._forget_questions()
 
-    async def _check(self, conn: INetConn, watched: _Watched) -> None:
-        watched.is_checked = True
-        try:
-            await self._ping_or_close(conn, watched)
-        finally:
-            watched.is_checked = False
-
-    async def _ping_or_close(self, conn: INetConn, watched: _Watched) -> None:
-        now_s = trio.current_time()
+    def _step(
+        self, conn: INetConn, watched: _Watched, now_s: float, nursery: trio.Nursery
+    ) -> float:
+        """Does what a connection needs now, and says when to look at it again."""
         if _in_use(conn):
             watched.last_used_s = now_s
         wanted = self.wanted(watched.event.peer_id)
-        if not wanted and now_s - watched.last_used_s >= self._idle_timeout_s:
-            await self._close(conn, f"idle for {self._idle_timeout_s:g} s")
-        elif now_s - watched.last_pinged_s >= (self._liveness_s() if wanted else self._ping_s):
-            watched.last_pinged_s = now_s
-            answer = await ping_connection(conn, ping_timeout=PING_TIMEOUT_S)
-            if not answer.success:
+        idle_at_s = math.inf if wanted else watched.last_used_s + self._idle_timeout_s
+        heard_s, asked_s = watched.pulse.heard_s, watched.asked_s
+        if watched.is_closing:
+            return math.inf
+        if now_s >= idle_at_s:
+            return self._start_closing(conn, f"idle for {self._idle_timeout_s:g} s", nursery)
+        if asked_s is not None and heard_s < asked_s:
+            if now_s >= asked_s + PING_TIMEOUT_S:
                 watched.was_silent = True
-                await self._close(conn, f"no answer to a ping within {PING_TIMEOUT_S:g} s")
+                cause = f"no answer to a ping within {PING_TIMEOUT_S:g} s"
+                return self._start_closing(conn, cause, nursery)
+            return min(asked_s + PING_TIMEOUT_S, idle_at_s)
+        due_s = heard_s + self._patience_s(watched, wanted=wanted)
+        if now_s < due_s:
+            return min(due_s, idle_at_s)
+        watched.asked_s = now_s
+        nursery.start_soon(watched.pulse.ask)
+        return min(now_s + PING_TIMEOUT_S, idle_at_s)
+
+    def _start_closing(self, conn: INetConn, cause: str, nursery: trio.Nursery) -> float:
+        self._watched[conn].is_closing = True
+        nursery.start_soon(self._close, conn, cause)
+        return math.inf
+
+    def _forget_questions(self) -> None:
+        """This process was held up itself: answers may lie there that it has not read yet."""
+        for watched in self._watched.values():
+            watched.asked_s = None
 
     async def _close(self, conn: INetConn, cause: str) -> None:
         watched = self._watched.get(conn)
@@ -126,11 +150,16 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
             # new connection for ever.
             self._swarm.remove_conn(cast(SwarmConn, conn))
             await self.disconnected(self._swarm, conn)
+        watched.is_closing = False  # should it still be there
 
-    def _liveness_s(self) -> float:
-        """How often a wanted connection is pinged: a ping costs both sides some milliseconds."""
-        n_times = max(1.0, len(self._watched) / LIVENESS_NODES_MAX)
-        return min(LIVENESS_INTERVAL_S * n_times, self._ping_s)
+    def _patience_s(self, watched: _Watched, *, wanted: bool) -> float:
+        """How long a connection may be quiet until it is pinged.
+
+        The node that has dialed is a little quicker: its ping tells the other one as much.
+        """
+        n_times = max(1.0, len(self._watched) / LIVENESS_NODES_MAX) if wanted else math.inf
+        quiet_s = min(LIVENESS_INTERVAL_S * n_times, self._ping_s)
+        return quiet_s * (1 + _HEAD_START if watched.event.direction == "inbound" else 1)
 
     def _tell(self, event: ConnectionEvent) -> None:
         for listener in self._listeners:
@@ -150,7 +179,8 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
             direction="inbound" if inbound else "outbound",
             kind="established",
         )
-        self._watched[conn] = _Watched(event, last_used_s=now_s, last_pinged_s=now_s)
+        pulse = Pulse(cast(Yamux, conn.muxed_conn))
+        self._watched[conn] = _Watched(event, pulse, last_used_s=now_s)
         self._tell(event)
         await trio.lowlevel.checkpoint()
 

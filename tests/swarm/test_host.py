@@ -12,6 +12,7 @@ import trio
 from shardmesh.errors import InputError, ProtocolError, RefusedError, UnreachableError
 from shardmesh.swarm.host import ByteStream, ConnectionEvent, Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
+from shardmesh.swarm.pulse import Pulse
 from shardmesh.swarm.streams import receive_message, send_message
 
 ECHO = "/shardmesh/test/echo/1.0"
@@ -201,6 +202,32 @@ async def test_idle_connection_is_closed_and_a_wanted_one_kept() -> None:
             (stranger.peer_id, "idle for 0.5 s")
         ]
         assert host.connected() == [friend.peer_id]
+
+
+async def test_the_pings_of_one_side_are_signs_of_life_on_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shardmesh.swarm.connections._HEAD_START", 1000)  # of who has dialed
+    asked: list[Pulse] = []
+    enough = trio.Event()
+    ask = Pulse.ask
+
+    async def ask_and_note(pulse: Pulse) -> None:
+        await ask(pulse)
+        asked.append(pulse)
+        if len(asked) == 5:
+            enough.set()
+
+    monkeypatch.setattr(Pulse, "ask", ask_and_note)
+    async with (
+        open_host(new_identity(), listen_host="127.0.0.1", ping_interval_s=0.1) as dialer,
+        open_host(new_identity(), listen_host="127.0.0.1", ping_interval_s=0.1) as dialed,
+    ):
+        await dialer.connect(dialed.addresses(), 5)
+        with trio.fail_after(20):
+            await enough.wait()
+        assert len(set(asked)) == 1
+        assert dialed.connected() == [dialer.peer_id]
 
 
 async def test_what_is_no_address() -> None:
