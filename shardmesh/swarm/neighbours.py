@@ -27,16 +27,19 @@ Connected = Callable[[str], Awaitable[None]]
 _DIALS_AT_ONCE = 8
 _RECHECK_PAUSES_S = (0.0, 0.5, 1.5)
 _REMEMBERED_TIMEOUT_S = 3.0
+_RECHECK_PAUSE_MAX_S = 3.0  # a partition may end at any time, and 10 s later all know each other
 _RECHECK_S = 4.0  # a listener that was killed is hidden by then, whatever its addresses do
 _POLITE_PAUSE_S = 1.0  # of two nodes that learn of each other at once, one lets the other dial
 
 
-def pauses_s(jitter: Callable[[], float] = random.random) -> Iterable[float]:
+def pauses_s(
+    longest_s: float = BOOTSTRAP_PAUSE_MAX_S, jitter: Callable[[], float] = random.random
+) -> Iterable[float]:
     """Growing pauses between attempts: doubled each time, bounded, 75 to 125 % of that."""
     pause_s = BOOTSTRAP_PAUSE_MIN_S
     while True:
         yield pause_s * (0.75 + jitter() / 2)
-        pause_s = min(2 * pause_s, BOOTSTRAP_PAUSE_MAX_S)
+        pause_s = min(2 * pause_s, longest_s)
 
 
 class Neighbours:
@@ -224,10 +227,10 @@ class Neighbours:
             event.direction,
             event.cause,
         )
-        if event.peer_id not in self._host.connected() and self._directory.get(event.peer_id):
+        if event.peer_id not in self._host.connected() and self._listed(event.peer_id) is not None:
             self._lost.append(event.peer_id)
-        if event.was_silent:  # it may take minutes to refuse a connection; hidden until it answers
-            self._directory.mark_unreachable(event.peer_id)
+            if event.was_silent:  # it may take minutes to refuse a connection: hidden until then
+                self._directory.mark_unreachable(event.peer_id)
         self._closed.set()
         self._closed = trio.Event()
 
@@ -266,7 +269,8 @@ class Neighbours:
                     return
             self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
             self._directory.mark_unreachable(peer_id)
-            await self._is_back(peer_id, pauses_s())  # it may have been busy, and say nothing new
+            # It may have been busy or cut off, and says nothing new.
+            await self._is_back(peer_id, pauses_s(_RECHECK_PAUSE_MAX_S))
         finally:
             self._rechecked.discard(peer_id)
 
@@ -274,7 +278,7 @@ class Neighbours:
         """Whether a listener needs not be hidden: it could be dialed, or is forgotten already."""
         for pause_s in pauses_s:
             await trio.sleep(pause_s)
-            announcement = self._directory.get(peer_id) or self._directory.hidden(peer_id)
+            announcement = self._listed(peer_id)
             if announcement is None:
                 return True
             if peer_id not in self._host.connected():
@@ -285,3 +289,7 @@ class Neighbours:
             self._directory.mark_reachable(peer_id)
             return True
         return False
+
+    def _listed(self, peer_id: str) -> Announcement | None:
+        """What a listener says of itself, be it hidden or not."""
+        return self._directory.get(peer_id) or self._directory.hidden(peer_id)

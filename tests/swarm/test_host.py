@@ -5,15 +5,20 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 import pytest
 import trio
+from libp2p.peer.id import ID
 
 from shardmesh.errors import InputError, ProtocolError, RefusedError, UnreachableError
+from shardmesh.swarm.addresses import parse_address
 from shardmesh.swarm.host import ByteStream, ConnectionEvent, Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.pulse import Pulse
 from shardmesh.swarm.streams import receive_message, send_message
+from shardmesh.swarm.transport import MeshSwarm
+from shardmesh.wire.limits import CONNECTIONS_PER_NODE_MAX
 
 ECHO = "/shardmesh/test/echo/1.0"
 
@@ -228,6 +233,30 @@ async def test_the_pings_of_one_side_are_signs_of_life_on_both(
             await enough.wait()
         assert len(set(asked)) == 1
         assert dialed.connected() == [dialer.peer_id]
+
+
+async def test_several_connections_of_two_nodes_live_side_by_side() -> None:
+    """Both dial at once after a partition; one that is closed would look like a lost node."""
+    kinds: list[str] = []
+    closed = trio.Event()
+
+    def note(event: ConnectionEvent) -> None:
+        kinds.append(event.kind)
+        if event.kind == "closed":
+            closed.set()
+
+    async with (
+        open_host(new_identity(), listen_host="127.0.0.1", ping_interval_s=0.1) as host,
+        host_on_loopback() as friend,
+    ):
+        host.on_connection(note)
+        target = parse_address(friend.addresses()[0])[0], ID.from_base58(friend.peer_id)
+        swarm = cast(MeshSwarm, host.libp2p.get_network())
+        for _ in range(CONNECTIONS_PER_NODE_MAX):
+            await swarm.dial_first([target])
+        with trio.move_on_after(0.5):  # a few pings over each
+            await closed.wait()
+        assert kinds == ["established"] * CONNECTIONS_PER_NODE_MAX
 
 
 async def test_what_is_no_address() -> None:

@@ -214,9 +214,9 @@ async def test_lines_of_joining_come_in_order(caplog: pytest.LogCaptureFixture) 
 
 
 def test_pauses_grow_and_are_bounded() -> None:
-    pauses = iter(pauses_s(lambda: 0.5))
+    pauses = iter(pauses_s(jitter=lambda: 0.5))
     assert [next(pauses) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
-    assert next(iter(pauses_s(lambda: 0.0))) == 0.75
+    assert next(iter(pauses_s(jitter=lambda: 0.0))) == 0.75
 
 
 async def test_what_is_no_bootstrap_is_said_at_once() -> None:

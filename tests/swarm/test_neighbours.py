@@ -23,6 +23,8 @@ from shardmesh.wire.announcement import encode_signed
 
 ALICE = new_identity()
 BUSY_S = 60.0
+DIAL_TIMEOUT_S = 5.0
+RIGHT_WITHIN_S = 10.0
 
 
 class OneNode:
@@ -49,12 +51,13 @@ class OneNode:
         self.n_dials += 1
         await trio.sleep(0.5)
         if trio.current_time() < self._back_s:
+            await trio.sleep(DIAL_TIMEOUT_S)
             raise UnreachableError("no answer")
         self._connected.add(ALICE.peer_id)
         return ALICE.peer_id
 
-    def lose(self, *, was_silent: bool) -> None:
-        self._connected.clear()
+    def lose(self, *, was_silent: bool, has_another: bool = False) -> None:
+        self._connected = {ALICE.peer_id} if has_another else set()
         event = ConnectionEvent(
             peer_id=ALICE.peer_id,
             address="",
@@ -91,11 +94,36 @@ async def test_a_node_that_was_only_busy_is_found_again(
         host.lose(was_silent=was_silent)
         await trio.sleep(10)
         assert directory.get(ALICE.peer_id) is None
-        await trio.sleep(2 * BUSY_S)
+        await trio.sleep(BUSY_S - 10 + RIGHT_WITHIN_S)
         assert directory.get(ALICE.peer_id) is not None
         n_dials = host.n_dials
         await trio.sleep(1000)
         assert host.n_dials == n_dials, "it is there; nobody looks for it any more"
+
+
+async def test_a_node_is_there_as_long_as_one_connection_with_it_is(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(BUSY_S) as (host, directory):
+        host.lose(was_silent=True, has_another=True)
+        await trio.sleep(20)
+        assert directory.get(ALICE.peer_id) is not None
+        assert host.n_dials == 0
+        host.lose(was_silent=True)
+        await trio.sleep(1)
+        assert directory.get(ALICE.peer_id) is None
+        await trio.sleep(BUSY_S - 21 + RIGHT_WITHIN_S)
+        assert directory.get(ALICE.peer_id) is not None
+
+
+async def test_one_that_others_hid_is_looked_for_when_its_connection_is_lost(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(0) as (host, directory):
+        directory.mark_unreachable(ALICE.peer_id)
+        host.lose(was_silent=False)
+        await trio.sleep(1)
+        assert directory.get(ALICE.peer_id) is not None
 
 
 async def test_a_node_that_stays_away_is_given_up_with_its_announcement(
@@ -108,7 +136,7 @@ async def test_a_node_that_stays_away_is_given_up_with_its_announcement(
         host.lose(was_silent=False)
         await trio.sleep(700)
         n_dials = host.n_dials
-        assert 10 < n_dials < 50, "at growing intervals"
+        assert 50 < n_dials < 150, "every few seconds"
         await trio.sleep(1000)
         assert host.n_dials == n_dials
 
