@@ -11,7 +11,7 @@ import trio
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain, pinned
 from shardmesh.coordinator.pace import Explanation, SeenPaces, TokenCosts, explain, token_costs
 from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
-from shardmesh.errors import ShardmeshError, UnreachableError
+from shardmesh.errors import BusyError, ShardmeshError, UnreachableError
 from shardmesh.links.dial import LinkPool
 from shardmesh.links.link import Link
 
@@ -138,7 +138,11 @@ class ChainLinker:
     def _choose(
         self, replicas: Sequence[Replica], wish: Wish, costs: TokenCosts, *, only_well: bool
     ) -> Chain:
-        """A chain of replicas that did not fail of late; of all, if need be and allowed."""
+        """A chain of replicas that did not fail of late; of all, if need be and allowed.
+
+        Raises BusyError (the moment's) if it would need one that has just said that it is full: in
+        a crowd, asking each time would take longer than what the others compute.
+        """
         now_s = trio.current_time()
         well = [replica for replica in replicas if not self._health.is_aside(replica, now_s)]
         try:
@@ -146,7 +150,15 @@ class ChainLinker:
         except ShardmeshError:
             if only_well:
                 raise
-            return choose_chain(replicas, model_name=wish.model_name, costs=costs)
+        with_room = [replica for replica in replicas if not self._health.is_full(replica, now_s)]
+        try:
+            return choose_chain(with_room, model_name=wish.model_name, costs=costs)
+        except ShardmeshError:
+            choose_chain(replicas, model_name=wish.model_name, costs=costs)  # raises its own error
+        raise BusyError(
+            "all sequences of some layers were in use a moment ago",
+            next_step="try again shortly, or start listeners with a larger --parallel",
+        )
 
     async def _links(self, stages: Sequence[Replica]) -> list[Link]:
         """The links to all stages, brought up at once; raises the first _UnlinkedError."""

@@ -23,7 +23,7 @@ ASIDE_MAX_S = 60.0
 ASIDE_SHORT_S = 0.5
 """One that has no room, or whose shard is being loaded again, is asked again soon."""
 
-SHORTLY_GONE = frozenset({"BUSY", "NO_SESSION", "NOT_LOADED", "NO_LINK", "UNREACHABLE"})
+SHORTLY_GONE = frozenset({"NO_SESSION", "NOT_LOADED", "NO_LINK", "UNREACHABLE"})
 """Errors of a replica that may be back at any moment, and that is quickly found out."""
 
 FORGIVEN_AFTER_S = 120.0
@@ -46,6 +46,7 @@ class ReplicaHealth:
 
     def __init__(self) -> None:
         self._failures: dict[str, _Failures] = {}
+        self._full_until_s: dict[str, float] = {}
         self._distrusted: set[str] = set()
 
     def distrust(self, peer_id: str) -> None:
@@ -57,7 +58,14 @@ class ReplicaHealth:
         return peer_id not in self._distrusted
 
     def failed(self, replica: Replica, error: ShardmeshError, now_s: float) -> None:
-        """Notes a failure; several sessions may report the same one."""
+        """Notes a failure; several sessions may report the same one.
+
+        One that has no room did not fail: it is only not asked again at once.
+        """
+        if error.code == "BUSY":
+            self._full_until_s[replica.peer_id] = now_s + ASIDE_SHORT_S
+            self._forget_old(now_s)
+            return
         known = self._failures.get(replica.peer_id)
         if known is not None and known.n_in_a_row and self.is_aside(replica, now_s):
             return  # all its sessions tell of the same failure, one after the other
@@ -73,15 +81,23 @@ class ReplicaHealth:
         self._forget_old(now_s)
 
     def is_aside(self, replica: Replica, now_s: float) -> bool:
-        """Whether to leave it alone, since it failed lately or is not trusted."""
-        if replica.peer_id in self._distrusted:
+        """Whether to leave it alone: it failed lately, has no room, or is not trusted."""
+        if replica.peer_id in self._distrusted or self.is_full(replica, now_s):
             return True
         known = self._failures.get(replica.peer_id)
         return known is not None and now_s < known.until_s
 
+    def is_full(self, replica: Replica, now_s: float) -> bool:
+        """Whether it has just said that it has no room, and no session of ours left it since."""
+        return now_s < self._full_until_s.get(replica.peer_id, 0.0)
+
     def went_well(self, replica: Replica) -> None:
         """A result has come through it: what it failed before does not make the next time worse."""
         self._failures.pop(replica.peer_id, None)
+
+    def has_room(self, replica: Replica) -> None:
+        """A session has left it, so there is room for another."""
+        self._full_until_s.pop(replica.peer_id, None)
 
     def n_failures(self, peer_id: str) -> int:
         """How often it failed, one time not long after the other."""
@@ -92,6 +108,9 @@ class ReplicaHealth:
         for peer_id, failures in list(self._failures.items()):
             if now_s - failures.failed_s > FORGIVEN_AFTER_S:
                 del self._failures[peer_id]
+        for peer_id, until_s in list(self._full_until_s.items()):
+            if until_s <= now_s:
+                del self._full_until_s[peer_id]
 
 
 def candidates(known: Iterable[Replica], stage: Replica, n_ctx: int) -> list[Replica]:
@@ -141,6 +160,10 @@ class ReplicaFinder:
 
     def set_aside(self, stage: Replica, error: ShardmeshError) -> None:
         self._health.failed(stage, error, trio.current_time())
+
+    def note_room(self, stages: Iterable[Replica]) -> None:
+        for stage in stages:
+            self._health.has_room(stage)
 
     async def replace(
         self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None

@@ -268,8 +268,9 @@ class Session:
         """One epoch further, without the stage that failed; what failed then."""
         try:
             if failure.number is not None:
-                fresh.add(failure.number)
-                await self._replace(failure.number, failure.error, started_s)
+                for number, error in {failure.number: failure.error, **failure.others}.items():
+                    fresh.add(number)
+                    await self._replace(number, error, started_s)
             self._stages.epoch += 1
             is_late = failure.number is None
             await self._establish(fresh, patience_s, is_late=is_late)

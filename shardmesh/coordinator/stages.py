@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import trio
@@ -78,6 +79,10 @@ class Replacements(Protocol):
         """Learns from what the stages report of themselves."""
         ...
 
+    def note_room(self, stages: Iterable[Replica]) -> None:
+        """A session has left its places there."""
+        ...
+
     async def replace(
         self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None
     ) -> tuple[Replica, Link]:
@@ -97,10 +102,17 @@ class Replacements(Protocol):
 class BrokenError(Exception):
     """A stage must be replaced (None: only asked again)."""
 
-    def __init__(self, number: int | None, error: ShardmeshError) -> None:
+    def __init__(
+        self,
+        number: int | None,
+        error: ShardmeshError,
+        others: Mapping[int, ShardmeshError] = MappingProxyType({}),
+    ) -> None:
+        """`others` must be replaced as well."""
         super().__init__(number, error)
         self.number = number
         self.error = error
+        self.others = others
 
 
 class SessionStages:
@@ -124,6 +136,7 @@ class SessionStages:
         self._events = events
         self._settings = settings
         self._strikes = HopStrikes()
+        self._took_it = set[str]()  # peer ids of the nodes that gave it a place
         self.standbys: Standbys | None = None
         if settings.standby and replacements is not None:
             self.standbys = Standbys(session_id, self, settings.n_ctx, replacements)
@@ -194,6 +207,8 @@ class SessionStages:
             self.standbys.close()
         for link in self.links:
             self._close_on(link)
+        if self.replacements is not None:
+            self.replacements.note_room(s for s in self.chain.stages if s.peer_id in self._took_it)
 
     def _close_on(self, link: Link) -> None:
         if not link.is_open:
@@ -252,7 +267,7 @@ class SessionStages:
     async def open_all(self, draft_key: bytes, timeout_s: float) -> list[Held]:
         """Opens a new session on all stages; what each of them holds of the prompt.
 
-        Raises BrokenError for a stage that does not answer.
+        Raises BrokenError for a stage that does not answer, and for all at once that have no room.
         """
         everyone = set(range(len(self.links)))
         for number in everyone:
@@ -297,25 +312,45 @@ class SessionStages:
         return Place(self.session_id, self.epoch, self.chain.stages, number, hands_on)
 
     async def _answers(
-        self, asked: set[int], fresh: set[int], timeout_s: float, *, may_hold: bool
+        self,
+        asked: set[int],
+        fresh: set[int],
+        timeout_s: float,
+        *,
+        may_hold: bool,
     ) -> list[Held]:
         answers: dict[int, Held] = {}
+        full: dict[int, ShardmeshError] = {}
         with trio.move_on_after(timeout_s) as scope:
-            while answers.keys() < asked:
-                number, event = await self.next_event()
+            while answers.keys() | full.keys() < asked:
+                try:
+                    number, event = await self.next_event()
+                except BrokenError as broken:
+                    if broken.number is None or not self._is_full(broken.number, broken.error):
+                        raise
+                    full[broken.number] = broken.error
+                    continue
                 if isinstance(event, SessionOpened):
                     if event.n_held and not may_hold:
                         wrong = ProtocolError("a stage holds what it was not told of")
                         raise BrokenError(number, wrong)
+                    self._took_it.add(self.chain.stages[number].peer_id)
                     answers[number] = Held(event.n_held, event.n_held, event.n_held)
                 elif isinstance(event, SessionRepaired):
                     answers[number] = Held(event.n_received, event.n_computed, event.kept_from)
+        if full:
+            number, error = full.popitem()
+            raise BrokenError(number, error, full)
         if not scope.cancelled_caught:
             return [answers[number] for number in sorted(asked)]
         raise BrokenError(
             _unanswering(sorted(asked - answers.keys()), fresh),
             UnreachableError("a stage did not open the session in time", code="STAGE_TIMEOUT"),
         )
+
+    def _is_full(self, number: int, error: ShardmeshError) -> bool:
+        """Whether to ask another one, once the others have said if they have room."""
+        return error.code == "BUSY" and self.has_other(number)
 
 
 def _unanswering(silent: list[int], fresh: set[int]) -> int:

@@ -165,6 +165,15 @@ def test_one_that_may_be_back_at_any_moment_is_asked_again_soon(code: str) -> No
         assert not health.is_aside(replica("a"), now_s + ASIDE_SHORT_S)
 
 
+def test_a_full_replica_has_room_when_a_session_leaves_it_and_not_when_one_goes_on() -> None:
+    health = ReplicaHealth()
+    for free_again, is_aside in ((health.went_well, True), (health.has_room, False)):
+        health.failed(replica("a"), BusyError("full"), 100.0)
+        free_again(replica("a"))
+        assert health.is_aside(replica("a"), 100.1) == is_aside
+    assert health.n_failures("a") == 0
+
+
 def test_old_failures_are_forgiven() -> None:
     health = ReplicaHealth()
     counted = []

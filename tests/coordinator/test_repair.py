@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from support.mesh import COORDINATOR, GREEDY, MemoryMesh, memory_mesh
 from support.replicated import (
+    TOKEN_S,
     assert_nothing_left,
     loop_worker,
     one_engine_tokens,
@@ -21,10 +22,10 @@ from support.replicated import (
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.pieces import PIECE_TOKENS
-from shardmesh.coordinator.replacements import ASIDE_MIN_S
+from shardmesh.coordinator.replacements import ASIDE_MIN_S, ASIDE_SHORT_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
 from shardmesh.engine.fake import FakeEngine, fake_info
-from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
+from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.wire.messages import HiddenBatch, Sampling
 
@@ -32,6 +33,7 @@ SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 PROMPT = [i % 60 for i in range(3 * PIECE_TOKENS + 5)]
 BOUNDARIES = (0, 1, 3, 4)
 N_TOKENS = 12
+N_REQUESTS = 10
 
 
 def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[FakeEngine]:
@@ -359,6 +361,55 @@ async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockCl
                 kill = {3: lambda: mesh.kill("stage-1")}
                 assert await write(session, before=kill) == whole_tokens()
                 assert session.repairs[-1].new_peer_id == "stage-1-2"
+
+
+async def test_all_that_are_full_are_exchanged_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated(n_parallel=1) as mesh:
+        async with session_of(mesh):
+            async with session_of(mesh) as session:
+                assert await write(session) == whole_tokens()
+                assert session.epoch == 1
+                assert {repair.code for repair in session.repairs} == {"BUSY"}
+                names = [stage.peer_id for stage in session.chain.stages]
+                assert names == ["stage-0-1", "stage-1-1", "stage-2-1"]
+
+
+async def test_a_crowd_asks_a_full_mesh_once_and_takes_the_next_free_place(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Sessions that go on meanwhile do not make a full replica look as if it had room."""
+
+    async def talk(until: trio.Event) -> None:
+        async with session_of(mesh) as session:
+            done = await prefill(session, PROMPT)
+            while not until.is_set():
+                assert done.sampled is not None
+                session.send([done.sampled.token], sample=True)
+                done = await session.receive()
+
+    async with replicated(n_parallel=1) as mesh, trio.open_nursery() as nursery:
+        enough = [trio.Event(), trio.Event()]
+        for event in enough:
+            nursery.start_soon(talk, event)
+        await trio.sleep(0.5)
+        stages = [node.stage for node in mesh.nodes.values()]
+        assert [stage.n_sessions for stage in stages] == [1] * len(stages)
+        n_before = sum(stage.counters.n_sessions_refused for stage in stages)
+        for _ in range(N_REQUESTS):
+            with pytest.raises(BusyError):
+                async with session_of(mesh):
+                    pass
+            await trio.sleep(TOKEN_S)
+        n_refused = sum(stage.counters.n_sessions_refused for stage in stages) - n_before
+        # Each replica is found full once, which is one round more.
+        assert n_refused <= (N_REQUESTS + len(stages)) * len(mesh.chain.stages)
+        enough[0].set()
+        await trio.sleep(ASIDE_SHORT_S / 5)
+        async with session_of(mesh) as session:
+            assert await write(session) == whole_tokens()
+        enough[1].set()
 
 
 async def test_a_stage_that_does_not_get_on_is_left(
