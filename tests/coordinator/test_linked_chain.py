@@ -28,6 +28,9 @@ class CountingPool:
 
         return Open()
 
+    def open_link(self, peer_id: str) -> None:
+        return None
+
     def round_trips_us(self) -> dict[str, int]:
         return {}
 
