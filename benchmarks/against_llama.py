@@ -15,12 +15,13 @@ from typing import Final
 
 import trio
 
-from benchmarks.baseline import Baseline, open_baseline
+from benchmarks.baseline import LLAMA_PIECE_TOKENS, Baseline, open_baseline
 from benchmarks.generation import DECODE_PROMPT, Generation, long_prompt
 from benchmarks.mesh import Mesh, cut_model, open_mesh
 from benchmarks.results import Figures, Result, median_of, paired
 from shardmesh.coordinator.timings import Timings
 from shardmesh.errors import OurError
+from shardmesh.shards.manifest import MANIFEST_NAME, read_manifest
 
 Progress = Callable[[str], None]
 
@@ -35,6 +36,7 @@ class Sides:
     mesh: Mesh
     baseline: Baseline
     tokenizer: Path
+    piece_tokens: int  # of a prompt in the mesh
 
     async def alternate(
         self, prompt: str, n_tokens: int, runs: int, progress: Progress, *, own_pieces: bool = False
@@ -43,7 +45,8 @@ class Sides:
 
         With `own_pieces` llama.cpp cuts the prompt as it does by itself, and writes what it will.
         """
-        theirs_of = functools.partial(self.baseline.generate, own_pieces=own_pieces)
+        piece_tokens = LLAMA_PIECE_TOKENS if own_pieces else self.piece_tokens
+        theirs_of = functools.partial(self.baseline.generate, piece_tokens=piece_tokens)
         ours: list[Generation] = []
         theirs: list[Generation] = []
         for number in range(runs + 1):
@@ -92,6 +95,7 @@ async def measure_prefill(model: Path, *, runs: int, progress: Progress) -> Resu
     async with _open_sides(model, PREFILL_SHARDS, progress) as sides:
         prompt = await trio.to_thread.run_sync(long_prompt, sides.tokenizer, PREFILL_TOKENS)
         ours, theirs = await sides.alternate(prompt, 1, runs, progress, own_pieces=True)
+        piece_tokens = sides.piece_tokens
     mesh = [generation.prefill_tokens_per_s for generation in ours]
     baseline = [generation.prefill_tokens_per_s for generation in theirs]
     ratio, pairs = paired(mesh, baseline)
@@ -102,6 +106,7 @@ async def measure_prefill(model: Path, *, runs: int, progress: Progress) -> Resu
             "pair_ratios": pairs,
             "n_shards": PREFILL_SHARDS,
             "n_prompt_tokens": ours[0].n_prompt_tokens,
+            "piece_tokens": piece_tokens,
         },
         baseline=median_of(baseline, "tokens_per_s"),
         runs=runs,
@@ -116,7 +121,8 @@ async def _open_sides(model: Path, n_shards: int, progress: Progress) -> AsyncIt
         open_baseline(model, tokenizer) as baseline,
         open_mesh(folder, n_shards) as mesh,
     ):
-        yield Sides(mesh, baseline, tokenizer)
+        manifest = await trio.to_thread.run_sync(read_manifest, folder / "shards" / MANIFEST_NAME)
+        yield Sides(mesh, baseline, tokenizer, manifest.piece_tokens)
 
 
 def _where_the_time_went(timings: list[Timings]) -> Figures:

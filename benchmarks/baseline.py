@@ -23,16 +23,12 @@ class Baseline:
     def __init__(self, child: Child) -> None:
         self._child = child
 
-    async def generate(self, prompt: str, n_tokens: int, *, own_pieces: bool = False) -> Generation:
+    async def generate(self, prompt: str, n_tokens: int, *, piece_tokens: int) -> Generation:
         """A generation that does not stop at the model's end of text.
 
-        The prompt goes in the pieces of a mesh, which gives the same bits, or in llama.cpp's own.
+        With the pieces of a mesh's model the prompt gives the same bits.
         """
-        request = {
-            "prompt": prompt,
-            "n_tokens": n_tokens,
-            "piece_tokens": LLAMA_PIECE_TOKENS if own_pieces else 0,
-        }
+        request = {"prompt": prompt, "n_tokens": n_tokens, "piece_tokens": piece_tokens}
         return Generation.of(await self._child.ask(request))
 
 

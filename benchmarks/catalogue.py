@@ -14,6 +14,7 @@ from benchmarks.hop import measure_hops
 from benchmarks.idle import measure_waiting
 from benchmarks.load_shard import measure_load_shard
 from benchmarks.many import measure_aggregate
+from benchmarks.pieces import measure_pieces
 from benchmarks.prefix import measure_prefix
 from benchmarks.recovery import measure_recovery
 from benchmarks.results import Result
@@ -50,6 +51,10 @@ async def _aggregate(to: Setting) -> list[Result]:
 
 async def _prefill(to: Setting) -> list[Result]:
     return [await measure_prefill(to.model, runs=to.runs, progress=to.progress)]
+
+
+async def _pieces(to: Setting) -> list[Result]:
+    return await measure_pieces(to.model, n_shards=to.n_shards, runs=to.runs, progress=to.progress)
 
 
 async def _prefix(to: Setting) -> list[Result]:
@@ -123,6 +128,7 @@ BENCHMARKS: Final[dict[str, Measure]] = {
     "decode": _decode,
     "aggregate": _aggregate,
     "prefill": _prefill,
+    "pieces": _pieces,
     "prefix": _prefix,
     "drafts": _drafts,
     "latency": _latency,

@@ -29,10 +29,11 @@ class Result:
     runs: int
     ratio: float | None = None
     ms: float | None = None
+    derived: Figures = dataclasses.field(default_factory=dict)  # what follows: columns of their own
 
     def to_json(self, machine: Figures) -> str:
         """One line."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {})}
         return json.dumps({**values, "machine": machine})
 
 
@@ -68,12 +69,20 @@ def table(results: Sequence[Result]) -> Table:
     shown.add_column("benchmark", style="bold")
     for name in ("mesh", "baseline", "result", "pairs"):
         shown.add_column(name, justify="right")
+    derived = list(dict.fromkeys(key for result in results for key in result.derived))
+    for key in derived:
+        shown.add_column(key, justify="right")
     for result in results:
         outcome = f"{result.ms:.3f} ms" if result.ms is not None else f"{result.ratio:.3f}"
         pairs = result.mesh.get("pair_ratios") or []
         spread = f"{min(pairs):.3f} to {max(pairs):.3f}" if pairs else ""
         shown.add_row(
-            result.name, _median_text(result.mesh), _median_text(result.baseline), outcome, spread
+            result.name,
+            _median_text(result.mesh),
+            _median_text(result.baseline),
+            outcome,
+            spread,
+            *(str(result.derived.get(key, "")) for key in derived),
         )
     return shown
 

@@ -140,7 +140,7 @@ class Demo:
                 self.folder, self.n_shards, cluster=CLUSTER, on_change=show
             ) as mesh:
                 live.stop()
-                return await self._use(mesh, keep)
+                return await self._use(mesh, manifest, keep)
         finally:
             live.stop()
 
@@ -161,7 +161,7 @@ class Demo:
         )
         return manifest
 
-    async def _use(self, mesh: DemoMesh, keep: bool) -> bool:
+    async def _use(self, mesh: DemoMesh, manifest: Manifest, keep: bool) -> bool:
         import trio
 
         from shardmesh.coordinator.client import open_client
@@ -175,7 +175,7 @@ class Demo:
             cache_dir=cache_dir(),
         ) as client:
             tokens = await self._write(client)
-            is_equal = await trio.to_thread.run_sync(self._prove, tokens)
+            is_equal = await trio.to_thread.run_sync(self._prove, tokens, manifest.piece_tokens)
         if self.web_port is not None:
             self._show_how_to_talk(mesh)
             await self._serve_web(mesh, self.web_port)
@@ -242,7 +242,7 @@ class Demo:
             highlight=False,
         )
 
-    def _prove(self, tokens: list[int]) -> bool:
+    def _prove(self, tokens: list[int], piece_tokens: int) -> bool:
         """Writes the same text with the whole model in this process and compares."""
         from shardmesh.cli.demo_mesh import threads_per_node
         from shardmesh.coordinator.reference import reference_tokens
@@ -255,7 +255,13 @@ class Demo:
         options = EngineOptions(n_parallel=1, n_threads=threads_per_node(self.n_shards))
         engine = load_engine(self.model, options)
         try:
-            whole = reference_tokens(engine, prompt, self.request.sampling, len(tokens))
+            whole = reference_tokens(
+                engine,
+                prompt,
+                self.request.sampling,
+                len(tokens),
+                piece_tokens=piece_tokens,
+            )
         finally:
             engine.close()
         if list(whole.tokens) != tokens:

@@ -290,6 +290,25 @@ drafts_option = click.option(
     help="Tokens to guess ahead where the text repeats itself: as many as pay, none, or at most N.",
 )
 
+
+def _parse_piece_tokens(
+    context: click.Context, parameter: click.Parameter, text: str
+) -> int | None:
+    from shardmesh.shards.piece_tokens import parse_piece_tokens
+
+    return parse_piece_tokens(text)
+
+
+piece_tokens_option = click.option(
+    "--piece-tokens",
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    callback=_parse_piece_tokens,
+    help="Tokens of a prompt that are computed at once, a power of two from 16 to 512; auto: 64 "
+    "with up to two shards, 32 with more.",
+)
+
 standby_option = click.option(
     "--standby",
     is_flag=True,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.coordinator import Completion
     from shardmesh.coordinator.generate import Finished
-    from shardmesh.coordinator.pace import Explanation
     from shardmesh.coordinator.request import CompletionRequest
     from shardmesh.coordinator.timings import Timings
     from shardmesh.wire.hidden_states import WireType
@@ -198,8 +197,8 @@ async def _answer(
     is_line_open = False
     try:
         async with client.coordinator.complete(request) as completion:
-            if show_choice and completion.explanation is not None:
-                _print_choice(completion.explanation, can_roll_back=completion.can_roll_back)
+            if show_choice:
+                _print_choice(completion)
             async for item in completion.items:
                 if isinstance(item, Piece):
                     texts.append(item.text)
@@ -249,13 +248,16 @@ def _as_json(
     )
 
 
-def _print_choice(explanation: Explanation, *, can_roll_back: bool) -> None:
+def _print_choice(completion: Completion) -> None:
     """On standard error, before the text."""
     from rich.console import Console
     from rich.table import Table
 
     from shardmesh.cli.status import short_peer_id
 
+    explanation = completion.explanation
+    if explanation is None:
+        return
     console = Console(stderr=True)
     table = Table(
         title=f"a token is expected to take {explanation.token_us / 1e3:.2f} ms "
@@ -277,7 +279,12 @@ def _print_choice(explanation: Explanation, *, can_roll_back: bool) -> None:
             f"{each.hop_us / 1e3:.2f}",
         )
     console.print(table)
-    if not can_roll_back:
+    console.print(
+        f"The prompt has {completion.n_prompt_tokens} tokens and goes in pieces of "
+        f"{completion.session.piece_tokens}.",
+        highlight=False,
+    )
+    if not completion.can_roll_back:
         console.print(
             "This architecture cannot be rolled back: prompts that begin alike are computed anew, "
             "and no token is guessed ahead."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.options import piece_tokens_option
 from shardmesh.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     multiple=True,
     help="LoRA adapter in GGUF to cut along, named as its file; may be given several times.",
 )
+@piece_tokens_option
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 def command(
     model: Path,
@@ -74,6 +76,7 @@ def command(
     name: str | None,
     out_dir: Path,
     lora_paths: tuple[Path, ...],
+    piece_tokens: int | None,
     dry_run: bool,
 ) -> None:
     """Cut MODEL.gguf into shard files, with tokenizer.gguf and manifest.json beside them."""
@@ -84,7 +87,7 @@ def command(
     from shardmesh.shards.gguf_check import read_gguf
     from shardmesh.shards.legal_cuts import check_legal
     from shardmesh.shards.plan import plan_layers, plan_memory, plan_shards
-    from shardmesh.shards.split import default_name
+    from shardmesh.shards.split import default_name, piece_tokens_for
 
     if sum(each is not None for each in (n_shards, layer_list, memory_list)) > 1:
         raise InputError(
@@ -103,14 +106,15 @@ def command(
         ranges = plan_memory(costs, parse_sizes(memory_list), n_cached)
     else:
         ranges = plan_shards(costs, N_SHARDS_DEFAULT if n_shards is None else n_shards)
+    piece_tokens = piece_tokens_for(source, len(ranges), piece_tokens)
     if dry_run:
-        Console().print(plan_table(costs, ranges, n_cached))
+        Console().print(plan_table(costs, ranges, n_cached, piece_tokens))
         return
     if rules_for(source).is_unknown:
-        _prove(console, source, ranges)
+        _prove(console, source, ranges, piece_tokens)
     name = name or default_name(source)
-    manifest = _split(console, source, ranges, out_dir, name, adapters)
-    console.print(plan_table(costs, ranges, n_cached))
+    manifest = _split(console, source, ranges, out_dir, name, adapters, piece_tokens)
+    console.print(plan_table(costs, ranges, n_cached, piece_tokens))
     console.print(f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}")
 
 
@@ -143,13 +147,18 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def plan_table(costs: ModelCosts, ranges: Sequence[LayerRange], n_cached: int) -> Table:
+def plan_table(
+    costs: ModelCosts, ranges: Sequence[LayerRange], n_cached: int, piece_tokens: int
+) -> Table:
     """A table of the shards: layers, size of the file, memory with so many cached tokens."""
     from rich.table import Table
 
     from shardmesh.shards.plan import memory_needed, readable_size
 
-    table = Table(title=f"{costs.n_layer} layers in {len(ranges)} shards")
+    table = Table(
+        title=f"{costs.n_layer} layers in {len(ranges)} shards",
+        caption=f"prompts go in pieces of {piece_tokens} tokens",
+    )
     for heading in ("shard", "layers", "number", "file", f"memory at {n_cached} tokens"):
         table.add_column(heading, justify="right")
     for shard_id, needed in enumerate(memory_needed(costs, ranges, n_cached)):
@@ -164,7 +173,9 @@ def plan_table(costs: ModelCosts, ranges: Sequence[LayerRange], n_cached: int) -
     return table
 
 
-def _prove(console: Console, source: GgufFile, ranges: Sequence[LayerRange]) -> None:
+def _prove(
+    console: Console, source: GgufFile, ranges: Sequence[LayerRange], piece_tokens: int
+) -> None:
     """Tries whether a model of an unknown architecture stays exact; raises GgufError if not."""
     from shardmesh.engine.prove import prove_exact
 
@@ -173,7 +184,7 @@ def _prove(console: Console, source: GgufFile, ranges: Sequence[LayerRange]) -> 
         " cut: trying it out first"
     )
     with console.status("reading the model") as status:
-        prove_exact(source, ranges, progress=status.update)
+        prove_exact(source, ranges, progress=status.update, piece_tokens=piece_tokens)
     console.print("[green]identical[/green]: whole and cut give the same bits")
 
 
@@ -184,6 +195,7 @@ def _split(
     out_dir: Path,
     name: str,
     adapters: Mapping[str, Path],
+    piece_tokens: int,
 ) -> Manifest:
     """Splits under a progress bar with rate and remaining time."""
     from rich.progress import (
@@ -216,4 +228,5 @@ def _split(
             progress=lambda n: bar.advance(task, n),
             is_proven=True,
             adapters=adapters,
+            piece_tokens=piece_tokens,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.options import piece_tokens_option
 from shardmesh.errors import InputError, ShardmeshError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ EXIT_NOT_RUN = 2
     help="Single steps after the prefill.",
 )
 @click.option("--prompt", default="", help="Text of the prefill.  [default: made-up tokens]")
+@piece_tokens_option
 @click.option(
     "--timeout",
     "timeout_s",
@@ -52,6 +54,7 @@ def command(
     layer_list: str | None,
     n_single: int,
     prompt: str,
+    piece_tokens: int | None,
     timeout_s: float,
     as_json: bool,
 ) -> None:
@@ -60,7 +63,7 @@ def command(
     Exit code 0: identical; 1: different; 2: could not be run.
     """
     try:
-        report = _verify(model, n_shards, layer_list, n_single, prompt, timeout_s)
+        report = _verify(model, n_shards, layer_list, n_single, prompt, piece_tokens, timeout_s)
     except ShardmeshError as error:
         _show_error(error, as_json)
         context.exit(EXIT_NOT_RUN)
@@ -77,6 +80,7 @@ def _verify(
     layer_list: str | None,
     n_single: int,
     prompt: str,
+    piece_tokens: int | None,
     timeout_s: float,
 ) -> VerifyReport:
     from rich.console import Console
@@ -100,6 +104,7 @@ def _verify(
             ranges,
             n_single=n_single,
             prompt=prompt,
+            piece_tokens=piece_tokens,
             timeout_s=timeout_s,
             progress=status.update,
         )

@@ -21,7 +21,12 @@ from shardmesh.coordinator.audit import Transcript
 from shardmesh.coordinator.auditor import Auditor
 from shardmesh.coordinator.chain import Chain, Replica, choose_model, pinned
 from shardmesh.coordinator.draft_model import open_draft_model
-from shardmesh.coordinator.embed import UNUSED_SAMPLING, Embedding, embed_tokens
+from shardmesh.coordinator.embed import (
+    EMBEDDING_TOKENS,
+    UNUSED_SAMPLING,
+    Embedding,
+    embed_tokens,
+)
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
@@ -156,6 +161,7 @@ class Coordinator:
             settings = SessionSettings(
                 n_ctx=n_ctx,
                 sampling=sampling,
+                piece_tokens=model.manifest.piece_tokens,
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
                 wire=request.wire,
@@ -225,7 +231,11 @@ class Coordinator:
             for text in texts:
                 tokens = await trio.to_thread.run_sync(_text_tokens, opened, text)
                 n_ctx = context_needed(len(tokens), 0, chain.n_ctx)
-                settings = SessionSettings(n_ctx=n_ctx, sampling=sampling_message(UNUSED_SAMPLING))
+                settings = SessionSettings(
+                    n_ctx=n_ctx,
+                    sampling=sampling_message(UNUSED_SAMPLING),
+                    piece_tokens=EMBEDDING_TOKENS,
+                )
                 finder = self._finder(wish, WAIT_S_DEFAULT)
                 async with self._router.session(chain, links, settings, finder) as session:
                     embeddings.append(await embed_tokens(session, tokens))

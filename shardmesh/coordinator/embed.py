@@ -8,14 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.engine.base import SamplingSettings
 from shardmesh.errors import ProtocolError
 from shardmesh.wire.messages import BatchDone
 
 EMBEDDING_TOKENS = 512
-"""Tokens of one micro-batch, llama.cpp's own number (n_ubatch): what a model that pools over all
-tokens takes at most.  A constant, since the last bits depend on it."""
+"""Tokens of one micro-batch, llama.cpp's own number (n_ubatch) and as many as an engine takes.
+
+The same for all models, since one that pools over all tokens must have them at once; and it decides
+the last bits."""
 
 UNUSED_SAMPLING = SamplingSettings(temperature=0.0)
 """The last stage is opened with a sampler in any case."""
@@ -37,10 +40,10 @@ class Embedding:
 async def embed_tokens(session: Session, tokens: Sequence[int]) -> Embedding:
     """The embedding of a text whose tokens an empty session gets.
 
-    Raises what the session raises, and InputError (theirs) for more tokens than the model's kind of
-    pooling can take.
+    It was opened with pieces of EMBEDDING_TOKENS.  Raises what the session raises, and InputError
+    (theirs) for more tokens than the model's kind of pooling can take.
     """
-    pieces = [tokens[i : i + EMBEDDING_TOKENS] for i in range(0, len(tokens), EMBEDDING_TOKENS)]
+    pieces = list(pieces_of(tokens, session.piece_tokens))
     n_in_flight = 0
     done: BatchDone | None = None
     for number, piece in enumerate(pieces):

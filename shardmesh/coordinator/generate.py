@@ -15,6 +15,7 @@ from shardmesh.coordinator.session import N_BATCHES_IN_FLIGHT_MAX, Session
 from shardmesh.coordinator.stops import StopScanner
 from shardmesh.coordinator.timings import TimingRecorder, Timings
 from shardmesh.errors import ProtocolError
+from shardmesh.wire.limits import SCORED_TOKENS_MAX
 from shardmesh.wire.messages import BatchDone, Sampled, StageTiming
 
 FinishReason = Literal["stop", "length"]
@@ -64,8 +65,9 @@ async def prefill(
     """Sends a prompt in pieces, several under way at once; the result of the last one.
 
     What the session holds already is left out.  `scores` is filled with how likely each token is
-    that stands behind a token which was sent here.  `hand` is for the token behind the prompt, as
-    in the session's `send`.  Raises what the session's `send` and `receive` raise.
+    that stands behind a token which was sent here; then no piece is longer than what one answer has
+    scores for.  `hand` is for the token behind the prompt, as in the session's `send`.  Raises what
+    the session's `send` and `receive` raise.
     """
 
     async def receive() -> BatchDone:
@@ -74,7 +76,10 @@ async def prefill(
             scores.extend(done.scores)
         return done
 
-    pieces = list(pieces_of(tokens, session.n_sent))
+    piece_tokens = session.piece_tokens
+    if scores is not None:
+        piece_tokens = min(piece_tokens, SCORED_TOKENS_MAX)
+    pieces = list(pieces_of(tokens, piece_tokens, session.n_sent))
     n_in_flight = 0
     for number, piece in enumerate(pieces):
         if n_in_flight == N_BATCHES_IN_FLIGHT_MAX:

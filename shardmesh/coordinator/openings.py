@@ -16,6 +16,7 @@ class SessionSettings:
 
     n_ctx: int
     sampling: Sampling
+    piece_tokens: int  # of the prompt, in one micro-batch
     history: tuple[int, ...] = ()
     adapter: str = ""  # a LoRA adapter of the manifest
     wire: WireType = EXACT  # how hidden states travel from stage to stage
@@ -75,7 +76,8 @@ def open_message(
     place: Place, settings: SessionSettings, draft_key: bytes, *, reuse: bool
 ) -> OpenSession:
     """Without `reuse`, in a repair, the stage has nothing but what it stood by with, if it did."""
-    stage, prefix, is_last = place.stage, settings.prefix, place.following is None
+    stage, is_last = place.stage, place.following is None
+    prefix = settings.prefix if reuse else None
     peer_ids = [each.peer_id for each in place.stages[: place.number + 1]]
     return OpenSession(
         session=place.session,
@@ -93,7 +95,7 @@ def open_message(
         adapter=settings.adapter,
         wire=settings.wire,
         draft_key=draft_key if is_last else b"",
-        prefix=prefix.pieces_for(peer_ids) if prefix is not None and reuse else (),
+        prefix=prefix.pieces_for(peer_ids, settings.piece_tokens) if prefix is not None else (),
         take_over=settings.standby and not reuse,
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import struct
 from collections.abc import Sequence
 
@@ -33,7 +32,7 @@ class PromptPrefix:
     tokens: tuple[int, ...] = dataclasses.field(repr=False)
     key: bytes = dataclasses.field(repr=False)
 
-    def pieces_for(self, stages: Sequence[str]) -> tuple[PrefixPiece, ...]:
+    def pieces_for(self, stages: Sequence[str], piece_tokens: int) -> tuple[PrefixPiece, ...]:
         """The whole pieces as a stage hears of them: the last of `stages`, behind the others.
 
         Peer ids, in the order of the chain.
@@ -43,20 +42,20 @@ class PromptPrefix:
             key = _derive(key, peer_id.encode())
         named: list[PrefixPiece] = []
         digest, start = b"", 0
-        for end in itertools.islice(whole_borders(len(self.tokens)), PREFIX_PIECES_MAX):
+        for end in whole_borders(len(self.tokens), piece_tokens)[:PREFIX_PIECES_MAX]:
             data = digest + struct.pack(f"<{end - start}I", *self.tokens[start:end])
             digest = hashlib.blake2b(data, key=key, digest_size=DIGEST_BYTES).digest()
             named.append(PrefixPiece(end=end, digest=digest))
             start = end
         return tuple(named)
 
-    def n_reusable(self, n_held: int) -> int:
+    def n_reusable(self, n_held: int, piece_tokens: int) -> int:
         """Of so many positions that all stages hold, those to begin behind.
 
         Whole pieces, and at least one token is left to compute, or nothing could be sampled.
         """
         n_most = min(n_held, len(self.tokens) - 1)
-        return max((end for end in whole_borders(n_most)), default=0)
+        return max((end for end in whole_borders(n_most, piece_tokens)), default=0)
 
 
 def prefix_of(

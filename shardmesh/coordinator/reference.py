@@ -26,12 +26,12 @@ def reference_tokens(
     sampling: SamplingSettings,
     n_tokens: int,
     *,
+    piece_tokens: int,
     adapter: str = "",
-    piece_tokens: int = 0,
 ) -> Reference:
     """`n_tokens` tokens after the prompt, over the micro-batches that a coordinator would send.
 
-    With `piece_tokens` the prompt goes in pieces of so many, whose bits are not those of a chain.
+    That is so with the `piece_tokens` of the manifest; others give other bits.
 
     `engine` holds a whole model; its sequence 0 is used.  Raises EngineError (ours).
     """
@@ -39,9 +39,7 @@ def reference_tokens(
     engine.open_sequence(0, sampling, history, adapter)
     tokens: list[int] = []
     times_s: list[float] = []
-    waiting = list(pieces_of(prompt))
-    if piece_tokens:
-        waiting = [prompt[i : i + piece_tokens] for i in range(0, len(prompt), piece_tokens)]
+    waiting = list(pieces_of(prompt, piece_tokens))
     position = 0
     while len(tokens) < n_tokens:
         piece = waiting.pop(0)

@@ -55,6 +55,7 @@ class Session:
         self.n_reused = 0  # tokens of the prompt that all stages held from the beginning
         self.n_handed = 0  # tokens that came to the first stage straight from the last
         self._stages = stages
+        self.piece_tokens = settings.piece_tokens  # of a prompt, in one micro-batch
         self._prefix = settings.prefix
         self._hands_on = settings.hands_on
         self._is_open = False
@@ -370,10 +371,11 @@ class Session:
         """Has all stages begin behind what every one of them holds of the prompt."""
         prefix, n_reused = self._prefix, 0
         if prefix is not None:
-            n_reused = prefix.n_reusable(min(each.n_received for each in held))
+            n_reused = prefix.n_reusable(min(e.n_received for e in held), self.piece_tokens)
         too_long = (number for number, each in enumerate(held) if each.n_received > n_reused)
         await self._stages.trim(dict.fromkeys(too_long, n_reused), timeout_s)
-        self._feed.begin_behind(pieces_of(prefix.tokens[:n_reused]) if prefix is not None else ())
+        reused = prefix.tokens[:n_reused] if prefix is not None else ()
+        self._feed.begin_behind(pieces_of(reused, self.piece_tokens))
         self.n_reused = n_reused
         return [Held(n_reused, n_reused, n_reused)] * len(held)
 

@@ -40,6 +40,7 @@ from shardmesh.engine.tap import HiddenTap
 from shardmesh.engine.vocabulary import SideVocabulary
 from shardmesh.errors import EngineError, InputError
 from shardmesh.shards.gguf_check import read_gguf
+from shardmesh.wire.limits import PIECE_TOKENS_MAX
 
 CANNOT_TRIM = "CANNOT_TRIM"
 """Code of the EngineError when the architecture cannot forget the tail of a sequence."""
@@ -48,7 +49,7 @@ _POOLING_OF_LAST = (api.LLAMA_POOLING_TYPE_NONE, api.LLAMA_POOLING_TYPE_LAST)
 
 _ROWS_TO_LEARN = 3
 
-N_BATCH_TOKENS_MAX = 512
+N_BATCH_TOKENS_MAX = PIECE_TOKENS_MAX
 """Rows of one computation; llama.cpp reserves memory for them, and decoding has few."""
 
 

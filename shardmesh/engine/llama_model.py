@@ -15,9 +15,9 @@ from shardmesh.engine.graph_constants import Factors, factors_of
 from shardmesh.engine.llama_log import route_log
 from shardmesh.engine.options import KvShape, choose_flash_attention
 from shardmesh.errors import EngineError
-from shardmesh.shards.architectures import PLAIN, RULES, ArchitectureRules
-from shardmesh.shards.gguf_file import GgufFile, refuse
-from shardmesh.wire.limits import STREAMS_MAX
+from shardmesh.shards.architectures import PLAIN, RULES
+from shardmesh.shards.gguf_file import GgufFile
+from shardmesh.shards.row_width import n_streams_of
 
 _MROPE_TYPES = (8, 40)
 """LLAMA_ROPE_TYPE_MROPE and _IMROPE: several positions for a token."""
@@ -75,7 +75,7 @@ def read_facts(gguf: GgufFile) -> ShardFacts:
         input_node="" if is_first else input_node,
         fed_as_tokens=rules.fed_as_tokens and not is_first,
         output_node=rules.output_node,
-        n_streams=_n_streams(gguf, rules),
+        n_streams=n_streams_of(gguf, rules),
         factors=factors_of(gguf),
     )
 
@@ -133,16 +133,6 @@ def _describe(handle: Any, facts: ShardFacts) -> LoadedModel:
         n_vocab=n_vocab if facts.is_first or facts.is_last else 0,
         has_rope_sections=api.llama_model_rope_type(handle) in _MROPE_TYPES,
     )
-
-
-def _n_streams(gguf: GgufFile, rules: ArchitectureRules) -> int:
-    if not rules.streams_key:
-        return 1
-    key = f"{gguf.architecture}.{rules.streams_key}"
-    n_streams = gguf.get_int(key)
-    if not 1 <= n_streams <= STREAMS_MAX:
-        refuse(gguf.path, f"has {n_streams} for {key}; 1 to {STREAMS_MAX} make sense", "GGUF_VALUE")
-    return n_streams
 
 
 def _kv_shape(gguf: GgufFile, architecture: str, n_layer: int) -> KvShape:

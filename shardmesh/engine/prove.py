@@ -18,7 +18,9 @@ from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.gguf_write import n_bytes_of, write_contents
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.legal_cuts import legal_cuts
+from shardmesh.shards.piece_tokens import AUTO
 from shardmesh.shards.slices import first_layers
+from shardmesh.shards.split import piece_tokens_for
 
 N_PREFILL_MIN: Final = 48
 N_PREFILL_MAX: Final = 4096 + 64
@@ -39,17 +41,20 @@ def prove_exact(
     ranges: Sequence[LayerRange],
     *,
     progress: Progress,
+    piece_tokens: int | None = AUTO,
     n_bytes_free: int | None = None,
     run: RunTask | None = None,
 ) -> None:
     """Raises GgufError (theirs) unless chains of these ranges give the bits of the whole model.
 
-    `progress` gets a line before each part; `n_bytes_free` is the free memory (None: look).
+    `progress` gets a line before each part; `piece_tokens` is what the model is to be split with;
+    `n_bytes_free` is the free memory (None: look).
     """
     room = int(MEMORY_SHARE * (memory_free_bytes() if n_bytes_free is None else n_bytes_free))
     n_prefill = prefill_length(source)
+    piece_tokens = piece_tokens_for(source, len(ranges), piece_tokens)
     if source.n_bytes <= room:
-        _prove(source.path, source, ranges, n_prefill, progress, run)
+        _prove(source.path, source, ranges, n_prefill, piece_tokens, progress, run)
         return
     n_layer = _fitting(source, room)
     with tempfile.TemporaryDirectory(prefix="shardmesh-prove-") as folder:
@@ -62,7 +67,7 @@ def prove_exact(
         tried = tried or cuts.nearest(ranges_of_counts([n_layer // 2, n_layer - n_layer // 2]))
         if tried is None:
             raise _refused(source, "its first layers cannot be cut by themselves")
-        _prove(path, source, tried, n_prefill, progress, run)
+        _prove(path, source, tried, n_prefill, piece_tokens, progress, run)
 
 
 def prefill_length(source: GgufFile) -> int:
@@ -80,6 +85,7 @@ def _prove(
     source: GgufFile,
     ranges: Sequence[LayerRange],
     n_prefill: int,
+    piece_tokens: int,
     progress: Progress,
     run: RunTask | None,
 ) -> None:
@@ -92,6 +98,7 @@ def _prove(
             timeout_s=TIMEOUT_S,
             progress=progress,
             n_prefill=n_prefill,
+            piece_tokens=piece_tokens,
             run=run,
         )
     except ShardmeshError as error:

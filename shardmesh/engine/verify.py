@@ -31,7 +31,8 @@ from shardmesh.errors import EngineError, InputError, error_from_wire
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.layers import LayerRange
 from shardmesh.shards.names import shard_name
-from shardmesh.shards.split import split_model
+from shardmesh.shards.piece_tokens import AUTO
+from shardmesh.shards.split import piece_tokens_for, split_model
 from shardmesh.wire.limits import PROMPT_BYTES_MAX
 
 N_SINGLE_STEPS_MAX = 4096
@@ -64,26 +65,39 @@ def verify_model(
     timeout_s: float,
     progress: Progress,
     n_prefill: int = PREFILL_TOKENS_MIN,
+    piece_tokens: int | None = AUTO,
     run: RunTask | None = None,
 ) -> VerifyReport:
     """Cuts the model into a temporary folder and compares cut with whole, bit for bit.
 
     `timeout_s` is for each process, started by `run` (`run_task` if None); `progress` gets a line
-    before each part; `n_prefill` is the number of made-up tokens without a prompt.  Raises
-    InputError (theirs) for a model or prompt that cannot be used, EngineError (ours) when a process
-    dies or takes too long.  Nothing is left behind.
+    before each part; `n_prefill` is the number of made-up tokens without a prompt; `piece_tokens`
+    is what the model is to be split with.  Raises InputError (theirs) for a model or prompt that
+    cannot be used, EngineError (ours) when a process dies or takes too long.  Nothing is left
+    behind.
     """
     gguf = read_gguf(model)
     start = functools.partial(_start, run or run_task, timeout_s)
     _check_inputs(gguf.get_int("shardmesh.n_shards", 1), n_single, prompt)
+    piece_tokens = piece_tokens_for(gguf, len(ranges), piece_tokens)
     with tempfile.TemporaryDirectory(prefix="shardmesh-verify-") as folder_name:
         folder = Path(folder_name)
         progress("computing the whole model")
-        whole, tokens = _run_whole(start, gguf.path, folder, n_single, n_prefill, prompt)
+        task = VerifyTask(
+            model_path=str(gguf.path.resolve()),
+            outputs_path=str(folder / "whole.npy"),
+            piece_tokens=piece_tokens,
+            prompt=prompt,
+            n_prefill=n_prefill,
+            n_greedy=n_single,
+            tokens_path=str(folder / "tokens.npy"),
+        )
+        start(task, "the whole model")
+        whole, tokens = _load_array(folder / "whole.npy"), _load_array(folder / "tokens.npy")
         progress(f"cutting into {len(ranges)} shards")
         split_model(model, ranges, folder / "shards", name="verify", is_proven=True)
         n_prompt = len(tokens) - n_single
-        cut = _run_shards(start, folder, len(ranges), n_prompt, progress)
+        cut = _run_shards(start, folder, len(ranges), n_prompt, piece_tokens, progress)
         if cut.shape != whole.shape:
             raise EngineError(f"the cut model gave {cut.shape} logits, the whole {whole.shape}")
         identical, max_abs_diff, greedy_equal = compare_logits(whole, cut)
@@ -130,33 +144,12 @@ def _start(run: RunTask, timeout_s: float, task: VerifyTask, what: str) -> None:
     run(task, what, timeout_s)
 
 
-def _run_whole(
-    start: Callable[[VerifyTask, str], None],
-    model: Path,
-    folder: Path,
-    n_single: int,
-    n_prefill: int,
-    prompt: str,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """The logits of each step, and all tokens: the prompt and those that were fed after it."""
-    logits, tokens = folder / "whole.npy", folder / "tokens.npy"
-    task = VerifyTask(
-        model_path=str(model.resolve()),
-        outputs_path=str(logits),
-        prompt=prompt,
-        n_prefill=n_prefill,
-        n_greedy=n_single,
-        tokens_path=str(tokens),
-    )
-    start(task, "the whole model")
-    return _load_array(logits), _load_array(tokens)
-
-
 def _run_shards(
     start: Callable[[VerifyTask, str], None],
     folder: Path,
     n_shards: int,
     n_prompt: int,
+    piece_tokens: int,
     progress: Progress,
 ) -> npt.NDArray[np.float32]:
     """The logits that come out of the last shard."""
@@ -167,6 +160,7 @@ def _run_shards(
         task = VerifyTask(
             model_path=str(folder / "shards" / shard_name(shard_id)),
             outputs_path=str(outputs),
+            piece_tokens=piece_tokens,
             inputs_path=str(inputs),
             n_prompt=n_prompt,
         )

@@ -21,21 +21,19 @@ EXIT_KNOWN_ERROR = 3
 PREFILL_TOKENS_MIN = 16
 """Tokens of the prefill at least: fewer would not use the code that computes many rows at once."""
 
-PREFILL_TOKENS_MAX = 512
-"""Rows of one micro-batch; a longer prompt is cut into several."""
-
 
 class VerifyTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to compute; paths of .npy files.
 
     The whole model gets `prompt` (empty: `n_prefill` made-up tokens) and `n_greedy`, and writes
     `tokens_path`.  A shard gets `inputs_path`: token ids (n,) or hidden states (n, n_embd), and
-    `n_prompt`.  Written to `outputs_path`: hidden states of all rows, or the logits of each
-    step's last row, (n_steps, n_vocab).
+    `n_prompt`.  The prompt goes in micro-batches of `piece_tokens`.  Written to `outputs_path`:
+    hidden states of all rows, or the logits of each step's last row, (n_steps, n_vocab).
     """
 
     model_path: str
     outputs_path: str
+    piece_tokens: int
     prompt: str = ""
     n_prefill: int = PREFILL_TOKENS_MIN
     n_greedy: int = 0
@@ -53,10 +51,10 @@ class VerifyFailure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     next_step: str
 
 
-def step_lengths(n_prompt: int, n_single: int) -> list[int]:
+def step_lengths(n_prompt: int, n_single: int, piece_tokens: int) -> list[int]:
     """The tokens of each micro-batch: the prefill, then single ones."""
-    full, rest = divmod(n_prompt, PREFILL_TOKENS_MAX)
-    return [PREFILL_TOKENS_MAX] * full + [rest] * bool(rest) + [1] * n_single
+    full, rest = divmod(n_prompt, piece_tokens)
+    return [piece_tokens] * full + [rest] * bool(rest) + [1] * n_single
 
 
 def main() -> None:
@@ -75,10 +73,10 @@ def compute_task(task: VerifyTask) -> None:
     """Computes and writes; raises ShardmeshError, or llama.cpp ends the process."""
     if task.inputs_path:
         inputs = np.load(task.inputs_path, allow_pickle=False)
-        lengths = step_lengths(task.n_prompt, len(inputs) - task.n_prompt)
+        lengths = step_lengths(task.n_prompt, len(inputs) - task.n_prompt, task.piece_tokens)
     else:
         inputs = np.array(_prompt_tokens(task), dtype=np.int32)
-        lengths = step_lengths(len(inputs), task.n_greedy)
+        lengths = step_lengths(len(inputs), task.n_greedy, task.piece_tokens)
     engine = _load(task.model_path, sum(lengths))
     try:
         engine.open_sequence(0)

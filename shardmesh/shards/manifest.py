@@ -11,12 +11,15 @@ import msgspec
 from shardmesh.errors import InputError, ProtocolError, ShardmeshError, StorageError
 from shardmesh.shards.atomic import atomic_file
 from shardmesh.shards.layers import LayerRange, check_cover
+from shardmesh.shards.piece_tokens import is_legal
 from shardmesh.wire.codec import decode_json, encode_cbor, encode_json
 from shardmesh.wire.limits import (
     ADAPTERS_MAX,
     MANIFEST_BYTES_MAX,
     MODEL_LAYERS_MAX,
     MODEL_NAME_BYTES_MAX,
+    PIECE_TOKENS_MAX,
+    PIECE_TOKENS_MIN,
 )
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -77,6 +80,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     n_layer: Layer
     n_embd: Number
     n_ctx_train: Number
+    piece_tokens: int  # of a prompt, in one micro-batch: it decides the last bits
     can_roll_back: bool  # else a sequence can only go on, or start again from its beginning
     quantization: Word
     slicer_version: Word
@@ -100,6 +104,12 @@ def check_manifest(manifest: Manifest) -> Manifest:
             next_step="use the same version of Shardmesh everywhere, or split the model again",
         )
     check_model_name(manifest.model_name)
+    if not is_legal(manifest.piece_tokens):
+        raise InputError(
+            f"the manifest has prompts go in pieces of {manifest.piece_tokens} tokens, which is not"
+            f" a power of two from {PIECE_TOKENS_MIN} to {PIECE_TOKENS_MAX}",
+            code="BAD_MANIFEST",
+        )
     if [shard.shard_id for shard in manifest.shards] != list(range(len(manifest.shards))):
         raise InputError("the manifest's shards are not numbered from 0", code="BAD_MANIFEST")
     check_cover([shard.layers for shard in manifest.shards], manifest.n_layer)

@@ -35,6 +35,8 @@ from shardmesh.shards.manifest import (
     read_manifest,
 )
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
+from shardmesh.shards.piece_tokens import AUTO, choose_piece_tokens
+from shardmesh.shards.row_width import row_bytes_of
 from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
 from shardmesh.shards.staging import publish, staging_folder
 from shardmesh.wire.limits import ADAPTERS_MAX
@@ -54,20 +56,23 @@ def split_model(
     progress: Progress | None = None,
     is_proven: bool = False,
     adapters: Mapping[str, Path] | None = None,
+    piece_tokens: int | None = AUTO,
 ) -> Manifest:
     """Writes one shard per range and all that goes with them; gives the manifest.
 
     `adapters`: name -> file of each LoRA adapter that is cut along.
+    `piece_tokens`: of a prompt, in one micro-batch of all who use the model.
     `is_proven`: the caller knows that a model of an unknown architecture stays exact, or finds out.
     `progress` is called with the bytes written since the last call.  All files appear under their
     final names together at the end; a cancellation or failure leaves nothing.  Raises GgufError or
-    InputError (theirs): the model, the ranges, no room; StorageError (ours).
+    InputError (theirs): the model, the ranges, the length of pieces, no room; StorageError (ours).
     """
     source = read_gguf(model)
     if not is_proven:
         refuse_unknown(source)
     adapters = adapters or {}
     files = plan_files(source, ranges, name, adapters)
+    piece_tokens = piece_tokens_for(source, len(ranges), piece_tokens)
     _refuse_overwriting(source, out_dir, files)
     with _storage_errors(out_dir):
         _check_room(out_dir, sum(n_bytes_of(contents) for contents in files.values()))
@@ -76,7 +81,7 @@ def split_model(
                 file_name: _write(staging / file_name, contents, progress)
                 for file_name, contents in files.items()
             }
-            manifest = _manifest(source, ranges, name, list(adapters), digests)
+            manifest = _manifest(source, ranges, name, list(adapters), digests, piece_tokens)
             with (staging / MANIFEST_NAME).open("wb") as file:
                 file.write(encode_manifest(manifest))
                 flush_to_disk(file)
@@ -118,6 +123,15 @@ def _plan_adapters(
             if contents is not None:
                 files[adapter_name(number, shard_id)] = contents
     return files
+
+
+def piece_tokens_for(source: GgufFile, n_shards: int, wanted: int | None = AUTO) -> int:
+    """Tokens of a prompt's pieces in a model of so many shards: as wanted, or chosen for AUTO.
+
+    Raises InputError (theirs) if the hidden states of so many tokens do not fit into a frame.
+    """
+    row_bytes = row_bytes_of(source, rules_for(source))
+    return choose_piece_tokens(wanted, n_shards=n_shards, row_bytes=row_bytes)
 
 
 def refuse_unknown(source: GgufFile) -> None:
@@ -179,6 +193,7 @@ def _manifest(
     name: str,
     adapters: Sequence[str],
     digests: Mapping[str, tuple[int, str]],
+    piece_tokens: int,
 ) -> Manifest:
     shards = []
     for shard_id, layers in enumerate(ranges):
@@ -200,6 +215,7 @@ def _manifest(
         n_layer=source.n_layer,
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=_number(source, "context_length"),
+        piece_tokens=piece_tokens,
         can_roll_back=rules_for(source).rolls_back,
         quantization=quantization_of(source),
         slicer_version=__version__,

@@ -35,6 +35,15 @@ ADAPTERS_MAX: Final = 16
 MICRO_BATCH_TOKENS_MAX: Final = 1024
 """Rows of one micro-batch; larger ones would only delay the next stage."""
 
+PIECE_TOKENS_MIN: Final = 16
+"""Tokens of a piece of a prompt at least: with fewer, hops would take longer than computing."""
+
+PIECE_TOKENS_MAX: Final = 512
+"""Tokens of a piece of a prompt at most: the rows that engines have memory for in one pass."""
+
+PIECE_BYTES_MAX: Final = 16 * MIB
+"""Hidden states of a piece: eight, which a session keeps under way, fill the queue of a link."""
+
 # -- sessions ----------------------------------------------------------------------------------
 
 SEQUENCES_MAX: Final = 256
@@ -53,7 +62,7 @@ LOGIT_BIASES_MAX: Final = 1024
 """Entries of a logit bias; OpenAI allows 300."""
 
 SCORED_TOKENS_MAX: Final = 64
-"""Tokens of one micro-batch whose log-probabilities are given; pieces of a prompt have 32."""
+"""Tokens of one micro-batch whose log-probabilities are given; 60 KiB with 64 alternatives each."""
 
 TOP_LOGPROBS_MAX: Final = 64
 """Alternatives reported for a token; OpenAI allows 20."""

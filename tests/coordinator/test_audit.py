@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import trio
-from support.mesh import COORDINATOR, RANDOM, MemoryMesh, memory_mesh
+from support.mesh import COORDINATOR, PIECE_TOKENS, RANDOM, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.audit import (
     AuditReport,
@@ -36,7 +36,7 @@ CUTS = (0, 2, 4)
 PROMPT = tuple(i % 60 for i in range(70))
 N_TOKENS = 12
 SAMPLED = msgspec.structs.replace(RANDOM, seed=3)
-SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED)
+SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED, piece_tokens=PIECE_TOKENS)
 
 
 class LyingEngine(FakeEngine):

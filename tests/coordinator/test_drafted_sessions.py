@@ -13,7 +13,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loop_worker import LoopWorker
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     CountingEngine,
     assert_nothing_left,
@@ -56,7 +56,7 @@ def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED):  # type: ignore[
     return mesh.router.session(
         mesh.chain,
         mesh.links,
-        SessionSettings(n_ctx=300, sampling=sampling),
+        SessionSettings(n_ctx=300, sampling=sampling, piece_tokens=PIECE_TOKENS),
         replacements=mesh.replacements(),
     )
 

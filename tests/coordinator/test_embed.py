@@ -24,7 +24,7 @@ async def test_a_chain_gives_the_embedding_of_one_engine(n_tokens: int) -> None:
     micro = MicroBatch(sequence=0, position=0, tokens=tuple(tokens), want_embedding=True)
     expected = whole.compute([micro])[0].embedding
     assert expected is not None
-    settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY)
+    settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY, piece_tokens=EMBEDDING_TOKENS)
     stages = [
         FakeEngine(
             fake_info(*layers, 4, n_ctx=N_CTX, n_batch_tokens_max=N_CTX), layer_start=layers[0]

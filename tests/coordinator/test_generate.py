@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import trio
 from support.letters import Letters
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.feed import Feed
 from shardmesh.coordinator.generate import Finished, Piece, generate, prefill
@@ -23,7 +23,7 @@ from shardmesh.engine.text import TextDecoder
 from shardmesh.errors import ProtocolError
 from shardmesh.wire.messages import Sampled
 
-SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
+SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 PROMPT = [3, 1, 4, 1, 5]
 
 
@@ -202,7 +202,7 @@ async def test_how_likely_the_tokens_of_the_prompt_are() -> None:
         [MicroBatch(sequence=0, position=0, tokens=tuple(prompt), scored=tuple(prompt[1:]))]
     )
     sampling = msgspec.structs.replace(GREEDY, n_top_logprobs=2)
-    settings = SessionSettings(n_ctx=200, sampling=sampling)
+    settings = SessionSettings(n_ctx=200, sampling=sampling, piece_tokens=PIECE_TOKENS)
     async with (
         memory_mesh(fake_chain((0, 1, 4))) as mesh,
         mesh.router.session(mesh.chain, mesh.links, settings) as session,

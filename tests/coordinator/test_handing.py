@@ -14,7 +14,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.loop_worker import LoopWorker
-from support.mesh import GREEDY, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     TOKEN_S,
     CountingEngine,
@@ -100,7 +100,9 @@ async def quick_first_mesh() -> AsyncIterator[MemoryMesh]:
 
 
 def session_of(mesh: MemoryMesh, *, hands_on: bool = True, **changes):  # type: ignore[no-untyped-def]
-    known = SessionSettings(n_ctx=N_CTX, sampling=SAMPLED, hands_on=hands_on)
+    known = SessionSettings(
+        n_ctx=N_CTX, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, hands_on=hands_on
+    )
     return mesh.router.session(
         mesh.chain,
         mesh.links,

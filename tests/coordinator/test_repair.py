@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
-from support.mesh import COORDINATOR, GREEDY, MemoryMesh, memory_mesh
+from support.mesh import COORDINATOR, GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     TOKEN_S,
     assert_nothing_left,
@@ -21,7 +21,6 @@ from support.replicated import (
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.replacements import ASIDE_MIN_S, ASIDE_SHORT_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
 from shardmesh.engine.fake import FakeEngine, fake_info
@@ -71,7 +70,7 @@ def replicated(n_spares: int = 1, **options: int):  # type: ignore[no-untyped-de
 
 
 def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
-    settings = SessionSettings(n_ctx=300, sampling=sampling)
+    settings = SessionSettings(n_ctx=300, sampling=sampling, piece_tokens=PIECE_TOKENS)
     return mesh.router.session(
         mesh.chain, mesh.links, settings, replacements=mesh.replacements(timeout_s)
     )
@@ -354,7 +353,7 @@ async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockCl
         names = ("stage-0-1", "stage-1-1", "stage-2-1")
         other = type(chain)(tuple(mesh.nodes[name].replica for name in names))
         links = [await mesh.link("coordinator", name) for name in names]
-        settings = SessionSettings(n_ctx=300, sampling=GREEDY)
+        settings = SessionSettings(n_ctx=300, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
         async with mesh.router.session(other, links, settings):
             assert busy.stage.n_sessions == 1
             async with session_of(mesh) as session:

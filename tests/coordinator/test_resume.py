@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 import pytest
 from support.letters import Letters
-from support.mesh import RANDOM, MemoryMesh, memory_mesh
+from support.mesh import PIECE_TOKENS, RANDOM, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.generate import Finished, Piece, generate
 from shardmesh.coordinator.openings import SessionSettings
@@ -23,7 +23,7 @@ from shardmesh.wire.messages import Sampling
 PROMPT = [3, 1, 4, 1, 5]
 N_TOKENS = 30
 SAMPLED = msgspec.structs.replace(RANDOM, seed=11)
-SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED)
+SETTINGS = SessionSettings(n_ctx=200, sampling=SAMPLED, piece_tokens=PIECE_TOKENS)
 
 
 @dataclasses.dataclass
@@ -116,7 +116,9 @@ async def test_what_this_request_does_not_give_is_not_continued() -> None:
             await write(mesh, wrong)
         assert caught.value.code == "CANNOT_RESUME"
         fields = {name: getattr(SAMPLED, name) for name in SAMPLED.__struct_fields__}
-        other = SessionSettings(n_ctx=200, sampling=Sampling(**{**fields, "seed": 12}))
+        other = SessionSettings(
+            n_ctx=200, sampling=Sampling(**{**fields, "seed": 12}), piece_tokens=PIECE_TOKENS
+        )
         with pytest.raises(InputError):
             await write(mesh, whole.tokens[:20], settings=other)
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 from support.far_end import Recorder
-from support.mesh import GREEDY, linked_pair
+from support.mesh import GREEDY, PIECE_TOKENS, linked_pair
 
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.openings import SessionSettings
@@ -28,7 +28,7 @@ from shardmesh.wire.messages import (
     TrimSession,
 )
 
-SETTINGS = SessionSettings(n_ctx=64, sampling=GREEDY)
+SETTINGS = SessionSettings(n_ctx=64, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 
 
 class PlayedStage:

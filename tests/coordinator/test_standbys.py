@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
-from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 from support.replicated import (
     CountingEngine,
     assert_nothing_left,
@@ -22,7 +22,6 @@ from support.replicated import (
 )
 
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.recovery import Held, begin_behind_copies, plan_replay
 from shardmesh.coordinator.session import Session
 from shardmesh.engine.fake import fake_info
@@ -56,7 +55,9 @@ def replicated(n_spares: int = 1):  # type: ignore[no-untyped-def]
 @asynccontextmanager
 async def session_of(mesh: MemoryMesh) -> AsyncIterator[Session]:
     """A session whose standbys are found before it goes on."""
-    settings = SessionSettings(n_ctx=N_CTX, sampling=SAMPLED, standby=True)
+    settings = SessionSettings(
+        n_ctx=N_CTX, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, standby=True
+    )
     async with mesh.router.session(
         mesh.chain, mesh.links, settings, replacements=mesh.replacements()
     ) as session:

@@ -59,6 +59,18 @@ def test_identical(model: Path) -> None:
     }
 
 
+@pytest.mark.processes
+def test_pieces_of_a_length_that_is_wished_for(model: Path) -> None:
+    prompt = "a tree and another tree " * 20
+    reports = []
+    for length in ("16", "64"):
+        result = run(model, "--prompt", prompt, "--piece-tokens", length, "--tokens", "1", "--json")
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads(result.stdout))
+    assert all(report["identical"] for report in reports)
+    assert reports[0]["n_steps"] > 2 * reports[1]["n_steps"] > 4
+
+
 def split_wrongly(
     model: Path, ranges: Sequence[LayerRange], out_dir: Path, **options: Any
 ) -> Manifest:
@@ -157,12 +169,12 @@ def test_a_dead_process_is_a_sentence(
 def test_a_process_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker_that(tmp_path, monkeypatch, "exec sleep 100")
     with pytest.raises(EngineError, match=r"not computed within 0\.2 s"):
-        run_task(VerifyTask(model_path="m", outputs_path="o"), "the whole model", 0.2)
+        run_task(VerifyTask(model_path="m", outputs_path="o", piece_tokens=32), "the whole", 0.2)
 
 
 @pytest.mark.processes
 def test_errors_of_the_worker_keep_their_kind(tmp_path: Path) -> None:
-    task = VerifyTask(model_path=str(tmp_path / "none.gguf"), outputs_path="o")
+    task = VerifyTask(model_path=str(tmp_path / "none.gguf"), outputs_path="o", piece_tokens=32)
     with pytest.raises(TheirError, match=r"whole model: .* cannot be read"):
         run_task(task, "the whole model", 60)
 
@@ -182,9 +194,10 @@ def test_comparison_is_of_bits() -> None:
 
 
 def test_steps() -> None:
-    assert step_lengths(16, 2) == [16, 1, 1]
-    assert step_lengths(1024, 0) == [512, 512]
-    assert step_lengths(513, 1) == [512, 1, 1]
+    assert step_lengths(16, 2, 32) == [16, 1, 1]
+    assert step_lengths(1024, 0, 512) == [512, 512]
+    assert step_lengths(513, 1, 512) == [512, 1, 1]
+    assert step_lengths(70, 1, 32) == [32, 32, 6, 1]
 
 
 def test_deaths_in_words() -> None:

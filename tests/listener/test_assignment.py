@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     n_layer=5,
     n_embd=64,
     n_ctx_train=512,
+    piece_tokens=32,
     can_roll_back=True,
     adapters=(),
     quantization="f16",

@@ -11,7 +11,15 @@ import trio
 import trio.testing
 from support.far_end import Recorder
 from support.loop_worker import LoopWorker
-from support.mesh import DIGEST, GREEDY, MemoryMesh, linked_pair, memory_mesh, written_tokens
+from support.mesh import (
+    DIGEST,
+    GREEDY,
+    PIECE_TOKENS,
+    MemoryMesh,
+    linked_pair,
+    memory_mesh,
+    written_tokens,
+)
 
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.engine.base import Cells, MicroBatch
@@ -287,7 +295,9 @@ def wide() -> FakeEngine:
 async def test_a_standby_that_does_not_read_gets_a_window_and_delays_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY, standby=True)
+    settings = SessionSettings(
+        n_ctx=N_CTX, sampling=GREEDY, piece_tokens=PIECE_TOKENS, standby=True
+    )
     prompt = [i % 60 for i in range(150)]
     async with memory_mesh([wide()], [[wide()]], loop_worker) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
@@ -317,7 +327,9 @@ class UnreadableEngine(FakeEngine):
 async def test_an_engine_that_gives_no_kv_fails_no_session(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY, standby=True)
+    settings = SessionSettings(
+        n_ctx=N_CTX, sampling=GREEDY, piece_tokens=PIECE_TOKENS, standby=True
+    )
     async with memory_mesh([UnreadableEngine(INFO)], [[FakeEngine(INFO)]], loop_worker) as mesh:
         async with mesh.router.session(
             mesh.chain, mesh.links, settings, mesh.replacements()

@@ -10,12 +10,11 @@ import trio
 import trio.testing
 from sim.run import undisturbed
 from support.loop_worker import LoopWorker
-from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.coordinator.prefixes import PromptPrefix
 from shardmesh.coordinator.session import Session
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
@@ -30,9 +29,16 @@ COMMON = tuple(i % 61 for i in range(2 * PIECE_TOKENS))
 
 
 def session_of(
-    mesh: MemoryMesh, prompt: tuple[int, ...], *, key: bytes = KEY, sampling: Sampling = SAMPLED
+    mesh: MemoryMesh,
+    prompt: tuple[int, ...],
+    *,
+    key: bytes = KEY,
+    sampling: Sampling = SAMPLED,
+    piece_tokens: int = PIECE_TOKENS,
 ):  # type: ignore[no-untyped-def]
-    settings = SessionSettings(n_ctx=200, sampling=sampling, prefix=PromptPrefix(prompt, key))
+    settings = SessionSettings(
+        n_ctx=200, sampling=sampling, piece_tokens=piece_tokens, prefix=PromptPrefix(prompt, key)
+    )
     return mesh.router.session(mesh.chain, mesh.links, settings, mesh.replacements())
 
 
@@ -40,9 +46,15 @@ async def write(session: Session, prompt: tuple[int, ...]) -> list[int]:
     return await written_tokens(session, prompt, N_TOKENS)
 
 
-async def answer(mesh: MemoryMesh, prompt: tuple[int, ...], *, key: bytes = KEY) -> int:
+async def answer(
+    mesh: MemoryMesh,
+    prompt: tuple[int, ...],
+    *,
+    key: bytes = KEY,
+    piece_tokens: int = PIECE_TOKENS,
+) -> int:
     """Writes, holds the tokens against those of one engine, and tells how many were reused."""
-    async with session_of(mesh, prompt, key=key) as session:
+    async with session_of(mesh, prompt, key=key, piece_tokens=piece_tokens) as session:
         assert await write(session, prompt) == undisturbed(prompt, N_TOKENS, 0.9)
         n_reused = session.n_reused
     await until_free(mesh)
@@ -69,6 +81,19 @@ async def test_a_second_prompt_begins_behind_what_it_shares(
         assert mesh.stages[1].counters.n_tokens_reused == len(COMMON)
         assert mesh.stages[1].counters.n_sequences_kept == 1
         assert free(mesh) == [4, 4], "a kept sequence is a free one"
+
+
+async def test_pieces_of_another_length_share_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Their bits are others: each length finds only what was computed in pieces of its own."""
+    async with memory_mesh(fake_chain((0, 2, 4)), make_worker=LoopWorker) as mesh:
+        assert await answer(mesh, (*COMMON, 1)) == 0
+        assert await answer(mesh, (*COMMON, 2), piece_tokens=64) == 0
+        assert await answer(mesh, (*COMMON, 3), piece_tokens=64) == 64
+        assert await answer(mesh, (*COMMON, 4), piece_tokens=16) == 0
+        assert await answer(mesh, (*COMMON[:48], 5), piece_tokens=16) == 48
+        assert await answer(mesh, (*COMMON, 6)) == len(COMMON)
 
 
 async def test_the_same_prompt_again_computes_its_last_piece(
@@ -197,7 +222,9 @@ async def test_a_failed_session_leaves_nothing(autojump_clock: trio.testing.Mock
     engine = FakeEngine(fake_info(0, 4, 4), before_compute=maybe_fail)
     async with memory_mesh([engine], make_worker=LoopWorker) as mesh:
         prefix = PromptPrefix((*COMMON, 1), KEY)
-        settings = SessionSettings(n_ctx=200, sampling=SAMPLED, prefix=prefix)
+        settings = SessionSettings(
+            n_ctx=200, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, prefix=prefix
+        )
         async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
             await prefill(session, (*COMMON, 1))
             fails = True
@@ -299,10 +326,14 @@ async def test_pieces_out_of_order_are_refused(autojump_clock: trio.testing.Mock
     async with memory_mesh(fake_chain((0, 4)), make_worker=LoopWorker) as mesh:
 
         class Twisted(PromptPrefix):
-            def pieces_for(self, stages: Sequence[str]) -> tuple[PrefixPiece, ...]:
-                return tuple(reversed(super().pieces_for(stages)))
+            def pieces_for(
+                self, stages: Sequence[str], piece_tokens: int
+            ) -> tuple[PrefixPiece, ...]:
+                return tuple(reversed(super().pieces_for(stages, piece_tokens)))
 
-        settings = SessionSettings(n_ctx=200, sampling=SAMPLED, prefix=Twisted(COMMON, KEY))
+        settings = SessionSettings(
+            n_ctx=200, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, prefix=Twisted(COMMON, KEY)
+        )
         with pytest.raises(ShardmeshError) as caught:
             async with mesh.router.session(mesh.chain, mesh.links, settings):
                 pass
@@ -311,7 +342,7 @@ async def test_pieces_out_of_order_are_refused(autojump_clock: trio.testing.Mock
 
 async def test_without_a_prefix_nothing_is_named(autojump_clock: trio.testing.MockClock) -> None:
     async with memory_mesh(fake_chain((0, 4)), make_worker=LoopWorker) as mesh:
-        settings = SessionSettings(n_ctx=200, sampling=SAMPLED)
+        settings = SessionSettings(n_ctx=200, sampling=SAMPLED, piece_tokens=PIECE_TOKENS)
         for _ in range(2):
             async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
                 assert session.n_reused == 0

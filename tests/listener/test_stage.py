@@ -9,18 +9,17 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
-from support.mesh import GREEDY, MemoryMesh, memory_mesh, written_tokens
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.pieces import PIECE_TOKENS
 from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 from shardmesh.wire.messages import HiddenBatch, NextStage, RepairSession, TokenBatch
 
-SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY)
+SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 
 
 def whole_tokens(prompt: list[int], n_tokens: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chains import opened_chain
-from support.mesh import GREEDY, memory_mesh
+from support.mesh import GREEDY, PIECE_TOKENS, memory_mesh
 from support.models import write_model
 
 from shardmesh.coordinator.generate import prefill
@@ -22,7 +22,7 @@ from shardmesh.wire.hidden_states import WireType, hidden_to_body
 from shardmesh.wire.messages import HiddenBatch
 
 PROMPT = list(range(1, 41))
-EXACT_SETTINGS = SessionSettings(n_ctx=100, sampling=GREEDY)
+EXACT_SETTINGS = SessionSettings(n_ctx=100, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 
 
 class Recorder:

@@ -17,6 +17,7 @@ from shardmesh.shards.manifest import (
     read_manifest,
     write_manifest,
 )
+from shardmesh.wire.limits import PIECE_TOKENS_MAX, PIECE_TOKENS_MIN
 
 
 def manifest() -> Manifest:
@@ -33,6 +34,7 @@ def manifest() -> Manifest:
         n_layer=6,
         n_embd=64,
         n_ctx_train=512,
+        piece_tokens=32,
         can_roll_back=True,
         adapters=(),
         quantization="Q4_K_M",
@@ -53,7 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_digest_stays_what_it_is() -> None:
     """Nodes of different versions compare it."""
     assert manifest().digest() == (
-        "8f76c2911a9f54844c16216354f1835c8b94299c91b8dfdac7aaced2cb5d72fe"
+        "47fc1b4cdd828d8aa4211768a3edfe89d129c0509f38696c6e735a6ed25fee64"
     )
 
 
@@ -79,6 +81,12 @@ def change(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
         (("n_layer",), 513),
         (("n_layer",), 6.0),
         (("n_embd",), 0),
+        (("piece_tokens",), 0),
+        (("piece_tokens",), -32),
+        (("piece_tokens",), PIECE_TOKENS_MIN // 2),
+        (("piece_tokens",), 48),
+        (("piece_tokens",), 2 * PIECE_TOKENS_MAX),
+        (("piece_tokens",), "32"),
         (("unknown",), 1),
         (("shards",), []),
         (("shards", 1, "shard_id"), 2),
@@ -116,6 +124,22 @@ def test_every_field_is_needed_and_in_the_digest(tmp_path: Path, key: str) -> No
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps(tree))
     with pytest.raises(InputError, match=key):
+        read_manifest(file)
+
+
+@pytest.mark.parametrize("piece_tokens", [16, 32, 64, 128, 256, 512])
+def test_the_length_of_pieces_is_kept_and_in_the_digest(tmp_path: Path, piece_tokens: int) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(change(("piece_tokens",), piece_tokens)))
+    found = read_manifest(file)
+    assert found.piece_tokens == piece_tokens
+    assert (found.digest() == manifest().digest()) == (piece_tokens == manifest().piece_tokens)
+
+
+def test_a_wrong_length_of_pieces_is_said_clearly(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(change(("piece_tokens",), 100)))
+    with pytest.raises(InputError, match=r"pieces of 100 tokens.*power of two from 16 to 512"):
         read_manifest(file)
 
 

@@ -41,6 +41,7 @@ def manifest(name: str = "fairy tales") -> Manifest:
         n_ctx_train=512,
         quantization="Q8_0",
         slicer_version="0.1.0",
+        piece_tokens=32,
         can_roll_back=True,
         adapters=(),
         shards=shards,

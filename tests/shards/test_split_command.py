@@ -38,6 +38,24 @@ def test_folder_and_name_can_be_chosen(model: Path, tmp_path: Path) -> None:
     assert manifest.model_name == "x"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--shards", "2"), 64),
+        (("--shards", "3"), 32),
+        (("--shards", "3", "--piece-tokens", "auto"), 32),
+        (("--layers", "1,5", "--piece-tokens", "256"), 256),
+    ],
+)
+def test_the_length_of_pieces_is_in_the_manifest(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], expected: int
+) -> None:
+    result = run(model, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert f"prompts go in pieces of {expected} tokens" in result.stderr
+    assert read_manifest(tmp_path / "out" / "manifest.json").piece_tokens == expected
+
+
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     result = run(model, "--memory", "4G,8G", "--dry-run", "--out", tmp_path / "out")
     assert result.exit_code == 0
@@ -56,6 +74,8 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
         (("--memory", "1M,1M"), "does not fit"),
         (("--memory", "much"), "not a list of memory sizes"),
         (("--shards", "2", "--layers", "3,3"), "exclude each other"),
+        (("--piece-tokens", "48"), "power of two from 16 to 512"),
+        (("--piece-tokens", "1024"), "power of two from 16 to 512"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(

@@ -17,6 +17,7 @@ FAULTS_UNTIL_S = 2.0
 
 FAULT_LONGEST_S = 6.0
 
+PIECE_TOKENS = (32, 16, 64)
 PROMPT_TOKENS = (1, 7, 32, 33, 70, 96, 130, 130, 190, 190)
 
 FaultKind = Literal[
@@ -91,6 +92,7 @@ class Plan:
     n_parallel: int
     sessions: tuple[SessionPlan, ...]
     faults: tuple[Fault, ...]
+    piece_tokens: int  # of the model
 
     def nodes(self) -> list[str]:
         """Names of all nodes, those that join late included."""
@@ -99,7 +101,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"seed {self.seed}: replicas {self.n_replicas}, {self.n_parallel} sequences each, "
-            f"late {self.late_replicas}"
+            f"late {self.late_replicas}, prompts in pieces of {self.piece_tokens}"
         ]
         lines += [
             f"{s.at_s:7.3f} session {s.number} of {s.coordinator}: {len(s.prompt)} + "
@@ -140,7 +142,8 @@ def make_plan(seed: int) -> Plan:
     n_parallel = chance.choice((2, 4, 8))
     count = chance.choice((1, 2, 3, 4, 6, 8))
     faults = sorted((_fault(chance, nodes) for _ in range(count)), key=lambda fault: fault.at_s)
-    return Plan(seed, n_replicas, late, n_parallel, sessions, tuple(faults))
+    piece_tokens = PIECE_TOKENS[seed % len(PIECE_TOKENS)]
+    return Plan(seed, n_replicas, late, n_parallel, sessions, tuple(faults), piece_tokens)
 
 
 def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> SessionPlan:

@@ -22,7 +22,7 @@ from sim.plan import (
 )
 from sim.schedule import run_seeded
 from sim.world import N_CTX, SimulatedCoordinator, World
-from support.mesh import GREEDY
+from support.mesh import GREEDY, PIECE_TOKENS
 from support.replicated import one_engine_tokens
 
 from shardmesh.coordinator.generate import prefill
@@ -70,9 +70,18 @@ class Outcome:
 
 
 @lru_cache(maxsize=256)
-def undisturbed(prompt: tuple[int, ...], n_tokens: int, temperature: float) -> list[int]:
+def undisturbed(
+    prompt: tuple[int, ...], n_tokens: int, temperature: float, piece_tokens: int = PIECE_TOKENS
+) -> list[int]:
     """The tokens of one engine with all layers, fed the same micro-batches."""
-    return one_engine_tokens(prompt, n_tokens, temperature=temperature, seed=n_tokens, n_ctx=N_CTX)
+    return one_engine_tokens(
+        prompt,
+        n_tokens,
+        temperature=temperature,
+        seed=n_tokens,
+        n_ctx=N_CTX,
+        piece_tokens=piece_tokens,
+    )
 
 
 def simulate(seed: int) -> Outcome:
@@ -156,12 +165,15 @@ class Play:
         if scope.cancelled_caught:
             self.outcome.n_cancelled += 1
         else:
-            wanted = undisturbed(plan.prompt, plan.n_tokens, plan.temperature)
+            wanted = self._undisturbed(plan)
             self._world.note(f"session {plan.number} is finished: {tokens == wanted}")
             if tokens != wanted:
                 raise SimulationError(f"session {plan.number}: {tokens} instead of {wanted}")
             self.outcome.n_finished += 1
         done.set()
+
+    def _undisturbed(self, plan: SessionPlan) -> list[int]:
+        return undisturbed(plan.prompt, plan.n_tokens, plan.temperature, self.plan.piece_tokens)
 
     async def _ask_until_served(
         self, plan: SessionPlan, coordinator: SimulatedCoordinator
@@ -176,6 +188,7 @@ class Play:
                 settings = SessionSettings(
                     n_ctx=N_CTX,
                     sampling=_sampling(plan),
+                    piece_tokens=self.plan.piece_tokens,
                     prefix=PromptPrefix(plan.prompt, ASKER_KEY),
                     standby=plan.standby,
                     hands_on=plan.hands_on,
@@ -207,7 +220,7 @@ class Play:
 
     def _guess(self, plan: SessionPlan, session: Session, n_tokens: int) -> None:
         """Sends what comes next, or something else, ahead of the results."""
-        wanted = undisturbed(plan.prompt, plan.n_tokens, plan.temperature)
+        wanted = self._undisturbed(plan)
         for n_known in range(n_tokens + len(session.guesses), plan.n_tokens - 1):
             if len(session.guesses) >= plan.n_guesses:
                 break

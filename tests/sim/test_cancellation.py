@@ -11,7 +11,7 @@ from sim.network import Network
 from sim.plan import coordinator_name, node_name
 from sim.schedule import run_seeded
 from sim.world import BOUNDARIES, N_CTX, World
-from support.mesh import GREEDY
+from support.mesh import GREEDY, PIECE_TOKENS
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
@@ -51,7 +51,9 @@ async def generate_and_cancel(at_step: int, *, kill: bool) -> bool:
             trio.lowlevel.add_instrument(cancel)
             chain, links = await world.chain(coordinator, [])
             finder = world.finder(coordinator, 10.0)
-            settings = SessionSettings(n_ctx=N_CTX, sampling=GREEDY, hands_on=True)
+            settings = SessionSettings(
+                n_ctx=N_CTX, sampling=GREEDY, piece_tokens=PIECE_TOKENS, hands_on=True
+            )
             async with coordinator.user.session(chain, links, settings, finder) as session:
                 done = await prefill(session, PROMPT, hand=True)
                 for number in range(N_TOKENS):

@@ -30,6 +30,8 @@ from shardmesh.wire.sealing import KeyExchange, new_link_id
 
 DIGEST = "d" * 64
 COORDINATOR = "coordinator"
+PIECE_TOKENS = 32
+"""Of the fake model's prompts."""
 
 GREEDY = Sampling(
     temperature=0.0,

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from support.loop_worker import LoopWorker
-from support.mesh import MemoryMesh, memory_mesh
+from support.mesh import PIECE_TOKENS, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.engine.base import MicroBatch, SamplingSettings
@@ -46,12 +46,18 @@ async def replicated_mesh(
 
 
 def one_engine_tokens(
-    prompt: Sequence[int], n_tokens: int, *, temperature: float, seed: int, n_ctx: int = 512
+    prompt: Sequence[int],
+    n_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    n_ctx: int = 512,
+    piece_tokens: int = PIECE_TOKENS,
 ) -> list[int]:
     """What one engine with all layers writes, fed the same micro-batches."""
     engine = FakeEngine(fake_info(n_ctx=n_ctx))
     engine.open_sequence(0, SamplingSettings(temperature=temperature, seed=seed))
-    pieces = [tuple(piece) for piece in pieces_of(prompt)]
+    pieces = [tuple(piece) for piece in pieces_of(prompt, piece_tokens)]
     tokens: list[int] = []
     position = 0
     while len(tokens) < n_tokens:
