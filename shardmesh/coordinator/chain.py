@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -67,12 +68,16 @@ def missing_layers(replicas: Sequence[Replica]) -> list[tuple[int, int]]:
 
 
 class Costs(Protocol):
-    """What a chain costs: the sum over its stages and its hops, in any unit."""
+    """What a chain costs: the sum over its stages, the hops between them and its turn."""
 
     def stage(self, replica: Replica) -> float: ...
 
-    def hop(self, before: Replica | None, after: Replica | None) -> float:
-        """From one stage to the next; None is the coordinator."""
+    def hop(self, before: Replica, after: Replica) -> float:
+        """From one stage to the next."""
+        ...
+
+    def turn(self, last: Replica, first: Replica) -> float:
+        """From a chain's last stage to its first, with the token that it begins anew with."""
         ...
 
 
@@ -80,8 +85,17 @@ class _Free:
     def stage(self, replica: Replica) -> float:
         return 0.0
 
-    def hop(self, before: Replica | None, after: Replica | None) -> float:
+    def hop(self, before: Replica, after: Replica) -> float:
         return 0.0
+
+    def turn(self, last: Replica, first: Replica) -> float:
+        return 0.0
+
+
+def chain_cost(stages: Sequence[Replica], costs: Costs) -> float:
+    """Of one token, all the way round."""
+    hops = sum(costs.hop(before, after) for before, after in itertools.pairwise(stages))
+    return sum(map(costs.stage, stages)) + hops + costs.turn(stages[-1], stages[0])
 
 
 def choose_chain(
@@ -171,27 +185,45 @@ def _require_one_name(models: Iterable[tuple[str, str]]) -> None:
 def _cheapest(
     replicas: Sequence[Replica], costs: Costs
 ) -> tuple[float, tuple[Replica, ...]] | None:
-    """Shortest path from layer 0 to the last, one node a replica: its cost and its replicas."""
-    n_layer = replicas[0].n_layer
-    # The cheapest way to have gone through each replica; by the layer where that ends.
-    ending: dict[int, list[tuple[float, tuple[Replica, ...]]]] = {0: [(0.0, ())]}
-    for replica in sorted(replicas, key=lambda r: (r.layer_start, r.layer_end, r.peer_id)):
-        ways = ending.get(replica.layer_start)
-        if not replica.shard_loaded or not ways:
-            continue
-        cost, stages = min(
-            (
-                (cost + costs.hop(stages[-1] if stages else None, replica), stages)
-                for cost, stages in ways
-            ),
-            key=lambda way: way[0],
-        )
-        way = (cost + costs.stage(replica), (*stages, replica))
-        ending.setdefault(replica.layer_end, []).append(way)
-    whole = [
-        (cost + costs.hop(stages[-1], None), stages) for cost, stages in ending.get(n_layer, ())
+    """The cheapest way round: for each first stage the shortest path to each last one."""
+    loaded = [replica for replica in replicas if replica.shard_loaded]
+    loaded.sort(key=lambda r: (r.layer_start, r.layer_end, r.peer_id))
+    hops = [
+        [
+            (number, costs.hop(before, after))
+            for number, before in enumerate(loaded)
+            if before.layer_end == after.layer_start
+        ]
+        for after in loaded
     ]
-    return min(whole, key=lambda way: way[0], default=None)
+    own = [costs.stage(replica) for replica in loaded]
+    rounds = []
+    for number, first in enumerate(loaded):
+        if first.layer_start == 0:
+            paths = _paths_from(number, hops, own)
+            rounds += [
+                (cost + costs.turn(loaded[path[-1]], first), path)
+                for cost, path in paths
+                if loaded[path[-1]].layer_end == first.n_layer
+            ]
+    best = min(rounds, key=lambda way: way[0], default=None)
+    return None if best is None else (best[0], tuple(loaded[number] for number in best[1]))
+
+
+def _paths_from(
+    first: int, hops: Sequence[Sequence[tuple[int, float]]], own: Sequence[float]
+) -> Iterable[tuple[float, tuple[int, ...]]]:
+    """The cheapest path from one node to each that can be reached; `hops` are those before each.
+
+    Nodes are numbers, rising along any path.
+    """
+    paths: dict[int, tuple[float, tuple[int, ...]]] = {first: (own[first], (first,))}
+    for number in range(first + 1, len(own)):
+        ways = [(paths[n][0] + hop, paths[n][1]) for n, hop in hops[number] if n in paths]
+        if ways:
+            cost, path = min(ways, key=lambda way: way[0])
+            paths[number] = (cost + own[number], (*path, number))
+    return paths.values()
 
 
 def _nobody(model_name: str | None) -> IncompleteError | InputError:

@@ -1,8 +1,9 @@
 """The expected time of a token over a chain, out of what nodes publish and what was seen.  Pure.
 
-    time of a token = first hop + sum over stages (waiting + computing + hop behind it)
+    time of a token = sum over stages (waiting + computing + hop behind it)
 
-A stage computes the tokens of its sessions in turn, so one more session waits for the others.
+Behind the last stage that is the hop to the first one, where the next token begins.  A stage
+computes the tokens of its sessions in turn, so one more session waits for the others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from shardmesh.coordinator.chain import Replica
+from shardmesh.coordinator.chain import Replica, chain_cost
 from shardmesh.wire.messages import StageTiming
 
 LAYER_US_DEFAULT = 500.0
@@ -25,6 +26,10 @@ FULL_US = 10e6
 
 OTHER_ENGINE_US = 1e6
 """Neighbours that compute differently do not give one process's bits: better a slower chain."""
+
+COORDINATOR_WEIGHT = 1 / 64
+"""Of the hops to and from the coordinator, which the first of some dozens of tokens takes.  Each
+token is also sent that way, but nobody waits for it."""
 
 SEEN_WEIGHT = 0.2
 """Of a new step in what is remembered: some ten tokens make a change known."""
@@ -79,15 +84,22 @@ class TokenCosts:
             cost_us += FULL_US
         return cost_us
 
-    def hop(self, before: Replica | None, after: Replica | None) -> float:
-        """From one stage to the next; None is the coordinator."""
-        here, there = _peer_id(before), _peer_id(after)
-        cost_us = self.hops_us.get((here, there), self.hops_us.get((there, here)))
-        if cost_us is None:
-            cost_us = self.hop_us_default
-        if before is not None and after is not None and before.fingerprint != after.fingerprint:
-            cost_us += OTHER_ENGINE_US
-        return cost_us
+    def hop(self, before: Replica, after: Replica) -> float:
+        """From one stage to the next."""
+        is_other = before.fingerprint != after.fingerprint
+        return self._way_us(before.peer_id, after.peer_id) + is_other * OTHER_ENGINE_US
+
+    def turn(self, last: Replica, first: Replica) -> float:
+        """From the last stage to the first; over the coordinator, where that is the same node."""
+        over_coordinator_us = self._way_us("", first.peer_id) + self._way_us(last.peer_id, "")
+        if last.peer_id == first.peer_id:
+            return over_coordinator_us
+        straight_us = self._way_us(last.peer_id, first.peer_id)
+        return straight_us + COORDINATOR_WEIGHT * over_coordinator_us
+
+    def _way_us(self, here: str, there: str) -> float:
+        known_us = self.hops_us.get((here, there), self.hops_us.get((there, here)))
+        return self.hop_us_default if known_us is None else known_us
 
 
 def token_costs(
@@ -137,7 +149,7 @@ class Considered:
     compute_us: float
     n_sessions: int
     stage_us: float  # waiting and computing
-    hop_us: float  # to it, from the chosen stage before it
+    hop_us: float  # to it, from the chosen stage before it; to the first from the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +165,8 @@ def explain(
 ) -> Explanation:
     """The choice with its numbers: each stage's replicas, and the time of a token."""
     considered = []
-    total_us = costs.hop(stages[-1], None)
     for number, chosen in enumerate(stages):
-        before = stages[number - 1] if number else None
-        total_us += costs.hop(before, chosen) + costs.stage(chosen)
+        hop, before = (costs.hop if number else costs.turn), stages[number - 1]
         others = [
             r
             for r in replicas
@@ -173,11 +183,7 @@ def explain(
                     compute_us=costs.compute_us[replica.peer_id],
                     n_sessions=costs.n_sessions[replica.peer_id],
                     stage_us=costs.stage(replica),
-                    hop_us=costs.hop(before, replica),
+                    hop_us=hop(before, replica),
                 )
             )
-    return Explanation(total_us, tuple(considered))
-
-
-def _peer_id(replica: Replica | None) -> str:
-    return replica.peer_id if replica is not None else ""
+    return Explanation(chain_cost(stages, costs), tuple(considered))

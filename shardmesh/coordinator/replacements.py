@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import trio
 
-from shardmesh.coordinator.chain import Chain, Costs, Replica
+from shardmesh.coordinator.chain import Chain, Costs, Replica, chain_cost
 from shardmesh.coordinator.pace import SeenPaces
 from shardmesh.errors import ShardmeshError
 from shardmesh.links.link import Link
@@ -201,16 +201,13 @@ class ReplicaFinder:
     def _ordered(self, found: Sequence[Replica], chain: Chain, number: int) -> list[Replica]:
         """The best first: those that compute alike give the same bits; of them the fastest."""
         stages = chain.stages
-        before = stages[number - 1] if number else None
-        after = stages[number + 1] if number + 1 < len(stages) else None
         costs = self._costs([*found, *stages]) if self._costs is not None else None
 
         def order(replica: Replica) -> tuple[bool, float, str]:
             is_other = replica.fingerprint != stages[number].fingerprint
-            if costs is None:
-                return is_other, 0.0, replica.peer_id
-            hops = costs.hop(before, replica) + costs.hop(replica, after)
-            return is_other, costs.stage(replica) + hops, replica.peer_id
+            changed = (*stages[:number], replica, *stages[number + 1 :])
+            cost = 0.0 if costs is None else chain_cost(changed, costs)
+            return is_other, cost, replica.peer_id
 
         return sorted(found, key=order)
 

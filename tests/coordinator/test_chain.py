@@ -56,14 +56,19 @@ class Priced:
     def stage(self, replica: Replica) -> float:
         return self._cost[replica.peer_id]
 
-    def hop(self, before: Replica | None, after: Replica | None) -> float:
-        names = f"{before and before.peer_id} {after and after.peer_id}"
+    def hop(self, before: Replica, after: Replica) -> float:
+        names = f"{before.peer_id} {after.peer_id}"
         return zlib.crc32(names.encode()) % 7
+
+    def turn(self, last: Replica, first: Replica) -> float:
+        return zlib.crc32(f"{last.peer_id} to {first.peer_id}".encode()) % 11
 
 
 def price(stages: Sequence[Replica], costs: Costs) -> float:
-    hops = itertools.pairwise([None, *stages, None])
-    return sum(costs.stage(r) for r in stages) + sum(costs.hop(a, b) for a, b in hops)
+    found = costs.turn(stages[-1], stages[0])
+    for number, stage in enumerate(stages):
+        found += costs.stage(stage) + (costs.hop(stages[number - 1], stage) if number else 0.0)
+    return found
 
 
 @st.composite

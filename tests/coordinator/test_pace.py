@@ -6,6 +6,7 @@ import pytest
 
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain
 from shardmesh.coordinator.pace import (
+    COORDINATOR_WEIGHT,
     FULL_US,
     HOP_US_DEFAULT,
     LAYER_US_DEFAULT,
@@ -80,8 +81,29 @@ def test_measured_hops_count_in_both_directions_and_unknown_ones_as_the_median()
     assert chosen([first, near, far]) == ["f", "near"]
     costs = costs_of([first, near, far], own_hops_us={"f": 7.0})
     assert (costs.hop(first, near), costs.hop(near, first)) == (200.0, 200.0)
-    assert (costs.hop(None, first), costs.hop(near, far)) == (7.0, (200.0 + 45_000.0) / 2)
-    assert costs_of([near]).hop(None, near) == HOP_US_DEFAULT
+    assert costs.hop(near, far) == (200.0 + 45_000.0) / 2
+    assert costs_of([near]).hop(near, far) == HOP_US_DEFAULT
+
+
+def test_a_token_goes_from_the_last_stage_straight_to_the_first() -> None:
+    """So what is near the coordinator counts for little: one token in some dozens goes there."""
+    replicas = [
+        replica("f", 0, 2, token_us=1_000, round_trips_us=(("near us", 40_000), ("near f", 2_000))),
+        replica("near us", 2, 4, token_us=1_000),
+        replica("near f", 2, 4, token_us=1_000),
+    ]
+    own_hops_us = {"f": 30_000.0, "near us": 1_000.0, "near f": 30_000.0}
+    assert chosen(replicas, own_hops_us=own_hops_us) == ["f", "near f"]
+    first, near_us, near_f = replicas
+    costs = costs_of(replicas, own_hops_us=own_hops_us)
+    assert costs.turn(near_f, first) == 1_000 + COORDINATOR_WEIGHT * 60_000
+    assert costs.turn(near_us, first) == 20_000 + COORDINATOR_WEIGHT * 31_000
+
+
+def test_a_single_stage_sends_its_tokens_over_the_coordinator() -> None:
+    pair = [replica("a", 0, 4, token_us=1_000), replica("b", 0, 4, token_us=2_000)]
+    assert chosen(pair, own_hops_us={"a": 5_000.0, "b": 100.0}) == ["b"]
+    assert costs_of(pair, own_hops_us={"a": 5_000.0}).turn(pair[0], pair[0]) == 10_000
 
 
 def test_who_has_said_nothing_is_taken_for_average() -> None:
@@ -130,4 +152,6 @@ def test_an_explanation_adds_up_and_has_the_others_beside_the_chosen() -> None:
         ("b", False),
         ("c", True),
     ]
-    assert found.token_us == 1_000 + 2 * 500 + 3 * HOP_US_DEFAULT
+    hops_us = (2 + 2 * COORDINATOR_WEIGHT) * HOP_US_DEFAULT
+    assert found.token_us == 1_000 + 2 * 500 + hops_us
+    assert [c.hop_us for c in found.considered][2] == HOP_US_DEFAULT
