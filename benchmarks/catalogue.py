@@ -32,6 +32,7 @@ class Setting:
     n_shards: int
     n_tokens: int
     runs: int
+    n_gpu_layers: int
     progress: Callable[[str], None]
 
 
@@ -54,7 +55,13 @@ async def _prefill(to: Setting) -> list[Result]:
 
 
 async def _pieces(to: Setting) -> list[Result]:
-    return await measure_pieces(to.model, n_shards=to.n_shards, runs=to.runs, progress=to.progress)
+    return await measure_pieces(
+        to.model,
+        n_shards=to.n_shards,
+        n_gpu_layers=to.n_gpu_layers,
+        runs=to.runs,
+        progress=to.progress,
+    )
 
 
 async def _prefix(to: Setting) -> list[Result]:

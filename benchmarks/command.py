@@ -37,9 +37,23 @@ NAMES = (
     is_flag=True,
     help="decode, prefill, aggregate: also by llama.cpp's RPC, if its programs are on the PATH.",
 )
+@click.option(
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=0,
+    show_default=True,
+    help="pieces: layers on graphics processors, as of `listen`; -1: all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as they come.")
 def command(
-    name: str, model: str, n_shards: int, runs: int, n_tokens: int, rpc: bool, as_json: bool
+    name: str,
+    model: str,
+    n_shards: int,
+    runs: int,
+    n_tokens: int,
+    rpc: bool,
+    n_gpu_layers: int,
+    as_json: bool,
 ) -> None:
     """Measure a mesh of real processes on this machine against llama.cpp in one process.
 
@@ -75,6 +89,7 @@ def command(
                     n_shards=n_shards,
                     n_tokens=n_tokens,
                     runs=runs,
+                    n_gpu_layers=n_gpu_layers,
                     progress=telling(each),
                 )
                 for result in await measuring(setting):

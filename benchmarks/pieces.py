@@ -31,12 +31,15 @@ STAGES: Final = (2, 4, 8)
 
 
 async def measure_pieces(
-    model: Path, *, n_shards: int, runs: int, progress: Callable[[str], None]
+    model: Path, *, n_shards: int, n_gpu_layers: int, runs: int, progress: Callable[[str], None]
 ) -> list[Result]:
-    """One result for each length that pieces may have: milliseconds of a piece in the stage."""
+    """One result for each length that pieces may have: milliseconds of a piece in the stage.
+
+    `n_gpu_layers` of the shard are on graphics processors, -1 for all.
+    """
     async with cut_model(model, n_shards, progress) as (folder, _):
         shard = folder / "shards" / shard_name(0)
-        async with open_child("benchmarks.pieces", str(shard)) as stage:
+        async with open_child("benchmarks.pieces", str(shard), str(n_gpu_layers)) as stage:
             n_tokens = (await stage.ask({}))["n_tokens"]
             sweeps = await _sweep(stage, runs, progress)
     typical = {
@@ -50,6 +53,7 @@ async def measure_pieces(
         figures = {
             **median_of(rates, "tokens_per_s"),
             "n_shards": n_shards,
+            "n_gpu_layers": n_gpu_layers,
             "n_tokens": n_tokens,
             "ms_of_pieces": [round(1e3 * each, 2) for each in piece_s],
         }
@@ -107,14 +111,17 @@ async def _sweep(
     return sweeps
 
 
-def _main(shard: Path) -> None:
+def _main(shard: Path, n_gpu_layers: int) -> None:
     from shardmesh.coordinator.pieces import pieces_of
     from shardmesh.engine.base import EngineOptions, MicroBatch
     from shardmesh.engine.llama import load_engine
 
     gguf = read_gguf(shard)
     n_tokens = min(PROMPT_TOKENS, gguf.get_int(f"{gguf.architecture}.context_length"))
-    engine = load_engine(shard, EngineOptions(n_ctx=n_tokens, n_parallel=1, n_threads=N_THREADS))
+    options = EngineOptions(
+        n_ctx=n_tokens, n_parallel=1, n_threads=N_THREADS, n_gpu_layers=n_gpu_layers
+    )
+    engine = load_engine(shard, options)
     prompt = [(7919 * i + 13) % engine.info.n_vocab for i in range(n_tokens)]
 
     def answer(request: Answer) -> Answer:
@@ -136,4 +143,4 @@ def _main(shard: Path) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main(Path(sys.argv[1]), int(sys.argv[2]))

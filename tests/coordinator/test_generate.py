@@ -21,6 +21,7 @@ from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.engine.text import TextDecoder
 from shardmesh.errors import ProtocolError
+from shardmesh.wire.limits import SCORED_TOKENS_MAX
 from shardmesh.wire.messages import Sampled
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
@@ -194,15 +195,16 @@ async def test_timings_name_every_stage_of_the_decode_phase() -> None:
     assert all(stage.compute_ms >= 0 for stage in stages)
 
 
-async def test_how_likely_the_tokens_of_the_prompt_are() -> None:
-    prompt = [(7 * number) % 60 for number in range(80)]  # three pieces
+@pytest.mark.parametrize("piece_tokens", [16, 32, 2 * SCORED_TOKENS_MAX])
+async def test_how_likely_the_tokens_of_the_prompt_are(piece_tokens: int) -> None:
+    prompt = [(7 * number) % 60 for number in range(80)]
     engine = FakeEngine(fake_info(n_batch_tokens_max=256))
     engine.open_sequence(0, SamplingSettings(temperature=0.0, n_top_logprobs=2))
     (whole,) = engine.compute(
         [MicroBatch(sequence=0, position=0, tokens=tuple(prompt), scored=tuple(prompt[1:]))]
     )
     sampling = msgspec.structs.replace(GREEDY, n_top_logprobs=2)
-    settings = SessionSettings(n_ctx=200, sampling=sampling, piece_tokens=PIECE_TOKENS)
+    settings = SessionSettings(n_ctx=200, sampling=sampling, piece_tokens=piece_tokens)
     async with (
         memory_mesh(fake_chain((0, 1, 4))) as mesh,
         mesh.router.session(mesh.chain, mesh.links, settings) as session,
