@@ -78,7 +78,7 @@ class SessionPlan:
     n_guesses: int  # tokens guessed ahead, at most
     guesses_right: float  # how often one is
     standby: bool  # other replicas keep copies
-    hands_on: bool  # the last stage sends tokens straight to the first
+    hands_on: float  # how often the last stage may send a token straight to the first
     reads_after_s: float  # how long it takes to go on behind a token
 
 
@@ -164,7 +164,7 @@ def _session(chance: random.Random, number: int, common: tuple[int, ...]) -> Ses
         n_guesses=chance.choice((0, 0, 2, 8, 32)),
         guesses_right=chance.choice((0.2, 0.7, 0.9, 1.0)),
         standby=chance.random() < 0.7,
-        hands_on=chance.random() < 0.8,
+        hands_on=chance.choice((0.0, 0.5, 1.0, 1.0)),
         reads_after_s=chance.choice((0.0, 0.0, 0.0, 0.02, 0.2)),
     )
 

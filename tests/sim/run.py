@@ -191,14 +191,14 @@ class Play:
                     piece_tokens=self.plan.piece_tokens,
                     prefix=PromptPrefix(plan.prompt, ASKER_KEY),
                     standby=plan.standby,
-                    hands_on=plan.hands_on,
+                    hands_on=plan.hands_on > 0,
                 )
                 async with coordinator.user.session(chain, links, settings, finder) as session:
                     if session.standbys is not None:
                         coordinator.nursery.start_soon(session.standbys.run)
                     world.note(f"session {plan.number} on {[s.peer_id for s in chain.stages]}")
                     self.outcome.n_reused += session.n_reused
-                    done = await prefill(session, plan.prompt, hand=plan.hands_on)
+                    done = await prefill(session, plan.prompt, hand=self._hands(plan))
                     while True:
                         assert done.sampled is not None
                         tokens.append(done.sampled.token)
@@ -208,7 +208,7 @@ class Play:
                             return tokens
                         if plan.reads_after_s:
                             await trio.sleep(plan.reads_after_s)
-                        session.send([tokens[-1]], sample=True, hand=plan.hands_on)
+                        session.send([tokens[-1]], sample=True, hand=self._hands(plan))
                         self._guess(plan, session, len(tokens))
                         done = await session.receive()
             except ShardmeshError as error:
@@ -217,6 +217,9 @@ class Play:
                     raise
                 self.outcome.n_refused += 1
             await trio.sleep(ASK_AGAIN_S)
+
+    def _hands(self, plan: SessionPlan) -> bool:
+        return self._chance.random() < plan.hands_on
 
     def _guess(self, plan: SessionPlan, session: Session, n_tokens: int) -> None:
         """Sends what comes next, or something else, ahead of the results."""

@@ -344,7 +344,10 @@ class _Preference:
     def stage(self, replica: Replica) -> float:
         return self._cost.get(replica.peer_id, 0.0)
 
-    def hop(self, before: Replica | None, after: Replica | None) -> float:
+    def hop(self, before: Replica, after: Replica) -> float:
+        return 0.0
+
+    def turn(self, last: Replica, first: Replica) -> float:
         return 0.0
 
 
