@@ -39,6 +39,9 @@ NO_LEGAL_CUT = "no legal cut"
 N_PREFILL = 48
 """Past the fixture's sliding window of 32."""
 
+PIECE_TOKENS = 64
+"""All of them in one micro-batch."""
+
 N_SINGLE = 4
 TIMEOUT_S = 60
 RESULTS = Path("build/archs.json")
@@ -103,6 +106,7 @@ def check_cut(path: Path, ranges: Sequence[LayerRange]) -> str:
             ranges,
             n_single=N_SINGLE,
             n_prefill=N_PREFILL,
+            piece_tokens=PIECE_TOKENS,
             prompt="",
             timeout_s=TIMEOUT_S,
             progress=lambda _: None,
