@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 READ_BYTES_MIN = 64 * 1024
 READ_BYTES_MAX = 1024 * 1024  # a buffer of this size is made for each read of a large body
 N_ROUND_TRIPS_KEPT = 8
+BEATS_PER_ROUND_TRIP = 8  # on the side that was dialed, whose pings are for nothing else
 SILENCE_LATE_S = HEARTBEAT_INTERVAL_S / 5  # so late is a silence noticed at most
 
 _CLOSED_HERE = UnreachableError("the link was closed on this side", code="LINK_CLOSED")
@@ -79,6 +80,7 @@ class Link:
             outward, inward = inward, outward
         self.peer_id = peer_id
         self.kind: LinkKind = "direct"
+        self._is_dialer = is_dialer
         self._stream = stream
         self._outbox = Outbox(stream, Sealer(outward), peer_id)
         self._opener = Opener(inward)
@@ -185,15 +187,24 @@ class Link:
                     self._user.on_message(self, message, body)
 
     async def _heartbeat(self) -> None:
+        """Has both sides speak once in each interval.
+
+        The one that dialed pings and the other answers, which says as much.  Only if no ping came,
+        or now and then to know the round trip, it pings as well.
+        """
+        n_beats = n_sent = 0
         calm_s = HEARTBEAT_INTERVAL_S
         while True:
-            self._n_pings += 1
-            self._ping_sent_s = trio.current_time()
-            self._send_beat(Ping(number=self._n_pings))
-            next_ping_s = self._ping_sent_s + HEARTBEAT_INTERVAL_S
-            while (now_s := trio.current_time()) < next_ping_s:
+            is_quiet = self._outbox.n_put == n_sent
+            if self._is_dialer or is_quiet or n_beats % BEATS_PER_ROUND_TRIP == 0:
+                self._n_pings += 1
+                self._ping_sent_s = trio.current_time()
+                self._send_beat(Ping(number=self._n_pings))
+            n_beats, n_sent = n_beats + 1, self._outbox.n_put
+            next_beat_s = _next_beat_s(trio.current_time())
+            while (now_s := trio.current_time()) < next_beat_s:
                 # Each waking up takes time from whoever computes: not before there can be news.
-                await trio.sleep(min(max(calm_s, SILENCE_LATE_S), next_ping_s - now_s))
+                await trio.sleep(min(max(calm_s, SILENCE_LATE_S), next_beat_s - now_s))
                 calm_s = self._check_silence(trio.current_time())
 
     def _check_silence(self, now_s: float) -> float:
@@ -224,6 +235,11 @@ class Link:
             self.is_suspected = False
             self._pending.extend(self._reader.feed(data))
         return decode_message(self._opener.open(self._pending.popleft()))
+
+
+def _next_beat_s(now_s: float) -> float:
+    """The same for all links of a process, which wakes up once for all of them."""
+    return (now_s // HEARTBEAT_INTERVAL_S + 1) * HEARTBEAT_INTERVAL_S
 
 
 def _cause(group: BaseExceptionGroup[Exception]) -> ShardmeshError:

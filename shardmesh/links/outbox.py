@@ -37,6 +37,8 @@ class Outbox:
         self._trio_token = trio.lowlevel.current_trio_token()
         self._trio_thread = threading.get_ident()
         self._records: deque[bytes] = deque()
+        self.n_put = 0
+        """Frames that were accepted so far."""
         self._n_bytes = 0  # in the queue and in the writer's hands
         self._is_closed = False
         self._filled = trio.Event()
@@ -63,6 +65,7 @@ class Outbox:
             ):
                 raise BusyError(f"{self._peer_id} does not read fast enough", code="LINK_FULL")
             record = self._seal(frame)
+            self.n_put += 1
             if self._n_bytes == 0:
                 record = record[self._write_now(record) :]
                 if not record:
