@@ -27,6 +27,7 @@ from shardmesh.listener.local_messages import (
     Metrics,
     NeedLink,
     Ready,
+    SessionsHeld,
     Start,
     Stop,
     failed_message,
@@ -45,9 +46,16 @@ METRICS_TIMEOUT_S = 2.0
 class DataChild:
     """A started data process: loading, then ready, then gone."""
 
-    def __init__(self, agree: Agree, on_ready: Callable[[Ready], None]) -> None:
+    def __init__(
+        self,
+        agree: Agree,
+        on_ready: Callable[[Ready], None],
+        on_sessions: Callable[[], None] = lambda: None,
+    ) -> None:
         self._agree = agree
         self._on_ready = on_ready
+        self._on_sessions = on_sessions
+        self.n_sessions = 0
         self._channel: LocalChannel | None = None
         self._asked: dict[int, trio.MemorySendChannel[Metrics]] = {}
         self._n_asked = 0
@@ -150,6 +158,9 @@ class DataChild:
                     asked = self._asked.get(message.number)
                     if asked is not None:
                         asked.send_nowait(message)
+                case SessionsHeld():
+                    self.n_sessions = message.n_sessions
+                    self._on_sessions()
                 case Failed():
                     return message.error()
                 case _:

@@ -38,6 +38,7 @@ from shardmesh.listener.local_messages import (
     Metrics,
     NeedLink,
     Ready,
+    SessionsHeld,
     Start,
     Stop,
     failed_message,
@@ -66,6 +67,9 @@ Python's own 5 ms would delay a finished result by as much when frames come in a
 COPIES_SHARE_OF_MEMORY = 0.25
 """Part of the memory that is free when the shard is loaded, which copies for others may take."""
 
+SESSIONS_PAUSE_S = 0.1
+"""Between two messages about the number of sessions: others are told every second at most."""
+
 FAREWELL_TIMEOUT_S = 1.0
 """For telling the coordinators why their sessions end."""
 
@@ -77,6 +81,7 @@ class DataProcess:
         self._channel = channel
         self._start = start
         self._engine = engine
+        self._process = psutil.Process()
         self._asked: dict[int, trio.MemorySendChannel[LinkAnswer]] = {}
         self._n_asked = 0
 
@@ -97,6 +102,7 @@ class DataProcess:
             nursery.start_soon(self.stage.run)
             port = listeners[0].socket.getsockname()[1]
             await self._channel.send(self._ready(port))
+            nursery.start_soon(self._tell_sessions)
             await self._obey(nursery)
             with trio.move_on_after(FAREWELL_TIMEOUT_S):
                 await self.stage.farewell()
@@ -123,6 +129,15 @@ class DataProcess:
                 case _:
                     raise unexpected(message)
 
+    async def _tell_sessions(self) -> None:
+        """Tells the control process how many sessions there are, so that it needs not ask."""
+        n_told = 0
+        while True:
+            await self.stage.sessions.wait_number_is_not(n_told)
+            n_told = self.stage.n_sessions
+            await self._channel.send(SessionsHeld(n_sessions=n_told))
+            await trio.sleep(SESSIONS_PAUSE_S)
+
     def _expect(self, message: ExpectLink) -> None:
         try:
             self._acceptor.expect(message.grant.link_grant())
@@ -145,7 +160,7 @@ class DataProcess:
         return Metrics(
             number=number,
             n_sessions=self.stage.n_sessions,
-            memory_bytes=psutil.Process().memory_info().rss,
+            memory_bytes=self._process.memory_info().rss,
             counters={
                 **dataclasses.asdict(self.stage.counters),
                 **self.stage.copy_figures,

@@ -169,6 +169,12 @@ class Metrics(_Message, frozen=True, tag="metrics"):
     links: tuple[LinkState, ...]
 
 
+class SessionsHeld(_Message, frozen=True, tag="sessions"):
+    """To the control process: the stage has another number of sessions than it told before."""
+
+    n_sessions: int
+
+
 class Drain(_Message, frozen=True, tag="drain"):
     """To the data process: take no further sessions, or take them again."""
 
@@ -189,6 +195,7 @@ LocalMessage = (
     | LinkAnswer
     | AskMetrics
     | Metrics
+    | SessionsHeld
     | Drain
     | Stop
 )

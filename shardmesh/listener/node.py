@@ -62,6 +62,9 @@ FETCH_PAUSE_S = 15.0
 FIRST_LOAD_TIMEOUT_S = 600.0
 """For loading a shard of tens of GB from a slow disk before joining."""
 
+LOAD_INTERVAL_AT_REST_S = 5.0
+"""How often the data process is asked for its figures while they can hardly change."""
+
 
 Intention = Literal["stays", "wants_to_leave", "leaves"]
 
@@ -128,7 +131,8 @@ class Node:
         self.started_at_s = int(time.time())
         self.assignment: Assignment | None = None
         self.machine: Machine = read_machine()
-        self.supervisor = Supervisor(self.agree, self._on_shard)
+        self._load_may_differ = trio.Event()
+        self.supervisor = Supervisor(self.agree, self._on_shard, self._on_sessions)
         self.load = self._told_load = Load()
         self.is_draining = False
         self.intention: Intention = "stays"
@@ -145,6 +149,7 @@ class Node:
         """From now on the node is on the network, and its changes are announced."""
         self._host, self._membership, self.files = host, membership, files
         self._link_streams = link_streams
+        files.back_off(self.is_computing)
         files.on_download = membership.announce_load  # whoever looks on asks how far it is
 
     def n_announcements_refused(self) -> dict[str, int]:
@@ -227,10 +232,10 @@ class Node:
                     logger.error("[SHARD] ✗ Shard %d not fetched: %s", assignment.shard_id, error)
                 await trio.sleep(FETCH_PAUSE_S)
 
-    async def is_computing(self) -> bool:
-        """Whether the data process has sessions now; raises UnreachableError if it is gone."""
-        metrics = await self.supervisor.metrics()
-        return metrics is not None and metrics.n_sessions > 0
+    @property
+    def is_computing(self) -> bool:
+        """Whether the data process has sessions now."""
+        return self.supervisor.n_sessions > 0
 
     def _start(self, assignment: Assignment) -> Start:
         engine = dataclasses.replace(
@@ -251,6 +256,7 @@ class Node:
         )
 
     def _on_shard(self, status: ShardStatus) -> None:
+        self._on_sessions()
         if status.state == "loaded" and self.assignment is not None:
             shard_id = self.assignment.shard_id
             if self._membership is None:
@@ -308,6 +314,7 @@ class Node:
     async def drain(self) -> None:
         """Takes no further sessions; `drained` is set once the last one is over."""
         self.is_draining = True
+        self._load_may_differ.set()
         await self.supervisor.drain()
         self._changed()
 
@@ -333,7 +340,16 @@ class Node:
                 membership.announce_load()
             if self.is_draining and self.load.n_sessions == 0 and n_coordinated() == 0:
                 self.drained.set()
+            self._load_may_differ = trio.Event()
             await trio.sleep(LOAD_INTERVAL_S)
+            if not (self.load.n_sessions or self.is_computing or self.is_draining):
+                with trio.move_on_after(LOAD_INTERVAL_AT_REST_S):
+                    await self._load_may_differ.wait()
+
+    def _on_sessions(self) -> None:
+        self._load_may_differ.set()
+        if self.files is not None:
+            self.files.back_off(self.is_computing)
 
     # -- links ---------------------------------------------------------------------------------
 

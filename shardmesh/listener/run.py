@@ -164,7 +164,7 @@ async def on_network(
         node.join(host, membership, files, link_streams)
         membership.updates.on_removed(node.supervisor.cut_off)
         membership.updates.on_removed(files.cut_off)
-        files.start(node.is_computing)
+        files.start()
         models = ModelFiles(host, node.library, options.cache_dir)
         coordinator = Coordinator(
             membership.find_listeners,

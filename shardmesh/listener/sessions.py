@@ -51,6 +51,7 @@ class HeldSessions:
         self._engine = engine
         self._identity = identity
         self._by_id: dict[bytes, StageSession] = {}
+        self._number_changed = trio.Event()
         self._computing = Computing(engine, identity, self.counters, self)
         self.worker = make_worker(self._computing.compute)
         self._trio_token = trio.lowlevel.current_trio_token()
@@ -77,6 +78,11 @@ class HeldSessions:
         """Whether it is still here, and in that epoch."""
         return self.is_current(session) and session.epoch == epoch
 
+    async def wait_number_is_not(self, n_sessions: int) -> None:
+        """Returns once there are more or fewer sessions than that."""
+        while len(self._by_id) == n_sessions:
+            await self._number_changed.wait()
+
     def n_of_node(self, peer_id: str) -> int:
         """Sessions of one coordinator."""
         return sum(session.coordinator.peer_id == peer_id for session in self._by_id.values())
@@ -84,6 +90,7 @@ class HeldSessions:
     def add(self, session: StageSession) -> None:
         """A session whose sequence is taken."""
         self._by_id[session.session_id] = session
+        self._tell_number()
         self.counters.n_sessions_opened += 1
         self.counters.n_sequences_kept = self.sequences.n_kept
 
@@ -94,6 +101,7 @@ class HeldSessions:
         behind whatever is computed now and before whatever comes.
         """
         self._by_id.pop(session.session_id, None)
+        self._tell_number()
         session.outgoing.hold()
         session.connecting.cancel()
         session.copy = None
@@ -103,6 +111,10 @@ class HeldSessions:
         self.run_in_engine(None, lambda: self._engine.close_sequence(session.sequence, n_keep))
         self.sequences.give_back(session.sequence, held)
         self.counters.n_sequences_kept = self.sequences.n_kept
+
+    def _tell_number(self) -> None:
+        self._number_changed.set()
+        self._number_changed = trio.Event()
 
     def run_in_engine(self, session: StageSession | None, call: Callable[[], None]) -> None:
         """Has the worker make a call before its next batch; a failure ends the session."""

@@ -47,10 +47,17 @@ class ShardStatus:
 class Supervisor:
     """Runs the data process for whatever shard is to be served, one at a time."""
 
-    def __init__(self, agree: Agree, on_change: Callable[[ShardStatus], None]) -> None:
+    def __init__(
+        self,
+        agree: Agree,
+        on_change: Callable[[ShardStatus], None],
+        on_sessions: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_sessions` is called when `n_sessions` has changed."""
         self.status = ShardStatus("absent")
         self._agree = agree
         self._on_change = on_change
+        self._on_sessions = on_sessions
         self._start: Start | None = None
         self._child: DataChild | None = None
         self._is_draining = False
@@ -62,6 +69,11 @@ class Supervisor:
     def pid(self) -> int | None:
         """Process id of the data process, None while there is none."""
         return self._child.pid if self._child is not None else None
+
+    @property
+    def n_sessions(self) -> int:
+        """Sessions of the data process, which tells of them within a tenth of a second."""
+        return self._child.n_sessions if self._child is not None else 0
 
     def serve(self, start: Start | None) -> None:
         """Serves this shard from now on, None for none; what is served now is stopped."""
@@ -124,7 +136,7 @@ class Supervisor:
                 await self._start_changed.wait()
                 continue
             begun_s = trio.current_time()
-            self._child = DataChild(self._agree, self._on_ready)
+            self._child = DataChild(self._agree, self._on_ready, self._on_sessions)
             try:
                 given = msgspec.structs.replace(start, is_draining=self._is_draining)
                 failure = await self._child.run(given)

@@ -83,10 +83,15 @@ class Feed:
         self._snapshot: bytes | None = None
         self._touched = trio.Event()
         self._subscriptions: set[Subscription] = set()
+        self._on_seen: list[Callable[[], None]] = []
 
     @property
     def n_subscribers(self) -> int:
         return len(self._subscriptions)
+
+    def tell_seen(self, on_seen: Callable[[], None]) -> None:
+        """Calls this whenever somebody looks on where nobody did."""
+        self._on_seen.append(on_seen)
 
     def touch(self) -> None:
         """Something that is shown may have changed."""
@@ -105,10 +110,14 @@ class Feed:
         """
         if len(self._subscriptions) >= SUBSCRIBERS_MAX:
             raise BusyError("too many pages look on at once", next_step="close some")
-        if not self._subscriptions:  # nobody looked on: what was shown last is old
+        is_first = not self._subscriptions
+        if is_first:  # nobody looked on: what was shown last is old
             self._shown, self._snapshot = {}, None
         subscription = Subscription(self)
         self._subscriptions.add(subscription)
+        if is_first:
+            for tell in self._on_seen:
+                tell()
         try:
             yield subscription
         finally:

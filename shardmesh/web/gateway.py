@@ -127,6 +127,7 @@ class Gateway:
             about=self._about(),
             links=self.model_links.links,
         )
+        self.console.feed.tell_seen(self.node_reports.touch)
         self.metrics.add(
             MeshFigures(
                 client.host.peer_id,

@@ -42,9 +42,6 @@ NEWS_PAUSE_UNSEEN_S: Final = 1.0
 QUESTIONS_PER_S_MAX: Final = 20
 """A question costs a few milliseconds of this loop; in a large mesh each node waits longer."""
 
-IDLE_PAUSE_S: Final = 0.1
-"""Before it is looked again whose turn it is, when it was nobody's and nobody has news."""
-
 QUESTIONS_WAITING_MAX: Final = 32
 """Questions without an answer at once; silent nodes do not keep the others from being asked."""
 
@@ -185,15 +182,22 @@ class NodeReports:
         self._rates: dict[str, RateMeter] = {}
         self._trips: dict[str, TripMeter] = {}
         self._waiting: set[str] = set()
+        self._touched = trio.Event()
+
+    def touch(self) -> None:
+        """Somebody looks on, or a node has news: another one's turn may have come."""
+        self._touched.set()
 
     async def run(self) -> None:
         """Asks the nodes in turn, first those with news, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_directory)
             while True:
-                version, due = self._directory.version, self._next_due()
-                if due is None:
-                    with trio.move_on_after(IDLE_PAUSE_S):
-                        await self._directory.wait_changed(version)
+                self._touched = trio.Event()
+                due, due_s = self._next_due()
+                if due is None or due_s > trio.current_time():
+                    with trio.move_on_at(due_s):
+                        await self._touched.wait()
                     continue
                 if len(self._waiting) < QUESTIONS_WAITING_MAX:
                     self._asked[due.peer_id] = _Question(trio.current_time(), due)
@@ -219,9 +223,16 @@ class NodeReports:
             self._waiting.discard(peer_id)
         self.reports[peer_id] = report
         self._on_change()
+        self.touch()
 
-    def _next_due(self) -> Announcement | None:
-        """The node whose turn came first, if one's has come; forgets those gone."""
+    async def _follow_directory(self) -> None:
+        version = self._directory.version
+        while True:
+            version = await self._directory.wait_changed(version)
+            self.touch()
+
+    def _next_due(self) -> tuple[Announcement | None, float]:
+        """The node whose turn comes next, and when; forgets those gone."""
         announced = {each.peer_id: each for each in self._directory.all()}
         for known in (self.reports, self._asked, self._rates, self._trips):
             for peer_id in known.keys() - announced.keys():
@@ -238,6 +249,4 @@ class NodeReports:
             )
 
         first = min(announced.keys() - self._waiting, key=due_s, default=None)
-        if first is None or due_s(first) > trio.current_time():
-            return None
-        return announced[first]
+        return (announced[first], due_s(first)) if first is not None else (None, math.inf)

@@ -21,6 +21,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from support.far_end import Recorder
+from support.mesh import GREEDY
 from support.models import BUILT_IN, write_model
 
 import shardmesh.listener.data_child as data_child_module
@@ -50,6 +51,7 @@ from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.split import split_model
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
+from shardmesh.wire.messages import OpenSession
 
 LOAD_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 10.0
@@ -190,6 +192,53 @@ async def test_a_shard_is_loaded_reached_and_unloaded(start: Start) -> None:
         with pytest.raises(UnreachableError):
             await supervisor.expect(expected)
         assert [status.state for status in supervisor.seen] == ["loading", "loaded", "absent"]
+
+
+@pytest.mark.processes
+async def test_the_process_tells_how_many_sessions_it_has(start: Start) -> None:
+    last = Path(start.shard_path).with_name("shard-1.gguf")
+    start = msgspec.structs.replace(start, shard_path=str(last), layer_start=1, layer_end=2)
+    send_told, told = trio.open_memory_channel[int](8)
+    supervisor = Supervisor(
+        no_agreement, lambda status: None, lambda: send_told.send_nowait(supervisor.n_sessions)
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        supervisor.serve(start)
+        await supervisor.wait_loaded(LOAD_TIMEOUT_S)
+        grant, expected = some_grant()
+        here = Endpoint(host="127.0.0.1", port=await supervisor.expect(expected))
+        link = await dial(dataclasses.replace(grant, endpoints=(here,)), Recorder())
+        nursery.start_soon(link.run)
+        for number in range(2):
+            link.send(
+                OpenSession(
+                    session=bytes([number] * 16),
+                    epoch=1,
+                    manifest_digest=start.manifest_digest,
+                    layer_start=1,
+                    layer_end=2,
+                    n_ctx=8,
+                    previous_stage="somebody",
+                    next_stage=None,
+                    first_stage=None,
+                    last_stage=None,
+                    sampling=GREEDY,
+                    history=(),
+                    adapter="",
+                    wire="f32",
+                    draft_key=b"",
+                    prefix=(),
+                    take_over=False,
+                )
+            )
+        with trio.fail_after(EXIT_TIMEOUT_S):
+            while await told.receive() != 2:
+                pass
+            link.close()
+            while await told.receive() != 0:
+                pass
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.processes
@@ -348,7 +397,7 @@ async def test_the_file_is_mended_while_the_supervisor_pauses(
     begun_s: list[float] = []
 
     class Short:
-        def __init__(self, agree: object, on_ready: object) -> None:
+        def __init__(self, agree: object, on_ready: object, on_sessions: object) -> None:
             self.pid = 1
 
         async def run(self, start: Start) -> ShardmeshError | None:
@@ -373,7 +422,7 @@ async def test_a_node_that_drains_goes_on_draining_with_the_next_process(
     were_draining: list[bool] = []
 
     class Short:
-        def __init__(self, agree: object, on_ready: object) -> None:
+        def __init__(self, agree: object, on_ready: object, on_sessions: object) -> None:
             self.pid = 1
 
         async def run(self, start: Start) -> ShardmeshError | None:

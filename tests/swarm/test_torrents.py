@@ -435,21 +435,15 @@ async def test_what_was_fetched_is_checked_once_more_when_the_disk_has_spoiled_i
 async def test_giving_backs_off_while_the_node_computes(tmp_path: Path) -> None:
     model = make_model(tmp_path / "a", 12 * MB)
     mesh = FileMesh(tmp_path)
-    is_computing = True
-
-    async def is_busy() -> bool:
-        await trio.lowlevel.checkpoint()
-        return is_computing
-
-    async with mesh.node("a", gives=False) as source, mesh.node("b") as node:
-        source.files.start(is_busy)
+    async with mesh.node("a") as source, mesh.node("b") as node:
+        source.files.back_off(True)
         await source.files.wait_given()
-        await wait_until(lambda: source.files.seeding().is_backing_off, "it backs off")
+        assert source.files.seeding().is_backing_off
         begun_s = trio.current_time()
         await fetch(node, model)
         assert trio.current_time() - begun_s > 12 * MB / BUSY_RATE_BYTES_PER_S * 0.5
-        is_computing = False
-        await wait_until(lambda: not source.files.seeding().is_backing_off, "it is free again")
+        source.files.back_off(False)
+        assert not source.files.seeding().is_backing_off
 
 
 @pytest.mark.parametrize(

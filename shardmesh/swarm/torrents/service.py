@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 import trio
 
-from shardmesh.errors import ShardmeshError
 from shardmesh.shards.hashing import HashedFile
 from shardmesh.shards.library import Library
 from shardmesh.shards.partial import PartialFile
@@ -31,14 +30,7 @@ logger = logging.getLogger("shardmesh")
 BUSY_RATE_BYTES_PER_S: Final = 4_000_000
 """What is given and taken while the node computes: little of a core, and still some progress."""
 
-_BUSY_INTERVAL_S: Final = 0.25
-_CALM_INTERVAL_S: Final = 1.0
-"""The same while nobody gives or takes: asking takes time from whoever computes."""
-
 _DONE_KEPT: Final = 16
-
-IsBusy = Callable[[], Awaitable[bool]]
-"""Whether the node computes for somebody now."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,30 +220,20 @@ class FileService:
         """These nodes are no members any more: nothing is exchanged with them from now on."""
         await self._torrents.shut_out(peer_ids)
 
-    def start(self, is_busy: IsBusy | None = None) -> None:
-        """From now on gives all files, and backs off while the node `is_busy`."""
+    def start(self) -> None:
+        """From now on gives all files."""
         self._nursery.start_soon(self._seeder.run)
         self._nursery.start_soon(self._seeder.keep_registering, self._dht)
-        if is_busy is not None:
-            self._nursery.start_soon(self._keep_backing_off, is_busy)
 
-    async def _keep_backing_off(self, is_busy: IsBusy) -> None:
-        while True:
-            try:
-                backs_off = await is_busy()
-            except ShardmeshError:  # the data process is being started again
-                backs_off = False
-            if backs_off != self._backs_off:
-                self._backs_off = backs_off
-                upload, download = self._options.upload_rate, self._options.download_rate
-                self._torrents.set_rates(
-                    upload_rate=backed_off(upload) if backs_off else upload,
-                    download_rate=backed_off(download) if backs_off else download,
-                )
-            await trio.sleep(_BUSY_INTERVAL_S if self._has_partners() else _CALM_INTERVAL_S)
-
-    def _has_partners(self) -> bool:
-        return any(torrent.status.n_sources for torrent in self._torrents.all())
+    def back_off(self, backs_off: bool) -> None:
+        """Takes little of the machine from now on, while the node computes; or what it may."""
+        if backs_off != self._backs_off:
+            self._backs_off = backs_off
+            upload, download = self._options.upload_rate, self._options.download_rate
+            self._torrents.set_rates(
+                upload_rate=backed_off(upload) if backs_off else upload,
+                download_rate=backed_off(download) if backs_off else download,
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,22 @@ import trio
 from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
 from shardmesh.swarm.torrents.gate import Gate
 from shardmesh.swarm.torrents.progress import RateMeter
-from shardmesh.swarm.torrents.settings import let_in, limit_all_addresses, session_settings
+from shardmesh.swarm.torrents.settings import (
+    REST_TICK_MS,
+    TICK_MS,
+    let_in,
+    limit_all_addresses,
+    session_settings,
+)
 from shardmesh.wire.limits import TORRENT_SOURCES_MAX
 from shardmesh.wire.torrent_file import TorrentFile
 
 _log = logging.getLogger(__name__)
 
 _UPDATE_INTERVAL_S: Final = 0.5
+_REST_INTERVAL_S: Final = 5.0
+"""The same while nothing has stirred for so long: nobody fetches, nobody is connected."""
+
 _ADD_TIMEOUT_S: Final = 30.0
 _FLUSH_TIMEOUT_S: Final = 60.0
 _CLOSE_TIMEOUT_S: Final = 1.5
@@ -91,6 +100,8 @@ class TorrentSession:
         self._torrents: dict[bytes, Torrent] = {}
         self._gate = gate
         self._let_in: frozenset[str] | None = None
+        self._stirred_s = time.monotonic()
+        self._stirred = trio.Event()
         self._apply_gate()
 
     def admit(self, peer_id: str, hosts: Collection[str]) -> None:
@@ -170,6 +181,7 @@ class TorrentSession:
         if torrent._handle is not None and port:
             try:
                 torrent._handle.connect_peer((host, port))
+                self._stir()
             except (RuntimeError, ValueError) as error:
                 _log.debug("%s:%d cannot be connected with: %s", host, port, error)
 
@@ -245,6 +257,21 @@ class TorrentSession:
             if self._torrents:
                 self._session.post_torrent_updates()
             await trio.sleep(_UPDATE_INTERVAL_S)
+            if time.monotonic() - self._stirred_s > _REST_INTERVAL_S:
+                await self._rest()
+
+    async def _rest(self) -> None:
+        """Until something stirs, or it is time to look."""
+        self._stirred = trio.Event()
+        self._session.apply_settings({"tick_interval": REST_TICK_MS})
+        with trio.move_on_after(_REST_INTERVAL_S):
+            await self._stirred.wait()
+        self._session.apply_settings({"tick_interval": TICK_MS})
+
+    def _stir(self) -> None:
+        """Something is going on, and how far it is will be asked."""
+        self._stirred_s = time.monotonic()
+        self._stirred.set()
 
     def _take(self, alert: Any) -> None:
         """One alert; what is not named here is not needed."""
@@ -252,6 +279,7 @@ class TorrentSession:
             for status in alert.status:
                 self._note(status)
             return
+        self._stir()  # somebody connects, a file is finished
         if isinstance(alert, lt.listen_failed_alert):
             _log.warning("[TORRENT] ✗ %s", alert.message())
             return
@@ -311,6 +339,8 @@ class TorrentSession:
             is_checking=status.state in checking,
             n_bytes_uploaded=status.all_time_upload,
         )
+        if torrent.status.n_sources or torrent.status.n_bytes_done < torrent.file.n_bytes:
+            self._stir()
 
 
 def storage_error(name: str, number: int, message: str) -> ShardmeshError:

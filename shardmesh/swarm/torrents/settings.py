@@ -16,6 +16,12 @@ _EVERYBODY: Final = (
 )
 _BLOCKED: Final = 1
 
+TICK_MS: Final = 100
+"""With a rate limit each step of a handshake waits for the next share of it."""
+
+REST_TICK_MS: Final = 1000
+"""The same while nothing goes on."""
+
 PRIVATE: Final[dict[str, Any]] = {
     # Who has what is told by our own DHT and by /torrent/1.0; nothing leaves the mesh.
     "enable_dht": False,
@@ -46,8 +52,7 @@ PRIVATE: Final[dict[str, Any]] = {
     "connections_limit": 4 * TORRENT_SOURCES_MAX,
     "torrent_connect_boost": TORRENT_SOURCES_MAX,
     "unchoke_slots_limit": -1,
-    # With a rate limit each step of a handshake waits for the next share of it.
-    "tick_interval": 100,
+    "tick_interval": TICK_MS,
     # How far ahead pieces are asked for: 4 MB of each source, which is 40 MB/s at a round trip of
     # 100 ms.  Nodes that fetch a file together ask one slow source for the same pieces otherwise,
     # since none knows what the others have asked for.
