@@ -243,11 +243,21 @@ class Neighbours:
             self._closed = trio.Event()
 
     async def check(self, peer_ids: Iterable[str]) -> None:
-        """Dials listeners without a connection now, and hides those that are gone."""
+        """Dials listeners without a connection now, and hides those that are gone.
+
+        Who waits for this waits for seconds; those that are hidden are looked for later.
+        """
         connected = {self._host.peer_id, *self._host.connected()}
+        gone: list[str] = []
+
+        async def look_for(peer_id: str) -> None:
+            if not await self._is_there(peer_id):
+                gone.append(peer_id)
+
         async with trio.open_nursery() as nursery:
-            for peer_id in set(peer_ids) - connected:
-                nursery.start_soon(self._recheck, peer_id)
+            for peer_id in set(peer_ids) - connected - self._rechecked:
+                nursery.start_soon(look_for, peer_id)
+        self.doubt(gone)
 
     async def recheck_lost(self) -> None:
         """Dials listeners whose connection was lost, and hides those that are gone, for ever."""
@@ -264,15 +274,20 @@ class Neighbours:
             return
         self._rechecked.add(peer_id)
         try:
-            with trio.move_on_after(_RECHECK_S):
-                if await self._is_back(peer_id, _RECHECK_PAUSES_S):
-                    return
-            self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
-            self._directory.mark_unreachable(peer_id)
-            # It may have been busy or cut off, and says nothing new.
-            await self._is_back(peer_id, pauses_s(_RECHECK_PAUSE_MAX_S))
+            if not await self._is_there(peer_id):
+                # It may have been busy or cut off, and says nothing new.
+                await self._is_back(peer_id, pauses_s(_RECHECK_PAUSE_MAX_S))
         finally:
             self._rechecked.discard(peer_id)
+
+    async def _is_there(self, peer_id: str) -> bool:
+        """Dials a listener a few times, within seconds; it is hidden if it cannot be reached."""
+        with trio.move_on_after(_RECHECK_S):
+            if await self._is_back(peer_id, _RECHECK_PAUSES_S):
+                return True
+        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
+        self._directory.mark_unreachable(peer_id)
+        return False
 
     async def _is_back(self, peer_id: str, pauses_s: Iterable[float]) -> bool:
         """Whether a listener needs not be hidden: it could be dialed, or is forgotten already."""

@@ -31,6 +31,7 @@ class OneNode:
     """A host whose only neighbour cannot be reached before some moment."""
 
     peer_id = "me"
+    neighbours: Neighbours
 
     def __init__(self, back_s: float) -> None:
         self.n_dials = 0
@@ -72,7 +73,7 @@ class OneNode:
 async def losing(back_s: float) -> AsyncIterator[tuple[OneNode, Directory]]:
     host, directory = OneNode(back_s), Directory(CLUSTER)
     directory.update(encode_signed(an_announcement(ALICE), ALICE))
-    neighbours = Neighbours(
+    host.neighbours = Neighbours(
         cast(Host, host),
         directory,
         bootstraps=(),
@@ -80,7 +81,7 @@ async def losing(back_s: float) -> AsyncIterator[tuple[OneNode, Directory]]:
         logger=logging.getLogger("test"),
     )
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(neighbours.recheck_lost)
+        nursery.start_soon(host.neighbours.recheck_lost)
         yield host, directory
         nursery.cancel_scope.cancel()
 
@@ -153,3 +154,14 @@ async def test_one_that_is_back_by_itself_is_not_dialed(
         n_dials = host.n_dials
         await trio.sleep(1000)
         assert host.n_dials == n_dials
+
+
+async def test_who_asks_whether_a_node_is_there_does_not_wait_until_it_is_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(back_s=BUSY_S) as (host, directory):
+        with trio.fail_after(RIGHT_WITHIN_S):
+            await host.neighbours.check([ALICE.peer_id])
+        assert directory.get(ALICE.peer_id) is None
+        await trio.sleep(BUSY_S + RIGHT_WITHIN_S)  # it is looked for all the same
+        assert directory.get(ALICE.peer_id) is not None
