@@ -46,12 +46,14 @@ async def measure_pieces(
         length: [statistics.median(times) for times in zip(*all_s, strict=True)]
         for length, all_s in sweeps.items()
     }
-    whole = typical[LLAMA_PIECE_TOKENS]
+    rates = {
+        length: median_of([n_tokens / sum(times) for times in all_s], "tokens_per_s")
+        for length, all_s in sweeps.items()
+    }
     results = []
     for length, piece_s in typical.items():
-        rates = [n_tokens / sum(times) for times in sweeps[length]]
         figures = {
-            **median_of(rates, "tokens_per_s"),
+            **rates[length],
             "n_shards": n_shards,
             "n_gpu_layers": n_gpu_layers,
             "n_tokens": n_tokens,
@@ -61,7 +63,7 @@ async def measure_pieces(
             Result(
                 name=f"pieces-{length}",
                 mesh=figures,
-                baseline={"tokens_per_s": round(n_tokens / sum(whole), 3)},
+                baseline=rates[LLAMA_PIECE_TOKENS],
                 runs=runs,
                 ms=round(1e3 * statistics.mean(piece_s), 3),
                 derived=_speed_ups(typical, length, n_tokens),
