@@ -97,6 +97,7 @@ class Membership:
                 refresh_interval_s=refresh_interval_s,
                 logger=self._log,
             )
+        self._is_following = False  # a neighbour tells of each change, so that nobody is asked
         self.announced = self._announcer.announced if self._announcer else trio.Event()
         """Set once a first announcement reached the DHT; never without an offer."""
         self.updates = ClusterUpdates(
@@ -183,11 +184,14 @@ class Membership:
         while True:
             if (peer_id := self._some_neighbour()) is not None:
                 try:
+                    self._is_following = True
                     await follow_directory(
                         self._host, self._directory, peer_id, self._neighbours.doubt
                     )
                 except ShardmeshError as error:
                     self._log.debug("%s tells no news: %s", peer_id, error)
+                finally:
+                    self._is_following = False
             await trio.sleep(DIRECTORY_FOLLOW_PAUSE_S)
 
     def _some_neighbour(self) -> str | None:
@@ -250,7 +254,8 @@ class Membership:
     async def _keep_pulling(self) -> None:
         while True:
             await trio.sleep(DIRECTORY_PULL_INTERVAL_S * random.uniform(0.8, 1.2))
-            await self.pull()
+            if not self._is_following:
+                await self.pull()
             await self._save_remembered()
 
     async def _keep_announcing(self, announcer: Announcer) -> None:
