@@ -251,8 +251,11 @@ class Neighbours:
         gone: list[str] = []
 
         async def look_for(peer_id: str) -> None:
-            if not await self._is_there(peer_id):
-                gone.append(peer_id)
+            with trio.move_on_after(_RECHECK_S):
+                if await self._is_back(peer_id, _RECHECK_PAUSES_S):
+                    return
+            self._hide(peer_id)
+            gone.append(peer_id)
 
         async with trio.open_nursery() as nursery:
             for peer_id in set(peer_ids) - connected - self._rechecked:
@@ -274,20 +277,26 @@ class Neighbours:
             return
         self._rechecked.add(peer_id)
         try:
-            if not await self._is_there(peer_id):
-                # It may have been busy or cut off, and says nothing new.
-                await self._is_back(peer_id, pauses_s(_RECHECK_PAUSE_MAX_S))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hide_soon, peer_id)
+                if not await self._is_back(peer_id, _RECHECK_PAUSES_S):
+                    self._hide(peer_id)
+                    # It may have been busy or cut off, and says nothing new.
+                    await self._is_back(peer_id, pauses_s(_RECHECK_PAUSE_MAX_S))
+                nursery.cancel_scope.cancel()
         finally:
             self._rechecked.discard(peer_id)
 
-    async def _is_there(self, peer_id: str) -> bool:
-        """Dials a listener a few times, within seconds; it is hidden if it cannot be reached."""
-        with trio.move_on_after(_RECHECK_S):
-            if await self._is_back(peer_id, _RECHECK_PAUSES_S):
-                return True
-        self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
-        self._directory.mark_unreachable(peer_id)
-        return False
+    async def _hide_soon(self, peer_id: str) -> None:
+        """A dial that is under way goes on: over a bad line it may be about to get through."""
+        await trio.sleep(_RECHECK_S)
+        self._hide(peer_id)
+
+    def _hide(self, peer_id: str) -> None:
+        """Unless it has connected by itself meanwhile."""
+        if self._directory.get(peer_id) is not None and peer_id not in self._host.connected():
+            self._log.info("[CONNECT] ✗ Listener gone: %s", peer_id)
+            self._directory.mark_unreachable(peer_id)
 
     async def _is_back(self, peer_id: str, pauses_s: Iterable[float]) -> bool:
         """Whether a listener needs not be hidden: it could be dialed, or is forgotten already."""

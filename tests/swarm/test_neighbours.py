@@ -33,9 +33,10 @@ class OneNode:
     peer_id = "me"
     neighbours: Neighbours
 
-    def __init__(self, back_s: float) -> None:
+    def __init__(self, back_s: float, dial_s: float) -> None:
         self.n_dials = 0
         self._back_s = back_s
+        self._dial_s = dial_s
         self._connected: set[str] = set()
         self._listener: Callable[[ConnectionEvent], None] = print
 
@@ -50,7 +51,7 @@ class OneNode:
 
     async def connect(self, addresses: object, timeout_s: float) -> str:
         self.n_dials += 1
-        await trio.sleep(0.5)
+        await trio.sleep(self._dial_s)
         if trio.current_time() < self._back_s:
             await trio.sleep(DIAL_TIMEOUT_S)
             raise UnreachableError("no answer")
@@ -70,8 +71,8 @@ class OneNode:
 
 
 @asynccontextmanager
-async def losing(back_s: float) -> AsyncIterator[tuple[OneNode, Directory]]:
-    host, directory = OneNode(back_s), Directory(CLUSTER)
+async def losing(back_s: float, dial_s: float = 0.5) -> AsyncIterator[tuple[OneNode, Directory]]:
+    host, directory = OneNode(back_s, dial_s), Directory(CLUSTER)
     directory.update(encode_signed(an_announcement(ALICE), ALICE))
     host.neighbours = Neighbours(
         cast(Host, host),
@@ -140,6 +141,30 @@ async def test_a_node_that_stays_away_is_given_up_with_its_announcement(
         assert 50 < n_dials < 150, "every few seconds"
         await trio.sleep(1000)
         assert host.n_dials == n_dials
+
+
+async def test_a_dial_that_takes_long_is_not_given_up_when_the_node_is_hidden(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(0, dial_s=6) as (host, directory):
+        host.lose(was_silent=False)
+        await trio.sleep(5)
+        assert directory.get(ALICE.peer_id) is None
+        await trio.sleep(2)
+        assert directory.get(ALICE.peer_id) is not None
+        assert host.n_dials == 1
+
+
+async def test_one_that_connects_while_it_is_dialed_is_not_hidden(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with losing(0, dial_s=8) as (host, directory):
+        host.lose(was_silent=True)
+        await trio.sleep(2)
+        host._connected.add(ALICE.peer_id)
+        directory.mark_reachable(ALICE.peer_id)
+        await trio.sleep(4)
+        assert directory.get(ALICE.peer_id) is not None
 
 
 async def test_one_that_is_back_by_itself_is_not_dialed(
