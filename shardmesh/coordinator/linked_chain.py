@@ -19,8 +19,8 @@ LINK_TIMEOUT_S = 12.0
 """For agreeing on a link with a stage and dialing it."""
 
 REPLACEMENT_LINK_TIMEOUT_S = 3.0
-"""The same for one that is to replace another, since the next candidate is tried after it; twice as
-long after each failure of the node, up to LINK_TIMEOUT_S: it may be the line that is slow."""
+"""The same for one that is to replace another, since a new attempt gets on where an old one hangs;
+twice as long after each failure of the node, up to LINK_TIMEOUT_S: the line may be slow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +183,16 @@ class ChainLinker:
         return [links[number] for number in range(len(stages))]
 
     async def _link_to(self, stage: Replica, timeout_s: float) -> Link:
-        try:
-            link = await self._pool.get(stage.peer_id, stage.addresses, timeout_s)
-        except ShardmeshError as error:
-            raise _UnlinkedError(stage, error) from error
-        if link.is_suspected:
+        link = self._pool.open_link(stage.peer_id)
+        if link is not None and link.is_suspected:
+            # Another may be well, so nobody waits; but once it can be dialed it may be taken again.
+            self._pool.renew(stage.peer_id, stage.addresses, timeout_s)
             silent = UnreachableError(f"{stage.peer_id} is silent", code="LINK_SILENT")
             raise _UnlinkedError(stage, silent)
-        return link
+        try:
+            return await self._pool.get(stage.peer_id, stage.addresses, timeout_s)
+        except ShardmeshError as error:
+            raise _UnlinkedError(stage, error) from error
 
 
 def _first(group: BaseExceptionGroup[_UnlinkedError]) -> _UnlinkedError:

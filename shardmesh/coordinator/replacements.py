@@ -23,7 +23,7 @@ ASIDE_MAX_S = 60.0
 ASIDE_SHORT_S = 0.5
 """One that has no room, or whose shard is being loaded again, is asked again soon."""
 
-SHORTLY_GONE = frozenset({"NO_SESSION", "NOT_LOADED", "NO_LINK", "UNREACHABLE"})
+SHORTLY_GONE = frozenset({"NO_SESSION", "NOT_LOADED", "NO_LINK", "UNREACHABLE", "LINK_SILENT"})
 """Errors of a replica that may be back at any moment, and that is quickly found out."""
 
 FORGIVEN_AFTER_S = 120.0
@@ -31,6 +31,10 @@ FORGIVEN_AFTER_S = 120.0
 
 LOOK_AGAIN_S = 0.25
 """While nobody can take over, the mesh is looked at this often."""
+
+HEAD_START_S = 1.0
+"""After so long without a link the next candidate is tried beside the first; 0.6 s is what a link
+takes over a line with 100 ms."""
 
 
 @dataclasses.dataclass
@@ -76,7 +80,7 @@ class ReplicaHealth:
         if error.code in SHORTLY_GONE:
             n_in_a_row, aside_s = 0, ASIDE_SHORT_S
         self._failures[replica.peer_id] = _Failures(
-            known.n_lately + 1, n_in_a_row, now_s, now_s + aside_s
+            known.n_lately + (error.code != "LINK_SILENT"), n_in_a_row, now_s, now_s + aside_s
         )
         self._forget_old(now_s)
 
@@ -100,7 +104,7 @@ class ReplicaHealth:
         self._full_until_s.pop(replica.peer_id, None)
 
     def n_failures(self, peer_id: str) -> int:
-        """How often it failed, one time not long after the other."""
+        """How often it failed, one time not long after the other; silence is noticed for free."""
         known = self._failures.get(peer_id)
         return known.n_lately if known is not None else 0
 
@@ -169,15 +173,22 @@ class ReplicaFinder:
         self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None
     ) -> tuple[Replica, Link]:
         stage = chain.stages[number]
-        while True:
-            free = self._ordered(self._free(stage, n_ctx), chain, number)
-            free.sort(key=lambda replica: replica.peer_id != prefer)  # the others keep their order
-            found = await self._first_reachable(free)
-            if found is not None:
-                return found
-            with trio.move_on_after(LOOK_AGAIN_S) as scope:
-                await self._refresh()
-                await trio.sleep(max(0.0, scope.deadline - trio.current_time()))
+        race = _Race(self._connect_or_set_aside)
+        async with trio.open_nursery() as nursery:
+            while race.winner is None:
+                free = self._ordered(self._free(stage, n_ctx), chain, number)
+                free = [replica for replica in free if replica.peer_id not in race.under_way]
+                free.sort(key=lambda replica: replica.peer_id != prefer)  # others keep their order
+                if free:
+                    race.start(free[0], nursery)
+                    await race.wait(HEAD_START_S)
+                else:
+                    look_again_s = trio.current_time() + LOOK_AGAIN_S
+                    with trio.move_on_at(look_again_s):
+                        await self._refresh()
+                    await race.wait(look_again_s - trio.current_time())
+            nursery.cancel_scope.cancel()
+        return race.winner
 
     async def standby(
         self, chain: Chain, number: int, n_ctx: int, without: Collection[str]
@@ -221,9 +232,43 @@ class ReplicaFinder:
 
     async def _first_reachable(self, ordered: Sequence[Replica]) -> tuple[Replica, Link] | None:
         for replica in ordered:
-            try:
-                return replica, await self._connect(replica)
-            except ShardmeshError as error:
-                logger.info("%s cannot take over: [%s] %s", replica.peer_id, error.code, error)
-                self.set_aside(replica, error)
+            link = await self._connect_or_set_aside(replica)
+            if link is not None:
+                return replica, link
         return None
+
+    async def _connect_or_set_aside(self, replica: Replica) -> Link | None:
+        try:
+            return await self._connect(replica)
+        except ShardmeshError as error:
+            logger.info("%s cannot take over: [%s] %s", replica.peer_id, error.code, error)
+            self.set_aside(replica, error)
+            return None
+
+
+class _Race:
+    """Attempts to link to several replicas; the first that succeeds wins."""
+
+    def __init__(self, connect: Callable[[Replica], Awaitable[Link | None]]) -> None:
+        self.winner: tuple[Replica, Link] | None = None
+        self.under_way: set[str] = set()
+        self._connect = connect
+        self._news = trio.Event()
+
+    def start(self, replica: Replica, nursery: trio.Nursery) -> None:
+        self.under_way.add(replica.peer_id)
+        nursery.start_soon(self._attempt, replica)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until an attempt is over, at most so long; not at all if somebody has won."""
+        if self.winner is None:
+            with trio.move_on_after(max(0.0, timeout_s)):
+                await self._news.wait()
+
+    async def _attempt(self, replica: Replica) -> None:
+        link = await self._connect(replica)
+        self.under_way.discard(replica.peer_id)
+        if link is not None and self.winner is None:
+            self.winner = replica, link
+        self._news.set()
+        self._news = trio.Event()

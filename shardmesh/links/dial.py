@@ -210,17 +210,23 @@ Agree = Callable[[str, tuple[str, ...]], Awaitable[LinkGrant]]
 
 
 class LinkPool:
-    """One link for each node that is dialed, shared by all who ask for it."""
+    """One link for each node that is dialed, shared by all who ask for it.
+
+    One that has fallen silent is kept until it ends, since it may come back for those who use it,
+    and who asks meanwhile gets a new one: TCP waits longer after each packet that it has lost, and
+    a new connection gets through sooner when a network is whole again.
+    """
 
     def __init__(self, nursery: trio.Nursery, agree: Agree, user: LinkUser) -> None:
         self._nursery = nursery
         self._agree = agree
         self._user = user
         self._links: dict[str, Link] = {}
+        self._silent: dict[str, Link] = {}  # those that a newer one took the place of
         self._dialing: dict[str, trio.Lock] = {}
 
     async def get(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> Link:
-        """The open link to a node, made if there is none.
+        """The open link to a node, made if there is none that is well.
 
         Raises what agreeing and dialing raise, and UnreachableError after `timeout_s`.
         """
@@ -229,11 +235,10 @@ class LinkPool:
             with trio.fail_after(timeout_s):
                 async with lock:
                     link = self.open_link(peer_id)
-                    if link is None:
+                    if link is None or link.is_suspected:
                         grant = await self._agree(peer_id, addresses)
                         link = await dial(grant, self._user)
-                        self._links[peer_id] = link
-                        self._nursery.start_soon(self._carry, link)
+                        self._take(link)
                     return link
         except trio.TooSlowError:
             raise UnreachableError(
@@ -244,12 +249,17 @@ class LinkPool:
                 self._dialing.pop(peer_id, None)
 
     def open_link(self, peer_id: str) -> Link | None:
-        """The link to a node if there is one; nothing is done for it."""
+        """The link to a node if there is one, be it silent; nothing is done for it."""
         link = self._links.get(peer_id)
         return link if link is not None and link.is_open else None
 
+    def renew(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> None:
+        """Has a node dialed whose link is silent; not waited for."""
+        if peer_id not in self._dialing:
+            self._nursery.start_soon(self._try_to_get, peer_id, addresses, timeout_s)
+
     def links(self) -> list[Link]:
-        """Those that are open now."""
+        """Those that are open now, one for each node."""
         return [link for link in self._links.values() if link.is_open]
 
     def round_trips_us(self) -> dict[str, int]:
@@ -262,19 +272,40 @@ class LinkPool:
 
     def close(self) -> None:
         """Ends all links."""
-        for link in list(self._links.values()):
+        for link in self._all():
             link.close()
 
     def cut_off(self, peer_ids: Collection[str]) -> None:
         """Ends the links to these nodes."""
-        _close_links(self._links.values(), peer_ids)
+        _close_links(self._all(), peer_ids)
+
+    def _all(self) -> list[Link]:
+        return [*self._links.values(), *self._silent.values()]
+
+    def _take(self, link: Link) -> None:
+        """A new link; the one before may go on, but not the one before that."""
+        former = self.open_link(link.peer_id)
+        if former is not None:
+            oldest = self._silent.get(link.peer_id)
+            if oldest is not None:
+                oldest.close()
+            self._silent[link.peer_id] = former
+        self._links[link.peer_id] = link
+        self._nursery.start_soon(self._carry, link)
+
+    async def _try_to_get(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> None:
+        try:
+            await self.get(peer_id, addresses, timeout_s)
+        except ShardmeshError as error:
+            logger.debug("%s is still silent: %s", peer_id, error)
 
     async def _carry(self, link: Link) -> None:
         try:
             await link.run()
         finally:
-            if self._links.get(link.peer_id) is link:
-                del self._links[link.peer_id]
+            for links in (self._links, self._silent):
+                if links.get(link.peer_id) is link:
+                    del links[link.peer_id]
 
 
 def _close_links(links: Iterable[Link], peer_ids: Collection[str]) -> None:

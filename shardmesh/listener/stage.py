@@ -176,7 +176,9 @@ class Stage:
     def _open(self, link: Link, message: OpenSession) -> None:
         earlier = self.sessions.get(message.session)
         if earlier is not None:
-            if earlier.coordinator is not link or message.epoch <= earlier.epoch:
+            # Its coordinator may have a new link, since the one before has fallen silent.
+            is_others = earlier.coordinator.peer_id != link.peer_id
+            if is_others or message.epoch <= earlier.epoch:
                 raise ProtocolError("a session was opened twice in one epoch")
             self.sessions.release(earlier)
         info = self._engine.info

@@ -156,7 +156,7 @@ def test_a_replica_that_fails_is_left_alone_longer_each_time() -> None:
     assert not health.is_aside(replica("b"), 100.0)
 
 
-@pytest.mark.parametrize("code", ["BUSY", "NOT_LOADED"])
+@pytest.mark.parametrize("code", ["BUSY", "NOT_LOADED", "LINK_SILENT"])
 def test_one_that_may_be_back_at_any_moment_is_asked_again_soon(code: str) -> None:
     health = ReplicaHealth()
     for now_s in (0.0, 1.0, 2.0):
@@ -171,6 +171,13 @@ def test_a_full_replica_has_room_when_a_session_leaves_it_and_not_when_one_goes_
         health.failed(replica("a"), BusyError("full"), 100.0)
         free_again(replica("a"))
         assert health.is_aside(replica("a"), 100.1) == is_aside
+    assert health.n_failures("a") == 0
+
+
+def test_silence_does_not_make_dials_longer() -> None:
+    health = ReplicaHealth()
+    for now_s in (0.0, 1.0, 2.0):
+        health.failed(replica("a"), UnreachableError("silent", code="LINK_SILENT"), now_s)
     assert health.n_failures("a") == 0
 
 

@@ -21,7 +21,7 @@ from support.replicated import (
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.replacements import ASIDE_MIN_S, ASIDE_SHORT_S
+from shardmesh.coordinator.replacements import ASIDE_MIN_S, ASIDE_SHORT_S, HEAD_START_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
@@ -314,6 +314,73 @@ async def test_replicas_that_are_killed_in_turn_are_not_left_alone_for_ever_long
             before = {n: lambda: mesh.drop(next(names)) for n in range(2, 30, 2)}
             assert await write(session, 30, before) == whole_tokens(n_tokens=30)
             assert len(session.repairs) == len(before)
+
+
+@pytest.mark.parametrize("for_s", [3.0, 8.5])
+async def test_a_replica_that_was_cut_off_is_taken_again_as_soon_as_it_is_back(
+    for_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It was found silent again and again, and the other one stays away."""
+    joined_s, went_on_s = 0.0, 0.0
+
+    async with replicated() as mesh:
+
+        async def cut_off() -> None:
+            nonlocal joined_s
+            mesh.freeze("stage-1-1")
+            mesh.freeze("stage-1")
+            await trio.sleep(for_s)
+            mesh.thaw("stage-1")
+            joined_s = trio.current_time()
+
+        def note() -> None:
+            nonlocal went_on_s
+            went_on_s = trio.current_time()
+
+        async with session_of(mesh, timeout_s=60.0) as session:
+            cut = {4: lambda: mesh.nursery.start_soon(cut_off), 6: note}
+            assert await write(session, before=cut) == whole_tokens()
+            assert 0 < went_on_s - joined_s < 1.0
+
+
+async def test_a_replica_whose_dial_hangs_does_not_hold_up_another(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with replicated(n_spares=2) as mesh:
+        dial = mesh.dial
+
+        async def dial_or_hang(name: str, other: str) -> Link:
+            if other == "stage-1-1":
+                await trio.sleep(60)
+            return await dial(name, other)
+
+        mesh.dial = dial_or_hang  # type: ignore[method-assign]
+        async with session_of(mesh, timeout_s=30.0) as session:
+            kill = {3: lambda: mesh.kill("stage-1")}
+            assert await write(session, before=kill) == whole_tokens()
+            (repair,) = session.repairs
+            assert repair.new_peer_id == "stage-1-2"
+            assert HEAD_START_S < repair.pause_s < HEAD_START_S + 1.0
+
+
+async def test_a_coordinator_may_open_a_session_again_over_a_new_link(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link before is silent, and what was said over it to close the session is on its way."""
+    async with replicated(n_spares=0) as mesh:
+
+        def lose_the_link() -> None:
+            old = mesh.forget_link(COORDINATOR, "stage-1")
+            monkeypatch.setattr(old, "send", lambda message, body=b"": None)
+            mesh.router.on_closed(old, UnreachableError("it is silent", code="LINK_SILENT"))
+
+        async with session_of(mesh) as session:
+            assert await write(session, before={4: lose_the_link}) == whole_tokens()
+            (repair,) = session.repairs
+            assert repair.new_peer_id == "stage-1"
+            assert all(link.is_open for link in session.links)
+        await trio.testing.wait_all_tasks_blocked()
+        assert_nothing_left(mesh)
 
 
 async def test_a_bad_line_between_two_stages_is_given_more_time(

@@ -313,6 +313,46 @@ async def test_a_dead_link_is_replaced() -> None:
         assert await pool.get("far", (), 5) is second
 
 
+async def test_a_silent_link_is_left_to_those_who_use_it_and_dialed_anew_for_others() -> None:
+    async with pooled() as (pool, agreements, _):
+        first = await pool.get("far", (), 5)
+        first.is_suspected = True
+        second = await pool.get("far", (), 5)
+        assert (second is first, first.is_open) == (False, True)
+        first.is_suspected = False
+        assert await pool.get("far", (), 5) is second
+        assert pool.links() == [second]
+
+        second.is_suspected = True
+        third = await pool.get("far", (), 5)
+        assert (first.is_open, second.is_open, third.is_open) == (False, True, True)
+        assert agreements.n_asked == 3
+        pool.cut_off(["far"])
+        assert (second.is_open, third.is_open) == (False, False)
+
+
+async def test_a_silent_node_is_dialed_while_nobody_waits_once_at_a_time() -> None:
+    async with pooled() as (pool, agreements, _):
+        first = await pool.get("far", (), 5)
+        first.is_suspected = True
+        agreements.may_go = trio.Event()
+        for _ in range(3):
+            pool.renew("far", (), 5)
+            await trio.testing.wait_all_tasks_blocked()
+        assert agreements.n_asked == 2
+        assert pool.open_link("far") is first
+        agreements.may_go.set()
+        second = await pool.get("far", (), 5)
+        assert second is not first
+        assert agreements.n_asked == 2
+
+        second.is_suspected = True
+        agreements.failure = UnreachableError("nobody")
+        pool.renew("far", (), 5)
+        await trio.testing.wait_all_tasks_blocked()
+        assert pool.open_link("far") is second
+
+
 async def test_a_failed_agreement_is_raised_to_each_and_not_remembered() -> None:
     async with pooled() as (pool, agreements, _):
         agreements.failure = BusyError("no room")

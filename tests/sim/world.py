@@ -221,11 +221,13 @@ class World:
         """The open link from a host to a node, as `links.dial.LinkPool` would give it."""
         async with near.dialing(other):
             link = near.links.get(other)
+            if link is not None and link.is_open and link.is_suspected:
+                if isinstance(near, SimulatedCoordinator):
+                    raise UnreachableError(f"{other} is silent", code="LINK_SILENT")
+                link = None
             if link is None or not link.is_open:
                 link = await self._dial(near, other)
                 near.links[other] = link
-        if link.is_suspected:
-            raise UnreachableError(f"{other} is silent", code="LINK_SILENT")
         return link
 
     async def _dial(self, near: Node | SimulatedCoordinator, other: str) -> Link:

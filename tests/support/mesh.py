@@ -204,13 +204,17 @@ class MemoryMesh:
             await node.stage.run()
 
     async def link(self, name: str, other: str) -> Link:
-        """The open link from a node, or the coordinator, to a node, made if there is none."""
+        """The open link from a node, or the coordinator, to a node, made if there is none.
+
+        As in the product, a stage dials a silent node anew, and a coordinator looks elsewhere.
+        """
         link = self._between.get((name, other))
-        if link is None or not link.is_open:
+        is_open = link is not None and link.is_open
+        if link is not None and is_open and link.is_suspected and name == COORDINATOR:
+            raise UnreachableError(f"{other} is silent", code="LINK_SILENT")
+        if link is None or not is_open or link.is_suspected:
             link = await self.dial(name, other)
             self._between[name, other] = link
-        if link.is_suspected:
-            raise UnreachableError(f"{other} is silent", code="LINK_SILENT")
         return link
 
     async def dial(self, name: str, other: str) -> Link:
@@ -224,9 +228,12 @@ class MemoryMesh:
             node = self.nodes.get(owner)
             streams.append(stream if node is None else _gated(stream, node))
         user = self.router if name == COORDINATOR else self.nodes[name].stage
-        near, far = await linked_pair(
-            self.nursery, user, there.stage, names=(name, other), streams=(streams[0], streams[1])
+        near, far = link_ends(
+            user, there.stage, names=(name, other), streams=(streams[0], streams[1])
         )
+        self.nursery.start_soon(_greet_and_run, far)
+        await near.greet()
+        self.nursery.start_soon(near.run)
         for owner in (name, other):
             if owner in self.nodes:
                 self.nodes[owner].links += [near, far]
@@ -259,6 +266,10 @@ class MemoryMesh:
             link.close(UnreachableError("the connection broke", code="LINK_LOST"))
         self.nodes[name].links.clear()
 
+    def forget_link(self, name: str, other: str) -> Link:
+        """Whoever asks for this link next gets a new one; the old one, which stays open."""
+        return self._between.pop((name, other))
+
     def freeze(self, name: str) -> None:
         """SIGSTOP: nothing that is sent to it is read and nothing that it sends comes out."""
         self.nodes[name].thawed = trio.Event()
@@ -285,6 +296,14 @@ class MemoryMesh:
             health=self.health,
             timeout_s=timeout_s,
         )
+
+
+async def _greet_and_run(link: Link) -> None:
+    try:
+        await link.greet()
+    except UnreachableError:
+        return  # whoever dials a frozen node waits in vain
+    await link.run()
 
 
 def _gated(stream: trio.abc.Stream, node: MemoryNode) -> GatedStream:
