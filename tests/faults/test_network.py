@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import support.peers_seen
 from faults.conftest import Measured
 from support.cable import FAR_HOST, NEAR_HOST, Cable, cable
 from support.models import write_model
@@ -35,6 +37,10 @@ RUN_WITHIN_S = 120.0
 N_TOKENS = 30
 CUT_S = 8.0
 RIGHT_WITHIN_S = 10.0
+GOES_ON_WITHIN_S = 30.0
+STEADY_S = 5.0
+N_LISTENERS = 4
+WEB_PORT, HTTP_PORT = 8080, 8090  # of a network namespace of our own
 
 
 class Split:
@@ -50,7 +56,7 @@ class Split:
         words = ("bootstrap", "--listen-addr", NEAR_HOST, "--port", "0", *state)
         self._bootstrap = Node(space.start(*words, inside=line.inside(line.near)))
         self._bootstrap.wait_started()
-        self.listeners = [self._listen(number) for number in range(4)]
+        self.listeners = [self._listen(number) for number in range(N_LISTENERS)]
         for listener in self.listeners:
             listener.wait_announced()
 
@@ -64,6 +70,7 @@ class Split:
             *("listen", "--shard-id", str(number // 2), "--threads", "1", *self._where),
             *("--listen-addr", FAR_HOST if is_far else NEAR_HOST),
             *("--state-dir", str(self.space.folder / f"state-{number}"), "--ctx-size", "512"),
+            *("--http", str(HTTP_PORT + number)),
         )
         end = self.line.far if is_far else self.line.near
         return Node(self.space.start(*words, inside=self.line.inside(end)))
@@ -77,14 +84,47 @@ class Split:
     def run(self, *options: str) -> dict:  # type: ignore[type-arg]
         return answer_of(self.start_run("--json", *options))
 
-    def n_replicas(self) -> int:
-        """Replicas that a client at the near end finds."""
-        inside = self.line.inside(self.line.near)
-        running = self.space.start("status", "--json", *self._where, inside=inside)
-        running.wait_end(START_TIMEOUT_S)
-        line = next((line for line in running.lines if line.startswith("[")), "[]")
-        models = json.loads(line)
-        return len([r for m in models for r in m["replicas"] if r["state"] == "loaded"])
+    def watch_all(self) -> list[View]:
+        """What a listener at each end and a gateway at the near end know, from now on."""
+        near, far = self.line.near, self.line.far
+        state = ("--state-dir", str(self.space.folder / "state-web"))
+        ports = ("--port", str(WEB_PORT), "--ws-port", "0")
+        gateway = self.space.start(
+            "web", *ports, *self._where, *state, inside=self.line.inside(near)
+        )
+        gateway.wait_line(str(WEB_PORT), START_TIMEOUT_S)
+        places = ((near, WEB_PORT), (near, HTTP_PORT), (far, HTTP_PORT + 2))
+        return [self._watch(end, port) for end, port in places]
+
+    def _watch(self, end: str, port: int) -> View:
+        command = (sys.executable, support.peers_seen.__file__)
+        inside = self.line.inside(end)
+        view = View(self.space.start(str(port), inside=inside, command=command))
+        view.running.wait_line(f" {N_LISTENERS}$", START_TIMEOUT_S)
+        return view
+
+
+class View:
+    """The replicas that one node knows."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def changes(self) -> list[tuple[float, int]]:
+        """When it knew how many."""
+        words = [line.split() for line in self.running.lines]
+        return [(float(at_s), int(n_known)) for at_s, n_known in words]
+
+    def right_s(self) -> float:
+        """Since when it knows all of them."""
+        at_s, n_known = self.changes()[-1]
+        assert n_known == N_LISTENERS, self.changes()
+        return at_s
+
+    def n_least(self) -> int:
+        """How few it knew at some time since it had known all."""
+        known = [n_known for _, n_known in self.changes()]
+        return min(known[known.index(N_LISTENERS) :])
 
 
 def answer_of(running: Running) -> dict:  # type: ignore[type-arg]
@@ -121,20 +161,26 @@ def test_a_lossy_and_slow_network(split: Split, measured: Measured) -> None:
 def test_a_partition(split: Split, measured: Measured) -> None:
     """The far end is cut off in the middle of a text, and comes back."""
     text = split.run()["text"]
+    views = split.watch_all()
     running = split.start_run("--wait", "60")
     running.wait_line(re.escape(text.split()[0]), RUN_WITHIN_S)
     split.line.cut()
     time.sleep(CUT_S)
     assert running.process.poll() is None, "it was over before the cut"
+    n_printed = running.n_printed
     split.line.join()
     joined_s = time.monotonic()
-    assert running.wait_end(RUN_WITHIN_S) == 0, "\n".join(running.lines)
+    running.wait_more(n_printed, GOES_ON_WITHIN_S)
     went_on_s = time.monotonic() - joined_s
+    assert running.wait_end(RUN_WITHIN_S) == 0, "\n".join(running.lines)
+    done_s = time.monotonic() - joined_s
     assert "\n".join(running.lines) == text
-    while split.n_replicas() < 4:
-        assert time.monotonic() - joined_s < 6 * RIGHT_WITHIN_S
-    right_s = time.monotonic() - joined_s
+    # Who is right must stay so.
+    time.sleep(max(0.0, RIGHT_WITHIN_S + STEADY_S - done_s))
+    right_s = max(0.0, *(view.right_s() - joined_s for view in views))
     measured(
-        f"cut for {CUT_S:.0f} s: the same text {went_on_s:.1f} s after the end of it, "
-        f"directory right after {right_s:.1f} s, with the start of the commands"
+        f"cut for {CUT_S:.0f} s: the text went on {went_on_s:.1f} s after the end of it and was "
+        f"done, the same, after {done_s:.1f} s; of {N_LISTENERS} replicas "
+        f"{[view.n_least() for view in views]} were known, all of them again after {right_s:.1f} s"
     )
+    assert right_s < RIGHT_WITHIN_S

@@ -55,12 +55,13 @@ class Running:
         folder: Path,
         environment: Mapping[str, str],
         inside: Sequence[str] = (),
+        command: Sequence[str] = COMMAND,
     ) -> None:
         """`inside` stands before the command, to run it in a network namespace."""
         self.arguments = arguments
         # A session of its own, so that a signal to its group is Ctrl-C in its terminal.
         self.process = subprocess.Popen(
-            [*inside, *COMMAND, *arguments],
+            [*inside, *command, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,6 +107,18 @@ class Running:
                 if self._is_over or remaining_s <= 0:
                     return None
                 self._changed.wait(remaining_s)
+
+    @property
+    def n_printed(self) -> int:
+        """Bytes that it has printed so far."""
+        with self._changed:
+            return len(self._text)
+
+    def wait_more(self, n_printed: int, timeout_s: float) -> None:
+        """Waits until it has printed more than so many bytes."""
+        with self._changed:
+            has_more = self._changed.wait_for(lambda: len(self._text) > n_printed, timeout_s)
+        assert has_more, f"nothing more from {self.arguments}:\n" + "\n".join(self.lines)
 
     def children(self) -> list[psutil.Process]:
         """All its living descendants."""
@@ -197,10 +210,11 @@ class Workspace:
         *arguments: str,
         variables: Mapping[str, str] | None = None,
         inside: Sequence[str] = (),
+        command: Sequence[str] = COMMAND,
     ) -> Running:
         """Starts a command that stays; it is ended with the workspace at the latest."""
         environment = {**self.environment, **(variables or {})}
-        running = Running(arguments, self.folder, environment, inside)
+        running = Running(arguments, self.folder, environment, inside, command)
         self.started.append(running)
         self._stack.callback(running.close)
         return running
