@@ -28,6 +28,7 @@ from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
+from shardmesh.wire.limits import DRAFTS_MAX
 from shardmesh.wire.messages import HiddenBatch, NextStage, TokenBatch
 
 BOUNDARIES = (0, 1, 3, 4)
@@ -37,6 +38,9 @@ TOKEN_S = 0.01
 PIECE_S = 0.03
 SLOW_FACTOR = 10.0
 DIAL_TIMEOUT_S = 3.0
+STRAYS_AHEAD = (-1, 2 * DRAFTS_MAX, 3 * DRAFTS_MAX)
+"""Of what a last stage has received; what lies between may be due, since guesses run ahead."""
+
 GHOST_S = 2.0
 """How long a dead node may still be listed."""
 
@@ -313,7 +317,7 @@ class World:
         for session in self.nodes[name].stage.sessions:
             if session.first_link is None or not session.first_link.is_open:
                 continue
-            for ahead in (-1, 2, 5):
+            for ahead in STRAYS_AHEAD:
                 stray = TokenBatch(
                     session=session.session_id,
                     epoch=session.epoch,
