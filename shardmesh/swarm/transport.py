@@ -2,8 +2,8 @@
 
 What is different from the library's own, each found by trying or by reading its source:
 
-- A node is dialed at all its addresses, staggered, and never refused because an earlier attempt
-  failed (the library takes one address and then refuses the node for 60 s).
+- A node is dialed at all its addresses, staggered, twice where that hangs, and never refused
+  because an earlier attempt failed (the library takes one address and then refuses it for 60 s).
 - An address without a peer id can be dialed: the Noise handshake (XX) tells who is there.  The
   library insists on knowing beforehand, although its handshake takes None for "whoever it is".
 - An inbound connection gives its place back when it closes (the library keeps it for ever and is
@@ -65,6 +65,7 @@ from shardmesh.wire.limits import (
     STREAM_OPEN_TIMEOUT_S,
 )
 
+_DIAL_AGAIN_S = 1.5  # longer than a handshake takes over 200 ms without losses
 _log = logging.getLogger(__name__)
 
 logging.getLogger("libp2p").propagate = True
@@ -139,7 +140,8 @@ class MeshSwarm(Swarm):
     async def dial_first(self, targets: Sequence[tuple[Multiaddr, ID | None]]) -> INetConn:
         """Connects with the target that answers first; each has a small head start on the next.
 
-        Those through a relay come last.
+        Those through a relay come last.  Where an attempt hangs, a second one begins from anew: a
+        connection whose first packets were lost waits for seconds before it sends them again.
 
         Raises SwarmException with the reason of each if none answers, NotAdmitted if one answered
         and did not want this node.
@@ -147,6 +149,7 @@ class MeshSwarm(Swarm):
         found: list[INetConn] = []
         reasons: list[str] = []
         refusals: list[NotAdmitted] = []
+        failures: list[trio.Event] = []
 
         async def attempt(address: Multiaddr, peer_id: ID | None, failed: trio.Event) -> None:
             try:
@@ -160,17 +163,23 @@ class MeshSwarm(Swarm):
                 found.append(conn)
                 nursery.cancel_scope.cancel()
 
-        direct_first = sorted(targets, key=lambda target: is_circuit(target[0]))
+        first = sorted(targets, key=lambda target: is_circuit(target[0]))[:DIAL_ADDRESSES_MAX]
         async with trio.open_nursery() as nursery:
-            for address, peer_id in direct_first[:DIAL_ADDRESSES_MAX]:
-                failed = trio.Event()
-                nursery.start_soon(attempt, address, peer_id, failed)
+            for address, peer_id in first:
+                failures.append(trio.Event())
+                nursery.start_soon(attempt, address, peer_id, failures[-1])
                 with trio.move_on_after(DIAL_STAGGER_S):
+                    await failures[-1].wait()
+            with trio.move_on_after(_DIAL_AGAIN_S):
+                for failed in failures:
                     await failed.wait()
+            for (address, peer_id), failed in zip(first, failures, strict=True):
+                if not failed.is_set() and not is_circuit(address):
+                    nursery.start_soon(attempt, address, peer_id, trio.Event())
         if refusals and not found:
             raise refusals[0]
         if not found:
-            raise SwarmException("; ".join(reasons) or "no addresses to dial")
+            raise SwarmException("; ".join(dict.fromkeys(reasons)) or "no addresses to dial")
         return found[0]
 
     async def _dial_one(self, address: Multiaddr, peer_id: ID | None) -> INetConn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -135,6 +136,41 @@ async def test_dead_address_then_live_one() -> None:
     async with host_on_loopback() as asker, host_on_loopback() as answerer:
         dead = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{answerer.peer_id}"
         assert await asker.connect([dead, *answerer.addresses()], 5) == answerer.peer_id
+
+
+async def test_a_second_attempt_gets_through_where_the_first_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shardmesh.swarm.transport._DIAL_AGAIN_S", 0.1)
+    n_dialed = 0
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        port = answerer.own_ports()[0]
+
+        async def lead_on(stream: trio.SocketStream) -> None:
+            nonlocal n_dialed
+            n_dialed += 1
+            if n_dialed == 1:
+                await trio.sleep_forever()  # its packets are lost
+            there = await trio.open_tcp_stream("127.0.0.1", port)
+            async with there, trio.open_nursery() as pair:
+                pair.start_soon(carry, stream, there)
+                pair.start_soon(carry, there, stream)
+
+        async with trio.open_nursery() as nursery:
+            (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, lead_on, [listener])
+            entrance = listener.socket.getsockname()[1]
+            address = f"/ip4/127.0.0.1/tcp/{entrance}/p2p/{answerer.peer_id}"
+            with trio.fail_after(3):
+                assert await asker.connect([address], 10) == answerer.peer_id
+            assert n_dialed == 2
+            nursery.cancel_scope.cancel()
+
+
+async def carry(source: trio.SocketStream, target: trio.SocketStream) -> None:
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        async for data in source:
+            await target.send_all(data)
 
 
 async def test_nobody_there_then_somebody() -> None:
