@@ -67,7 +67,7 @@ ROWS = (
     ),
     Row(
         "a partition",
-        "same tokens; the directory is right again within 10 s",
+        "same tokens; the directories on both sides are right again within 10 s",
         ("faults/test_network.py::test_a_partition",),
     ),
     Row(
