@@ -1,4 +1,4 @@
-"""How busy a node is: asked of the data process every second, told to others when it changes."""
+"""How busy a node is: asked of the data process while it has sessions, told to others on a change."""
 
 from __future__ import annotations
 
