@@ -1,4 +1,4 @@
-"""How busy a node is: asked of the data process while it has sessions, told to others on a change."""
+"""How busy a node is: asked of the data process, often while it has sessions; told on a change."""
 
 from __future__ import annotations
 
