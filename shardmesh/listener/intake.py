@@ -122,6 +122,7 @@ class Intake:
         )
         self._sessions.worker.add(session.session_id, batch.n_tokens, work)
         session.n_received += batch.n_tokens
+        session.may_be_handed = message.hand
         if batch.sample and session.next_stage is None and session.first_sampled is None:
             session.first_sampled = batch.position
         self._copier.consider(session)

@@ -72,6 +72,7 @@ class StageSession:
     next_link: Link | None = None
     first_link: Link | None = None  # where tokens are handed on, if that is possible now
     handed: HandedTokens = dataclasses.field(default_factory=HandedTokens)
+    may_be_handed: bool = False  # what is sampled behind the newest micro-batch
     branch: int = 0  # the newest that came
     n_received: int = 0  # the position that must come next
     n_before_repair: int | None = None  # positions computed before the first one
@@ -104,7 +105,7 @@ class StageSession:
 
     def takes_handed(self, message: TokenBatch) -> bool:
         """Whether to compute a token that the last stage handed on to this first one."""
-        return self.handed.take(
+        return self.may_be_handed and self.handed.take(
             message,
             n_received=self.n_received,
             branch=self.branch,
@@ -135,6 +136,7 @@ class StageSession:
         self.first_stage, self.last_stage = message.first_stage, message.last_stage
         self.previous_link = self.next_link = self.first_link = None
         self.handed.forget_from(0)
+        self.may_be_handed = False
         self.n_replay = self.n_acknowledged = 0
         self.is_deaf = False
 

@@ -423,7 +423,9 @@ async def test_a_last_stage_that_says_two_things_ends_the_session(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with mesh_of() as mesh, session_of(mesh) as session:
-        done = await prefill(session, PROMPT)
+        (lying,) = mesh.nodes["stage-2"].stage.sessions
+        lying.first_link = None
+        done = await prefill(session, PROMPT, hand=True)
         assert done.sampled is not None
         link = await mesh.link("stage-2", "stage-0")
         link.send(token_batch(session, len(PROMPT), (done.sampled.token + 1) % N_VOCAB))
@@ -432,6 +434,23 @@ async def test_a_last_stage_that_says_two_things_ends_the_session(
         with pytest.raises(ShardmeshError) as caught:
             await session.receive()
         assert caught.value.code == "OTHER_TOKEN"
+
+
+async def test_a_token_that_nobody_let_it_hand_on_is_not_taken(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Not before anything was sampled, and not behind what was computed again."""
+    async with mesh_of() as mesh, session_of(mesh) as session:
+        link = await mesh.link("stage-2", "stage-0")
+        link.send(token_batch(session, 0, 1))
+        await trio.testing.wait_all_tasks_blocked()
+
+        def hand_on_what_is_next() -> None:
+            link.send(token_batch(session, session.n_sent, 1))
+
+        before = {3: hand_on_what_is_next}
+        assert await write(session, before=before, hands=lambda n_so_far: False) == EXPECTED
+        assert n_taken(mesh) == 0
 
 
 async def test_tokens_that_are_not_due_change_nothing(

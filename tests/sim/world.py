@@ -28,7 +28,6 @@ from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
-from shardmesh.wire.limits import DRAFTS_MAX
 from shardmesh.wire.messages import HiddenBatch, NextStage, TokenBatch
 
 BOUNDARIES = (0, 1, 3, 4)
@@ -38,9 +37,6 @@ TOKEN_S = 0.01
 PIECE_S = 0.03
 SLOW_FACTOR = 10.0
 DIAL_TIMEOUT_S = 3.0
-STRAYS_AHEAD = (-1, 2 * DRAFTS_MAX, 3 * DRAFTS_MAX)
-"""Of what a last stage has received; what lies between may be due, since guesses run ahead."""
-
 GHOST_S = 2.0
 """How long a dead node may still be listed."""
 
@@ -269,7 +265,7 @@ class World:
                 links.append(await self.link(coordinator, stage.peer_id))
             except ShardmeshError as error:
                 coordinator.health.failed(stage, error, trio.current_time())
-                raise
+                raise UnreachableError(f"no link to {stage.peer_id}") from error
         return chain, links
 
     def finder(self, coordinator: SimulatedCoordinator, timeout_s: float) -> ReplicaFinder:
@@ -313,15 +309,15 @@ class World:
             return
 
     def send_stray_token(self, name: str) -> None:
-        """A last stage hands on tokens that are not due, of a session that it holds."""
+        """A last stage hands on tokens of a session that it holds, which were due or never will."""
         for session in self.nodes[name].stage.sessions:
             if session.first_link is None or not session.first_link.is_open:
                 continue
-            for ahead in STRAYS_AHEAD:
+            for position in (max(0, session.n_received - 1), N_CTX - 2, N_CTX):
                 stray = TokenBatch(
                     session=session.session_id,
                     epoch=session.epoch,
-                    position=max(0, session.n_received + ahead),
+                    position=position,
                     tokens=(1,),
                     sample=True,
                     embed=False,
