@@ -23,9 +23,9 @@ BETWEEN_S = 0.004  # a coordinator prepares and opens no more than that in one p
 
 def test_a_thousand_sessions(fortress: Fortress, measured: Measured) -> None:
     """As fast as one coordinator can ask; nobody waits for those before, and no text is mixed."""
-    answers_s: list[float] = []
+    served_s: list[float] = []
+    busy_s: list[float] = []
     texts: dict[int, str] = {}
-    n_busy = 0
 
     def asked_by(number: int):  # type: ignore[no-untyped-def]
         return request(f"{number} kings went to the river and", n_tokens=N_TOKENS, seed=number)
@@ -35,34 +35,34 @@ def test_a_thousand_sessions(fortress: Fortress, measured: Measured) -> None:
         settle_memory()  # as commands do: the test's own process has still more objects
 
         async def one(number: int) -> None:
-            nonlocal n_busy
             begun_s = time.monotonic()
             try:
                 async with client.coordinator.complete(asked_by(number)) as completion:
-                    answers_s.append(time.monotonic() - begun_s)
+                    served_s.append(time.monotonic() - begun_s)
                     texts[number] = "".join(
                         [getattr(item, "text", "") async for item in completion.items]
                     )
             except BusyError:
-                answers_s.append(time.monotonic() - begun_s)
-                n_busy += 1
+                busy_s.append(time.monotonic() - begun_s)
 
         async with trio.open_nursery() as nursery:
             for number in range(N_SESSIONS):
                 nursery.start_soon(one, number)
                 await trio.sleep(BETWEEN_S)
         assert client.coordinator.n_sessions == 0
-        assert len(answers_s) == N_SESSIONS
-        assert len(texts) + n_busy == N_SESSIONS
+        assert len(texts) == len(served_s)
+        assert len(served_s) + len(busy_s) == N_SESSIONS
         assert len(texts) >= N_PARALLEL
         for number in list(texts)[:: 1 if IS_FULL else 8]:
             assert (await write(client, asked_by(number))).text == texts[number]
 
     fortress.run(use)
+    answers_s = served_s + busy_s
     worst_s = percentile(answers_s, 0.99)
     measured(
-        f"{len(texts)} served and {n_busy} told BUSY, "
-        f"p50 {1e3 * percentile(answers_s, 0.5):.0f} ms, p99 {1e3 * worst_s:.0f} ms"
+        f"{len(served_s)} served, p50 {1e3 * percentile(served_s, 0.5):.0f} ms, "
+        f"{len(busy_s)} told BUSY, p99 {1e3 * percentile(busy_s, 0.99):.0f} ms; "
+        f"all: p50 {1e3 * percentile(answers_s, 0.5):.0f} ms, p99 {1e3 * worst_s:.0f} ms"
     )
     fortress.wait_whole()
     if IS_FULL:  # a figure of a quiet machine
