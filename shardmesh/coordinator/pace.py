@@ -166,7 +166,6 @@ def explain(
     """The choice with its numbers: each stage's replicas, and the time of a token."""
     considered = []
     for number, chosen in enumerate(stages):
-        hop, before = (costs.hop if number else costs.turn), stages[number - 1]
         others = [
             r
             for r in replicas
@@ -183,7 +182,14 @@ def explain(
                     compute_us=costs.compute_us[replica.peer_id],
                     n_sessions=costs.n_sessions[replica.peer_id],
                     stage_us=costs.stage(replica),
-                    hop_us=hop(before, replica),
+                    hop_us=_hop_to(replica, number, stages, costs),
                 )
             )
     return Explanation(chain_cost(stages, costs), tuple(considered))
+
+
+def _hop_to(replica: Replica, number: int, stages: Sequence[Replica], costs: TokenCosts) -> float:
+    """To what is or could be stage `number`; a single stage has itself before it."""
+    if number:
+        return costs.hop(stages[number - 1], replica)
+    return costs.turn(stages[-1] if len(stages) > 1 else replica, replica)

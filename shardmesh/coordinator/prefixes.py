@@ -55,7 +55,7 @@ class PromptPrefix:
         Whole pieces, and at least one token is left to compute, or nothing could be sampled.
         """
         n_most = min(n_held, len(self.tokens) - 1)
-        return max((end for end in whole_borders(n_most, piece_tokens)), default=0)
+        return max(whole_borders(n_most, piece_tokens), default=0)
 
 
 def prefix_of(

@@ -71,7 +71,7 @@ class ReplicaHealth:
             self._forget_old(now_s)
             return
         known = self._failures.get(replica.peer_id)
-        if known is not None and known.n_in_a_row and self.is_aside(replica, now_s):
+        if known is not None and known.n_in_a_row and now_s < known.until_s:
             return  # all its sessions tell of the same failure, one after the other
         if known is None or now_s - known.failed_s > FORGIVEN_AFTER_S:
             known = _Failures(0, 0, now_s, now_s)

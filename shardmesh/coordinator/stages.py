@@ -312,12 +312,7 @@ class SessionStages:
         return Place(self.session_id, self.epoch, self.chain.stages, number, hands_on)
 
     async def _answers(
-        self,
-        asked: set[int],
-        fresh: set[int],
-        timeout_s: float,
-        *,
-        may_hold: bool,
+        self, asked: set[int], fresh: set[int], timeout_s: float, *, may_hold: bool
     ) -> list[Held]:
         answers: dict[int, Held] = {}
         full: dict[int, ShardmeshError] = {}

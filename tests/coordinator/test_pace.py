@@ -103,7 +103,11 @@ def test_a_token_goes_from_the_last_stage_straight_to_the_first() -> None:
 def test_a_single_stage_sends_its_tokens_over_the_coordinator() -> None:
     pair = [replica("a", 0, 4, token_us=1_000), replica("b", 0, 4, token_us=2_000)]
     assert chosen(pair, own_hops_us={"a": 5_000.0, "b": 100.0}) == ["b"]
-    assert costs_of(pair, own_hops_us={"a": 5_000.0}).turn(pair[0], pair[0]) == 10_000
+    costs = costs_of(pair, own_hops_us={"a": 5_000.0, "b": 100.0})
+    assert costs.turn(pair[0], pair[0]) == 10_000
+    # Each as if it were chosen: an alternative is not a hop behind the one that was.
+    hops_us = {c.replica.peer_id: c.hop_us for c in explain([pair[1]], pair, costs).considered}
+    assert hops_us == {"a": 10_000, "b": 200}
 
 
 def test_who_has_said_nothing_is_taken_for_average() -> None:

@@ -181,6 +181,16 @@ def test_silence_does_not_make_dials_longer() -> None:
     assert health.n_failures("a") == 0
 
 
+def test_a_failure_counts_although_the_replica_said_a_moment_ago_that_it_is_full() -> None:
+    health = ReplicaHealth()
+    health.failed(replica("a"), LOST, 100.0)
+    later_s = 100.0 + ASIDE_MIN_S
+    health.failed(replica("a"), BusyError("full"), later_s)
+    health.failed(replica("a"), LOST, later_s)
+    assert health.n_failures("a") == 2
+    assert health.is_aside(replica("a"), later_s + ASIDE_MIN_S)
+
+
 def test_old_failures_are_forgiven() -> None:
     health = ReplicaHealth()
     counted = []
