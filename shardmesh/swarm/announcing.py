@@ -20,6 +20,8 @@ from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 _TELLS_AT_ONCE = 16
 _RETRY_PAUSE_S = 10.0
 _LIFETIME_MIN_S = 60
+_CLOCK_LOOK_S = 5.0
+_CLOCK_STEP_S = 10.0  # less changes nothing: announcements live for minutes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class Announcer:
         refresh_at_s = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_in_dht)
+            nursery.start_soon(self._watch_clock)
             while True:
                 self._changed = trio.Event()
                 self.sign(self._lifetime_s())
@@ -102,10 +105,22 @@ class Announcer:
                     await self._changed.wait()
                 self._is_changed_much |= refresh.cancelled_caught
 
+    async def _watch_clock(self) -> None:
+        """Announces anew when the wall clock was set: what was said before may be unbelievable."""
+        while True:
+            difference_s = self._directory.wall_clock() - trio.current_time()
+            await trio.sleep(_CLOCK_LOOK_S)
+            moved_s = self._directory.wall_clock() - trio.current_time() - difference_s
+            if abs(moved_s) > _CLOCK_STEP_S:
+                self._log.info("the clock of this machine was set by %+.0f s", moved_s)
+                self.change(is_load=False)
+
     def sign(self, lifetime_s: int) -> bytes:
         """A new announcement; with a lifetime of 0 it takes back all before it."""
         now_s = self._directory.wall_clock()
-        self._sequence = max(self._sequence + 1, int(now_s * 1000))  # rises over restarts too
+        # Rises over restarts too, also if the clock was ahead before and neighbours remember that.
+        known = max(self._sequence, self._directory.sequence_of(self._host.peer_id))
+        self._sequence = max(known + 1, int(now_s * 1000))
         offer = self._offer()
         told = {field.name: getattr(offer, field.name) for field in dataclasses.fields(offer)}
         announcement = Announcement(

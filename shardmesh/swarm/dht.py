@@ -29,7 +29,7 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from shardmesh.errors import ProtocolError, UnreachableError
 from shardmesh.swarm.host import Host
-from shardmesh.wire.announcement import Announcement, check_timely, open_signed
+from shardmesh.wire.announcement import Announcement, check_not_ahead, check_timely, open_signed
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_LIFETIME_MAX_S,
     DHT_KEY_BYTES_MAX,
@@ -68,6 +68,7 @@ class AnnouncementValidator(Validator):
         if key != announcement_key(announcement.cluster, announcement.peer_id):
             raise ProtocolError("an announcement under the key of another node")
         now_s = self._wall_clock()
+        check_not_ahead(announcement, now_s)
         if announcement.is_withdrawal:  # kept for as long as what it takes back could live
             now_s -= ANNOUNCEMENT_LIFETIME_MAX_S
         if announcement.expires_at_s <= now_s:

@@ -22,7 +22,7 @@ from shardmesh.wire.announcement import (
     Announcement,
     DirectoryRequest,
     DirectoryResponse,
-    check_timely,
+    check_not_ahead,
     open_signed,
 )
 from shardmesh.wire.codec import decode_cbor, encode_cbor
@@ -79,10 +79,11 @@ class Directory:
         announcement = open_signed(signed)
         now_s = self.wall_clock()
         entry = _Entry(announcement, signed)
-        if not (announcement.is_withdrawal and not entry.is_over(now_s)):
-            check_timely(announcement, cluster=self.cluster, now_s=now_s)
-        elif announcement.cluster != self.cluster:
+        if announcement.cluster != self.cluster:
             raise ProtocolError(f"an announcement for cluster {announcement.cluster!r}")
+        check_not_ahead(announcement, now_s)
+        if entry.is_over(now_s):
+            raise ProtocolError("an announcement has expired", code="EXPIRED")
         if not self.admits(announcement.peer_id):
             return False
         known = self._entries.get(announcement.peer_id)
@@ -113,6 +114,11 @@ class Directory:
         """Whether a listener has taken its announcement back, as one does that ends in order."""
         entry = self._entries.get(peer_id)
         return entry is not None and entry.announcement.is_withdrawal
+
+    def sequence_of(self, peer_id: str) -> int:
+        """That of the newest word of a listener, a withdrawal included; 0 if there is none."""
+        entry = self._entries.get(peer_id)
+        return entry.announcement.sequence if entry is not None else 0
 
     def all(self) -> list[Announcement]:
         """All that can be believed now, by shard and peer id."""
@@ -171,7 +177,9 @@ class Directory:
             self._tell()
 
     def _is_live(self, entry: _Entry) -> bool:
-        return entry.reachable and entry.announcement.expires_at_s > self.wall_clock()
+        """A withdrawal never is, also one of a node whose clock is a little ahead."""
+        is_shown = entry.reachable and not entry.announcement.is_withdrawal
+        return is_shown and not entry.is_over(self.wall_clock())
 
     def _forget_over(self, now_s: float) -> None:
         for peer_id in [p for p, entry in self._entries.items() if entry.is_over(now_s)]:

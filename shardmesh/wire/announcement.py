@@ -160,6 +160,19 @@ def open_signed(data: bytes) -> Announcement:
     return announcement
 
 
+def check_not_ahead(announcement: Announcement, now_s: float) -> None:
+    """Raises ProtocolError (theirs, WRONG_CLOCK) for the future; `now_s` is wall-clock time.
+
+    Withdrawals too: until then nothing that the node says would be newer.
+    """
+    if announcement.issued_at_s > now_s + ANNOUNCEMENT_CLOCK_SKEW_MAX_S:
+        raise ProtocolError(
+            f"an announcement from the future; the clock of {announcement.peer_id} or of this "
+            "machine is wrong",
+            code="WRONG_CLOCK",
+        )
+
+
 def check_timely(announcement: Announcement, *, cluster: str, now_s: float) -> None:
     """Raises ProtocolError (theirs) for another cluster, the past (EXPIRED) or the future.
 
@@ -167,24 +180,9 @@ def check_timely(announcement: Announcement, *, cluster: str, now_s: float) -> N
     """
     if announcement.cluster != cluster:
         raise ProtocolError(f"an announcement for cluster {announcement.cluster!r}")
-    if announcement.issued_at_s > now_s + ANNOUNCEMENT_CLOCK_SKEW_MAX_S:
-        raise ProtocolError(
-            f"an announcement from the future; the clock of {announcement.peer_id} or of this "
-            "machine is wrong",
-            code="WRONG_CLOCK",
-        )
-    if announcement.expires_at_s <= now_s:
+    check_not_ahead(announcement, now_s)
+    if announcement.is_withdrawal or announcement.expires_at_s <= now_s:
         raise ProtocolError("an announcement has expired", code="EXPIRED")
-
-
-def decode_signed(data: bytes, *, cluster: str, now_s: float) -> Announcement:
-    """The announcement in signed bytes, to be believed now; `now_s` is wall-clock time.
-
-    Raises ProtocolError (theirs), see `open_signed` and `check_timely`.
-    """
-    announcement = open_signed(data)
-    check_timely(announcement, cluster=cluster, now_s=now_s)
-    return announcement
 
 
 DIRECTORY_PROTOCOL: Final = "/shardmesh/directory/1.0"

@@ -43,6 +43,8 @@ class Announcing:
 
     def __init__(self, **delays_s: float) -> None:
         self.dht = SlowDht()
+        self.clock_is_ahead_s = 0.0
+        self.directory = Directory(CLUSTER, lambda: self.wall_clock_s())
         self.name = "fairy"
         self.told: dict[str, list[tuple[float, str]]] = {name: [] for name in delays_s}
         self._delays_s = delays_s
@@ -50,7 +52,7 @@ class Announcing:
         self.announcer = Announcer(
             cast(Host, host),
             cast(Dht, self.dht),
-            Directory(CLUSTER),
+            self.directory,
             self._offer,
             signer=IDENTITY,
             teller=Teller(lambda: list(delays_s), self._tell),
@@ -76,6 +78,10 @@ class Announcing:
         name = open_signed(self.announcer.signed).model_name
         await trio.sleep(self._delays_s[peer_id])
         self.told[peer_id].append((trio.current_time(), name))
+
+    def wall_clock_s(self) -> float:
+        """One that goes as fast as trio's own."""
+        return 1_790_000_000 + trio.current_time() + self.clock_is_ahead_s
 
     def change(self, name: str, *, is_load: bool = False) -> None:
         self.name = name
@@ -136,6 +142,36 @@ async def test_the_dht_is_tried_again_and_everything_renewed_in_time(
         await trio.sleep(301)
         assert len(announcing.told["near"]) == n_told + 1
         assert len(announcing.dht.sequences) == 2
+
+
+async def test_a_clock_that_was_set_makes_it_announce_anew(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """By the new time what was said before has expired, or is from the future."""
+    async with running(near=0.0) as announcing:
+        await trio.sleep(20)
+        assert len(announcing.told["near"]) == 1
+        for announcing.clock_is_ahead_s in (3600.0, -3600.0):
+            n_told = len(announcing.told["near"])
+            await trio.sleep(20)
+            assert len(announcing.told["near"]) == n_told + 1
+            assert announcing.announcer.signed is not None
+            told = open_signed(announcing.announcer.signed)
+            assert abs(told.issued_at_s - announcing.wall_clock_s()) < 30
+
+
+async def test_what_a_node_said_before_it_was_started_again_is_older(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Although its clock was ahead then: a neighbour has told it of its own former word."""
+    former = Announcing()
+    former.clock_is_ahead_s = 60.0
+    withdrawn = former.announcer.sign(0)
+    again = Announcing()
+    assert again.directory.update(withdrawn)
+    assert again.directory.all() == []
+    again.announcer.sign(600)
+    assert again.directory.get(IDENTITY.peer_id) is not None
 
 
 async def test_two_who_tell_at_once_tell_one_after_the_other(

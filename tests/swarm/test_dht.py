@@ -143,6 +143,11 @@ def test_validator_refuses_the_forged_the_foreign_and_the_old() -> None:
         validator.validate(key, encode_signed(an_announcement(mallory), mallory))
     with pytest.raises(ProtocolError, match="expired"):
         AnnouncementValidator(lambda: now_s + 601).validate(key, signed)
+    at_s = int(now_s)
+    for ahead in (signed, encode_signed(an_announcement(alice, expires_at_s=at_s), alice)):
+        with pytest.raises(ProtocolError) as caught:
+            AnnouncementValidator(lambda: now_s - 130).validate(key, ahead)
+        assert caught.value.code == "WRONG_CLOCK"
 
 
 def test_validator_prefers_the_newer_and_of_equals_the_later() -> None:

@@ -93,6 +93,18 @@ def test_withdrawn_does_not_come_back_by_an_older_word() -> None:
     assert peer_ids(directory.all()) == [ALICE.peer_id]
 
 
+def test_a_withdrawal_of_a_clock_that_is_ahead_is_not_believed() -> None:
+    """It would be the newest word of its node until then, whatever that says meanwhile."""
+    clock = Clock()
+    directory = Directory(CLUSTER, clock)
+    ahead_s = clock.now_s + 86400
+    with pytest.raises(ProtocolError) as caught:
+        directory.update(withdrawal(ALICE, int(ahead_s * 1000), ahead_s))
+    assert caught.value.code == "WRONG_CLOCK"
+    assert directory.update(sign(ALICE, sequence=int(clock.now_s * 1000)))
+    assert peer_ids(directory.all()) == [ALICE.peer_id]
+
+
 def test_unreachable_is_hidden_until_heard_of_again() -> None:
     directory = Directory(CLUSTER)
     directory.update(sign(ALICE, sequence=1))

@@ -12,7 +12,7 @@ from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.wire.announcement import (
     Announcement,
     Capabilities,
-    decode_signed,
+    check_timely,
     encode_signed,
     open_signed,
 )
@@ -54,7 +54,9 @@ def announcement(identity: Identity = ALICE, **changes: object) -> Announcement:
 
 
 def decode(data: bytes, now_s: float = NOW_S) -> Announcement:
-    return decode_signed(data, cluster="llama-cluster", now_s=now_s)
+    found = open_signed(data)
+    check_timely(found, cluster="llama-cluster", now_s=now_s)
+    return found
 
 
 def test_what_was_signed_comes_out() -> None:
