@@ -19,6 +19,7 @@ from shardmesh.errors import (
 )
 from shardmesh.links.link import Link, LinkKind, LinkUser
 from shardmesh.wire.limits import (
+    ANNOUNCEMENT_ADDRESSES_MAX,
     DIAL_STAGGER_S,
     EXPECTED_LINKS_MAX,
     EXPECTED_LINKS_PER_NODE_MAX,
@@ -315,7 +316,10 @@ def _close_links(links: Iterable[Link], peer_ids: Collection[str]) -> None:
 
 
 def local_endpoints(addresses: list[str], port: int) -> tuple[Endpoint, ...]:
-    """The data port on each IP address among libp2p multiaddresses, in their order."""
+    """The data port on the IP addresses among libp2p multiaddresses, as many as an offer may have.
+
+    Their order stays.
+    """
     hosts: list[str] = []
     for address in addresses:
         parts = address.split("/")
@@ -323,7 +327,7 @@ def local_endpoints(addresses: list[str], port: int) -> tuple[Endpoint, ...]:
         is_own = "p2p-circuit" not in parts  # else it is a relay's
         if is_ip and is_own and parts[2] not in hosts:
             hosts.append(parts[2])
-    return tuple(Endpoint(host=host, port=port) for host in hosts)
+    return tuple(Endpoint(host=host, port=port) for host in hosts[:ANNOUNCEMENT_ADDRESSES_MAX])
 
 
 def own_endpoint(listen_hosts: Sequence[str], port: int) -> Endpoint:

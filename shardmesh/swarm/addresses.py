@@ -13,7 +13,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
 from shardmesh.errors import InputError
-from shardmesh.wire.limits import TEXT_BYTES_MAX
+from shardmesh.wire.limits import ANNOUNCEMENT_ADDRESSES_MAX, TEXT_BYTES_MAX
 from shardmesh.wire.peer_id import is_peer_id
 
 ADDRESSES_READ_KEPT = 1024
@@ -95,21 +95,52 @@ def is_loopback(address: str) -> bool:
 _HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
 
 
+def told_addresses(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Those that an announcement has room for: all that lead through relays, then direct ones.
+
+    A machine may have any number of its own, and be reached at none of them.
+    """
+    circuits = [text for text in addresses if is_circuit(text)][:ANNOUNCEMENT_ADDRESSES_MAX]
+    direct = [text for text in addresses if not is_circuit(text)]
+    return (*direct[: ANNOUNCEMENT_ADDRESSES_MAX - len(circuits)], *circuits)
+
+
 def reachable_addresses(listening: Iterable[Multiaddr]) -> list[Multiaddr]:
     """Where others reach a node that listens there: 0.0.0.0 becomes the machine's own addresses.
 
-    Loopback addresses come last: they mean something on this machine only.
+    First the one that it goes out with: others may be of networks inside of it, and of many of them
+    not all are told.  Loopback addresses come last: they mean something on this machine only.
     """
-    found: list[tuple[bool, str]] = []
+    found: list[tuple[bool, bool, str]] = []
     for address in listening:
         port = address.value_for_protocol("tcp")
         kind = "ip6" if "ip6" in str(address) else "ip4"
         host = str(address.value_for_protocol(kind))
         hosts = _own_hosts(kind) if ipaddress.ip_address(host).is_unspecified else [host]
+        outward = _outward_host(kind)
         found += [
-            (ipaddress.ip_address(own).is_loopback, f"/{kind}/{own}/tcp/{port}") for own in hosts
+            (ipaddress.ip_address(own).is_loopback, own != outward, f"/{kind}/{own}/tcp/{port}")
+            for own in hosts
         ]
-    return [Multiaddr(text) for _, text in sorted(set(found))]
+    return [Multiaddr(text) for _, _, text in sorted(set(found))]
+
+
+_FAR_AWAY = {"ip4": "198.51.100.1", "ip6": "2001:db8::1"}
+"""Addresses that are nobody's (RFC 5737, RFC 3849)."""
+
+
+def _outward_host(kind: str) -> str:
+    """The machine's address on the way to far networks; empty without such a way.
+
+    Nothing is sent: to connect a datagram socket only looks the way up.
+    """
+    family = socket.AF_INET6 if kind == "ip6" else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((_FAR_AWAY[kind], 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _own_hosts(kind: str) -> list[str]:

@@ -10,11 +10,12 @@ from typing import Protocol
 import trio
 
 from shardmesh.errors import ShardmeshError
+from shardmesh.swarm.addresses import told_addresses
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.wire.announcement import Announcement, Capabilities, Signer, encode_signed
-from shardmesh.wire.limits import ANNOUNCEMENT_ADDRESSES_MAX, ANNOUNCEMENT_LIFETIME_MAX_S
+from shardmesh.wire.limits import ANNOUNCEMENT_LIFETIME_MAX_S
 from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 
 _TELLS_AT_ONCE = 16
@@ -127,7 +128,7 @@ class Announcer:
             **told,
             cluster=self._directory.cluster,
             peer_id=self._host.peer_id,
-            addresses=tuple(self._host.addresses()[:ANNOUNCEMENT_ADDRESSES_MAX]),
+            addresses=told_addresses(self._host.addresses()),
             sequence=self._sequence,
             issued_at_s=int(now_s),
             expires_at_s=int(now_s) + lifetime_s,

@@ -25,12 +25,13 @@ from shardmesh.links.dial import (
 )
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.wire.limits import (
+    ANNOUNCEMENT_ADDRESSES_MAX,
     EXPECTED_LINKS_MAX,
     EXPECTED_LINKS_PER_NODE_MAX,
     HANDSHAKE_TIMEOUT_S,
     UNNAMED_CONNECTIONS_MAX,
 )
-from shardmesh.wire.link_agreement import Endpoint, LinkGrant
+from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
 
 
 def unused_port() -> int:
@@ -427,3 +428,18 @@ def test_endpoints_are_the_ip_addresses_once_each() -> None:
         Endpoint(host="192.0.2.1", port=7000),
         Endpoint(host="2001:db8::1", port=7000),
     )
+
+
+def test_a_machine_with_many_addresses_offers_as_many_as_are_taken() -> None:
+    """Networks of containers and short-lived IPv6 addresses: a long offer would be refused."""
+    addresses = [f"/ip4/10.0.{n}.1/tcp/4001" for n in range(3 * ANNOUNCEMENT_ADDRESSES_MAX)]
+    requester = LinkRequester("near", "far")
+    offer, _ = answer_request(
+        requester.request(),
+        own_peer_id="far",
+        other_peer_id="near",
+        endpoints=local_endpoints(addresses, 7000),
+    )
+    endpoints = requester.grant(offer).endpoints
+    assert [endpoint.host for endpoint in endpoints[:2]] == ["10.0.0.1", "10.0.1.1"]
+    assert len(endpoints) == ANNOUNCEMENT_ADDRESSES_MAX
