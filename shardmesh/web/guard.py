@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import trio
 from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardmesh.errors import InputError, RefusedError, ShardmeshError
@@ -68,12 +67,14 @@ class Guard:
             return
         if scope["type"] == "websocket":
             await self._app(scope, receive, send)
-        else:
-            body = _BoundedBody(receive, send)
-            try:
-                await self._app(scope, body.receive, body.send)
-            except ClientDisconnect:  # gone while its body was read, or made to look so
-                await body.refuse()
+            return
+        try:
+            body = await _whole_body(receive)
+        except InputError as error:
+            await _refuse_unread(scope, receive, send, error)
+            return
+        if body is not None:
+            await self._app(scope, _behind(body, receive), send)
 
     def _admit(self, scope: Scope, request: Headers) -> None:
         """Notes the caller in the scope; raises for one without a token or over its rate."""
@@ -243,42 +244,44 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ShardmeshEr
     await send({"type": "websocket.close", **close})
 
 
-class _BoundedBody:
-    """A request's body with an end and a deadline, whatever its headers said."""
+async def _whole_body(receive: Receive) -> bytes | None:
+    """A request's body, whatever its headers said; None if it does not come, or not in time.
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._n_bytes = 0
-        self._is_over = False
-        self._is_too_large = False
-        self._is_refused = False
-        self._deadline_s = trio.current_time() + HTTP_BODY_TIMEOUT_S
+    Read before any route runs: the connection waits until what it has read is taken, and a route
+    that takes nothing would wait for the connection in the end, for ever.  Raises InputError
+    (theirs) for one that is too large.
+    """
+    body, has_more = bytearray(), True
+    with trio.move_on_after(HTTP_BODY_TIMEOUT_S) as scope:
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > HTTP_BODY_BYTES_MAX:
+                raise _too_large()
+            has_more = message.get("more_body", False)
+    return None if scope.cancelled_caught else bytes(body)
 
-    async def receive(self) -> Message:
-        if self._is_over:
-            return await self._receive()
-        with trio.move_on_at(self._deadline_s):
-            message = await self._receive()
-            self._n_bytes += len(message.get("body", b""))
-            self._is_over = not message.get("more_body", False)
-            if self._n_bytes <= HTTP_BODY_BYTES_MAX:
-                return message
-            self._is_too_large = True
-        self._is_over = True
-        return {"type": "http.disconnect"}
 
-    async def send(self, message: Message) -> None:
-        if not self._is_too_large:
-            await self._send(message)
-        elif message["type"] == "http.response.start":
-            await self.refuse()
+def _behind(body: bytes, receive: Receive) -> Receive:
+    """Gives the body at once, then what comes behind it."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def refuse(self) -> None:
-        """Says that the body was too large, if it was and nobody has said so yet."""
-        if self._is_too_large and not self._is_refused:
-            self._is_refused = True
-            error = response_of(_too_large())
-            start = {"status": error.status_code, "headers": error.raw_headers}
-            await self._send({"type": "http.response.start", **start})
-            await self._send({"type": "http.response.body", "body": bytes(error.body)})
+    async def receive_behind() -> Message:
+        return first.pop() if first else await receive()
+
+    return receive_behind
+
+
+async def _refuse_unread(scope: Scope, receive: Receive, send: Send, error: ShardmeshError) -> None:
+    """Answers while the rest of the body is taken and dropped."""
+
+    async def drop() -> None:
+        while True:
+            await receive()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drop)
+        await _refuse(scope, receive, send, error)
+        nursery.cancel_scope.cancel()

@@ -152,3 +152,22 @@ async def test_an_idle_connection_is_ended_and_a_used_one_not(
         await trio.lowlevel.checkpoint()
         watch.end()
     assert ended == [109.0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(
+            b"GET / HTTP/1.1\r\nHost: here\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+            b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
+            id="asked to upgrade",
+        ),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="assumed"),
+    ],
+)
+async def test_nobody_is_answered_in_http_2(asked: bytes) -> None:
+    """There, a client that does not read could have any number of answers kept for it."""
+    async with served() as stream:
+        await stream.send_all(asked)
+        with trio.fail_after(20):
+            assert (await stream.receive_some()).startswith((b"HTTP/1.1 200", b"HTTP/1.1 400"))
