@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -103,7 +104,7 @@ class ModelFiles:
         self._models = models
         self._cache_dir = cache_dir
         self._open: dict[str, OpenModel] = {}
-        self._opening = trio.Lock()
+        self._opening = WeakValueDictionary[str, trio.Lock]()  # one that hangs holds up no other
         self._last: str | None = None
 
     @property
@@ -128,7 +129,7 @@ class ModelFiles:
         digest = replicas[0].manifest_digest
         if not _DIGEST.fullmatch(digest):  # it names a folder of the cache
             raise ProtocolError("a manifest digest is not a SHA-256 in hex", code="BAD_MANIFEST")
-        async with self._opening:
+        async with self._opening.setdefault(digest, trio.Lock()):
             if digest not in self._open:
                 store = await trio.to_thread.run_sync(self._local_store, digest)
                 if store is None:

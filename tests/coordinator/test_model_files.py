@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 from support.models import BUILT_IN, write_model
 
 from shardmesh.coordinator.chain import Replica
@@ -248,3 +249,22 @@ async def test_a_node_hands_over_what_it_has(
     await host.served[MODEL_INFO_PROTOCOL](stream, "somebody")
     found = decode_cbor(stream.sent[4:], ModelInfo)
     assert found == (info if is_known else ModelInfo(manifest=None, tokenizer=None))
+
+
+async def test_a_model_that_nobody_hands_over_holds_up_no_other(
+    split_dir: Path, tmp_path: Path
+) -> None:
+    class Silent(FakeHost):
+        async def request(self, *asked: Any, **limits: Any) -> bytes:
+            await trio.sleep_forever()
+            raise AssertionError
+
+    files = new_files(Silent({}), tmp_path, split_dir)
+    digest = manifest_of(split_dir).digest()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(works, files, "0" * 64, "a")
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(20):
+            assert await works(files, digest, "a")
+        nursery.cancel_scope.cancel()
+    files.close()
