@@ -161,5 +161,8 @@ def _follows(micro: MicroBatch, following: MicroBatch) -> bool:
 
 
 def _digest(output: Output) -> bytes:
+    """Of what came out; raises the failure if nothing did."""
+    if output.failure is not None:
+        raise output.failure
     rows = output.hidden if output.hidden is not None else output.logits
     return hashlib.sha256(b"" if rows is None else rows.tobytes()).digest()

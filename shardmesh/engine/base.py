@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shardmesh.errors import ShardmeshError
+
 Hidden = npt.NDArray[np.float32]
 """Hidden states, (n_tokens, n_embd)."""
 
@@ -121,6 +123,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     logits: npt.NDArray[np.float32] | None = None
     embedding: npt.NDArray[np.float32] | None = None
     scores: tuple[SampledToken, ...] = ()
+    failure: ShardmeshError | None = None  # instead of all that
 
 
 class Engine(Protocol):
@@ -151,7 +154,9 @@ class Engine(Protocol):
 
         Positions must follow on what each sequence holds.  Raises InputError (theirs) for wrong
         shapes, positions or token ids, before anything is computed; EngineError when llama.cpp
-        fails, after which the sequences concerned must be trimmed or closed.
+        fails, after which the sequences concerned must be trimmed or closed.  So must a sequence
+        for which nothing could be sampled: its output has the `failure`, and that of a single
+        micro-batch is raised.
         """
         ...
 

@@ -38,7 +38,7 @@ from shardmesh.engine.sampling import describe_choice
 from shardmesh.engine.sequences import SequenceTable
 from shardmesh.engine.tap import HiddenTap
 from shardmesh.engine.vocabulary import SideVocabulary
-from shardmesh.errors import EngineError, InputError
+from shardmesh.errors import EngineError, InputError, ShardmeshError
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.wire.limits import PIECE_TOKENS_MAX
 
@@ -158,6 +158,10 @@ class LlamaEngine:
             self._table.damage(batch)
             raise
         self._table.advance(batch)
+        failed = [micro for micro, o in zip(batch, outputs, strict=True) if o.failure is not None]
+        self._table.damage(failed)
+        if len(batch) == 1 and outputs[0].failure is not None:
+            raise outputs[0].failure
         return outputs
 
     def _run_all(self, batch: Sequence[MicroBatch]) -> list[Output]:
@@ -308,7 +312,7 @@ class LlamaEngine:
                 hidden = self._tap.take(ends[-1]).copy()
                 starts = (0, *ends[:-1])
                 return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
-        return [self._finish(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
+        return [self._outcome(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
 
     def _scores(self, micro: MicroBatch, first_row: int) -> tuple[SampledToken, ...]:
         """How likely the tokens are that follow the first rows of a micro-batch."""
@@ -322,6 +326,13 @@ class LlamaEngine:
         if wanted != self._gives_embeddings:
             api.llama_set_embeddings(self._context, wanted)
             self._gives_embeddings = wanted
+
+    def _outcome(self, micro: MicroBatch, row: int) -> Output:
+        """What fails for one micro-batch is nothing to those computed together with it."""
+        try:
+            return self._finish(micro, row)
+        except ShardmeshError as error:
+            return Output(failure=error)
 
     def _finish(self, micro: MicroBatch, row: int) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""

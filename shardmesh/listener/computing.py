@@ -125,7 +125,7 @@ class Computing:
             return
         compute_us = int((time.monotonic() - started_s) * 1e6)
         for number, work in enumerate(works):
-            result = results if isinstance(results, ShardmeshError) else results[number]
+            result = results if isinstance(results, ShardmeshError) else _outcome(results[number])
             self._deliver(work, result, started_s, compute_us)
         self._counters.compute_us += compute_us  # now that the results are on their way
         if works[0].batch.n_tokens == 1:
@@ -191,6 +191,11 @@ def begin_sequence(
         message.adapter,
         n_keep=place.n_held,
     )
+
+
+def _outcome(output: Output) -> Output | ShardmeshError:
+    """An output, or why there is none."""
+    return output if output.failure is None else output.failure
 
 
 def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.chains import opened
 
 from shardmesh.demo_model import DEMO_MODEL
-from shardmesh.engine.base import EngineOptions, MicroBatch, SamplingSettings
+from shardmesh.engine.base import EngineOptions, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.grammar import check_grammar, grammar_of_json_schema
+from shardmesh.engine.llama import LlamaEngine, load_engine
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import InputError
 
@@ -51,6 +54,36 @@ def test_the_text_follows_a_json_schema(temperature: float) -> None:
 
 def test_the_text_follows_a_grammar() -> None:
     assert write('root ::= ("yes" | "no") "!"') in ("yes!", "no!")
+
+
+def sample(engine: LlamaEngine, sequences: Sequence[int], position: int) -> list[Output]:
+    """One step of these sequences, in one computation."""
+    return engine.compute(
+        [MicroBatch(sequence=i, position=position, tokens=(1,), sample=True) for i in sequences]
+    )
+
+
+def test_a_grammar_that_leaves_nothing_ends_its_own_sequence_only() -> None:
+    """What was computed together with it goes on, and comes out as it would have alone."""
+    options = EngineOptions(n_ctx=256, n_parallel=2, n_threads=1, vocabulary_path=str(DEMO_MODEL))
+    settings = SamplingSettings(temperature=1.0, seed=4)
+    dead_end = dataclasses.replace(settings, grammar=r'root ::= "a" [^\x00-\U7FFFFFFF]')
+    engine = load_engine(DEMO_MODEL, options)
+    try:
+        engine.join_sequences([2])
+        engine.open_sequence(1, settings)
+        expected = [sample(engine, [1], position)[0].sampled for position in range(3)]
+        engine.open_sequence(0, dead_end)
+        engine.open_sequence(1, settings)
+        steps = [sample(engine, sequences, n) for n, sequences in enumerate([[0, 1], [0, 1], [1]])]
+        assert [outputs[-1].sampled for outputs in steps] == expected
+        failure = steps[1][0].failure
+        assert failure is not None
+        assert failure.code == "BAD_GRAMMAR"
+        with pytest.raises(InputError, match="failed before"):
+            sample(engine, [0], 2)
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("grammar", ["nix ::= root", 'root ::= root "a"', 'root ::= "'])
