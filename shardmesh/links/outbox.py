@@ -114,8 +114,8 @@ class Outbox:
             return 0
         try:
             return os.write(self._descriptor, record)
-        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-            return 0  # the writer task waits, or meets the same end and reports it
+        except OSError:
+            return 0  # it is full: the writer task waits; or has ended, which that one reports
 
     def _next(self) -> bytes | None:
         with self._lock:

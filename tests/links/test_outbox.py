@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 
@@ -103,5 +104,22 @@ async def test_a_reader_that_is_gone_is_no_error_of_put() -> None:
     async with near:
         for _ in range(20):
             outbox.put(bytes(100_000))
+        with pytest.raises(trio.BrokenResourceError):
+            await outbox.write_forever()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system cannot be hurried")
+async def test_a_connection_that_the_system_gives_up_is_met_by_the_writer_only() -> None:
+    """Whoever sends is not the one to be told that packets found no way for too long."""
+    near, far = socket_streams()
+    async with near, far:
+        near.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+        with pytest.raises(BlockingIOError):  # the far side reads nothing
+            while True:
+                os.write(near.socket.fileno(), bytes(65536))
+        outbox = Outbox(near, Sealer(new_keys().dialer_to_acceptor), "far")
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(near.socket)  # given up
+        outbox.put(b"frame")
         with pytest.raises(trio.BrokenResourceError):
             await outbox.write_forever()
