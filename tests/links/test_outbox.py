@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -114,8 +115,8 @@ async def test_a_connection_that_the_system_gives_up_is_met_by_the_writer_only()
     near, far = socket_streams()
     async with near, far:
         near.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
-        with pytest.raises(BlockingIOError):  # the far side reads nothing
-            while True:
+        with contextlib.suppress(BlockingIOError):
+            while True:  # the far side reads nothing
                 os.write(near.socket.fileno(), bytes(65536))
         outbox = Outbox(near, Sealer(new_keys().dialer_to_acceptor), "far")
         with trio.fail_after(10):
