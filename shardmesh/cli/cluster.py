@@ -58,7 +58,7 @@ def members_command(as_json: bool, visit: Visit) -> None:
     for member in found:
         address = member["addresses"][0].partition("/p2p/")[0] if member["addresses"] else ""
         table.add_row(member["peer_id"], member["role"], member["version"], address)
-    Console().print(table)
+    Console(markup=False).print(table)  # what a node says may hold brackets
 
 
 @command.command("remove")
@@ -94,7 +94,7 @@ async def _members(client: Client) -> list[dict[str, Any]]:
     """What each node that can be found says about itself, or that it does not answer."""
     import trio
 
-    from shardmesh.swarm.commands import send_command
+    from shardmesh.swarm.commands import get_capabilities
 
     peer_ids = {a.peer_id for a in await client.membership.find_listeners()}
     peer_ids |= set(client.host.connected())
@@ -102,9 +102,9 @@ async def _members(client: Client) -> list[dict[str, Any]]:
 
     async def ask(peer_id: str) -> None:
         try:
-            answer = await send_command(client.host, peer_id, "GET_CAPABILITIES")
-            role = answer.get("role") or f"listener of shard {answer['shard_id']}"
-            version, addresses = str(answer["version"]), list(answer["addresses"])
+            said = await get_capabilities(client.host, peer_id)
+            role = said.role or f"listener of shard {said.shard_id}"
+            version, addresses = said.version, list(said.addresses)
         except ShardmeshError as error:
             role, version, addresses = f"no answer: {error.code}", "", []
         found.append({"peer_id": peer_id, "role": role, "version": version, "addresses": addresses})

@@ -157,7 +157,8 @@ class Demo:
         n_bytes = sum(shard.n_bytes for shard in manifest.shards)
         self.console.print(
             f"{manifest.model_name} ({manifest.architecture}, {manifest.n_layer} layers, "
-            f"{manifest.quantization}) cut into {self.n_shards} shards, {n_bytes / 2**20:.1f} MiB"
+            f"{manifest.quantization}) cut into {self.n_shards} shards, {n_bytes / 2**20:.1f} MiB",
+            markup=False,
         )
         return manifest
 
@@ -219,7 +220,7 @@ class Demo:
         tokens: list[int] = []
         finished: Finished | None = None
         self.console.print()
-        self.console.print(self.request.prompt, style="bold", end="", highlight=False)
+        self.console.print(self.request.prompt, style="bold", end="", highlight=False, markup=False)
         async with client.coordinator.complete(self.request) as completion:
             async for item in completion.items:
                 if isinstance(item, Piece):

@@ -45,7 +45,7 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
             "yes" if model["publisher"] else "no",
             model["folder"],
         )
-    Console().print(table)
+    Console(markup=False).print(table)  # a name may hold brackets
 
 
 def describe(store: ShardStore) -> dict[str, Any] | None:

@@ -115,7 +115,9 @@ def command(
     name = name or default_name(source)
     manifest = _split(console, source, ranges, out_dir, name, adapters, piece_tokens)
     console.print(plan_table(costs, ranges, n_cached, piece_tokens))
-    console.print(f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}")
+    console.print(
+        f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}", markup=False
+    )
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -181,7 +183,8 @@ def _prove(
 
     console.print(
         f"architecture {source.architecture!r} is not in the list of those that stay exact when"
-        " cut: trying it out first"
+        " cut: trying it out first",
+        markup=False,
     )
     with console.status("reading the model") as status:
         prove_exact(source, ranges, progress=status.update, piece_tokens=piece_tokens)

@@ -35,7 +35,7 @@ def command(watch: bool, as_json: bool, visit: Visit) -> int:
         if watch:
             await _watch(client, as_json=as_json)
         models = await _look(client)
-        click.echo(models_as_json(models)) if as_json else _print(models)
+        click.echo(models_as_json(models)) if as_json else show_models(models)
         return 0 if any(model.is_complete for model in models) else EXIT_INCOMPLETE
 
     return visit.run(show)
@@ -50,22 +50,24 @@ async def _look(client: Client) -> tuple[ModelView, ...]:
 async def _watch(client: Client, *, as_json: bool) -> None:
     """Shows the mesh again and again; ends only by an interruption."""
     import trio
+    from rich.console import Console
     from rich.live import Live
 
     if as_json:
         while True:
             click.echo(models_as_json(await _look(client)))
             await trio.sleep(WATCH_INTERVAL_S)
-    with Live(auto_refresh=False, screen=False) as live:
+    with Live(console=Console(markup=False), auto_refresh=False, screen=False) as live:
         while True:
             live.update(models_as_table(await _look(client)), refresh=True)
             await trio.sleep(WATCH_INTERVAL_S)
 
 
-def _print(models: tuple[ModelView, ...]) -> None:
+def show_models(models: tuple[ModelView, ...]) -> None:
+    """Tables on standard output."""
     from rich.console import Console
 
-    Console().print(models_as_table(models))
+    Console(markup=False).print(models_as_table(models))  # a name may hold brackets
 
 
 def models_as_json(models: tuple[ModelView, ...]) -> str:

@@ -135,8 +135,9 @@ def _show(report: VerifyReport) -> None:
 
 def _table(report: VerifyReport) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{report.architecture}, {report.n_layers} layers")
+    table = Table(title=Text(f"{report.architecture}, {report.n_layers} layers"))
     table.add_column("shard", justify="right")
     table.add_column("layers", justify="right")
     for shard_id, (layer_start, layer_end) in enumerate(report.layer_ranges):

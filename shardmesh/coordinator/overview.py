@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 import trio
@@ -11,7 +12,7 @@ import trio
 from shardmesh.coordinator.chain import missing_layers, models_of
 from shardmesh.coordinator.coordinator import replica_of
 from shardmesh.errors import ShardmeshError
-from shardmesh.swarm.commands import send_command
+from shardmesh.swarm.commands import get_capabilities, send_command
 from shardmesh.swarm.host import Host
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import LINKS_MAX
@@ -25,7 +26,7 @@ class LinkView:
     """A link between two stages, as the one that dialed it tells."""
 
     peer_id: str  # of the other stage
-    kind: str  # direct, stream (over libp2p) or relayed
+    kind: Literal["direct", "stream", "relayed"]  # a stream is one of libp2p
     round_trip_ms: float
 
 
@@ -95,14 +96,14 @@ async def look_at_mesh(host: Host, announcements: Sequence[Announcement]) -> tup
 async def _ask(host: Host, peer_id: str) -> Answer:
     try:
         started_s = trio.current_time()
-        data = await send_command(host, peer_id, "GET_CAPABILITIES", None, ASK_TIMEOUT_S)
+        said = await get_capabilities(host, peer_id, ASK_TIMEOUT_S)
         elapsed_ms = (trio.current_time() - started_s) * 1e3
         metrics = await send_command(host, peer_id, "GET_METRICS", None, ASK_TIMEOUT_S)
         links = [msgspec.convert(link, LinkView) for link in metrics["links"][:LINKS_MAX]]
     except (ShardmeshError, msgspec.ValidationError, KeyError, TypeError):
         return Answer()
     return Answer(
-        state=str(data["shard_state"]),
+        state=said.shard_state,
         round_trip_ms=round(elapsed_ms, 1),
         path="relayed" if host.is_relayed(peer_id) else "direct",
         links=tuple(links),

@@ -29,7 +29,7 @@ from shardmesh.shards.publication import (
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.addresses import with_peer_id
 from shardmesh.swarm.admission import Admission
-from shardmesh.swarm.commands import send_command
+from shardmesh.swarm.commands import get_capabilities
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
@@ -198,8 +198,7 @@ async def bootstraps_for_others(host: Host, bootstraps: tuple[str, ...]) -> tupl
     for address in bootstraps:
         try:
             peer_id = await host.connect([address], COMMAND_TIMEOUT_S)
-            answer = await send_command(host, peer_id, "GET_CAPABILITIES")
-            own = [str(text) for text in answer.get("addresses", [])]
+            own = (await get_capabilities(host, peer_id)).addresses
         except ShardmeshError as error:
             logger.warning("[CONNECT] ✗ %s is in the link, but not reachable: %s", address, error)
             found.append(address)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Final
 
+import msgspec
 import trio
 
 from shardmesh.errors import BusyError, OurError, RefusedError, ShardmeshError
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.rights import EVERYBODY, Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
+from shardmesh.wire.codec import convert
 from shardmesh.wire.commands import (
     JSON_PROTOCOL,
     METRICS_PROTOCOL,
@@ -30,6 +32,9 @@ from shardmesh.wire.limits import (
 
 CommandHandler = Callable[[Any], Awaitable[object]]
 """Takes the command's params (a struct of wire/commands.py), gives data that JSON can hold."""
+
+ADDRESSES_SAID_MAX: Final = 256
+"""Of one node, when it is asked; a machine with many networks has dozens."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +85,28 @@ async def send_command(
         response_bytes_max=COMMAND_RESPONSE_BYTES_MAX,
     )
     return decode_response(answer)
+
+
+_Word = Annotated[str, msgspec.Meta(max_length=256, pattern="^[ -~]*$")]  # shown on terminals
+
+
+class SaidOfItself(msgspec.Struct, frozen=True):
+    """What is used of a node's answer to GET_CAPABILITIES; empty what it does not say."""
+
+    role: _Word = ""  # of a node that serves no shard
+    version: _Word = ""
+    addresses: Annotated[tuple[_Word, ...], msgspec.Meta(max_length=ADDRESSES_SAID_MAX)] = ()
+    shard_id: int | None = None
+    shard_state: _Word = ""
+
+
+async def get_capabilities(
+    host: Host, peer_id: str, timeout_s: float = COMMAND_TIMEOUT_S
+) -> SaidOfItself:
+    """What a node says of itself; raises as `send_command` does."""
+    return convert(
+        await send_command(host, peer_id, "GET_CAPABILITIES", None, timeout_s), SaidOfItself
+    )
 
 
 async def get_metrics(host: Host, peer_id: str, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:

@@ -100,6 +100,8 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ValueError("a loaded shard has at least one layer")
         if self.shard_id >= max(self.total_shards, 1):
             raise ValueError("the shard id is not below the number of shards")
+        if not self.model_name.isprintable():  # it is written on terminals
+            raise ValueError("the model name has characters that cannot be printed")
         if not 0 <= self.expires_at_s - self.issued_at_s <= ANNOUNCEMENT_LIFETIME_MAX_S:
             raise ValueError(f"the lifetime is not within {ANNOUNCEMENT_LIFETIME_MAX_S} s")
         for address in self.addresses:

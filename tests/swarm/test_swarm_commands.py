@@ -12,7 +12,7 @@ from shardmesh.errors import (
     TheirError,
     UnreachableError,
 )
-from shardmesh.swarm.commands import get_metrics, send_command, serve_commands
+from shardmesh.swarm.commands import get_capabilities, get_metrics, send_command, serve_commands
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import new_identity
 from shardmesh.wire.commands import JSON_PROTOCOL, InferenceParams, LoadShardParams, NoParams
@@ -53,6 +53,28 @@ async def test_commands_and_their_errors() -> None:
             await send_command(asker, node.peer_id, "INFERENCE", {"prompt": "x"})
         with pytest.raises(TheirError, match="does not take GET_METRICS"):
             await send_command(asker, node.peer_id, "GET_METRICS")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        "yes",
+        {"version": 1},
+        {"role": "\x1b[2J"},
+        {"addresses": [["x"]]},
+        {"shard_state": "x" * 999},
+    ],
+)
+async def test_what_a_node_says_of_itself_is_no_garbage(answer: object) -> None:
+    async def say(params: NoParams) -> object:
+        return answer
+
+    async with AsyncExitStack() as stack:
+        asker, node = await two_hosts(stack)
+        serve_commands(node, {"GET_CAPABILITIES": say})
+        with pytest.raises(ProtocolError):
+            await get_capabilities(asker, node.peer_id)
 
 
 async def test_garbage_is_answered_with_an_error() -> None:

@@ -141,6 +141,7 @@ def test_withdrawal_is_known_as_one() -> None:
         {"addresses": (f"/ip4/10.0.0.1/tcp/4001/p2p/{MALLORY.peer_id}",)},
         {"addresses": ("/ip4/10.0.0.1/tcp/4001",) * 17},
         {"model_name": "m" * 129},
+        {"model_name": "\x1b[2J"},
         {"sequence": -1},
     ],
 )
