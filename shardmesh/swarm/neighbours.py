@@ -68,6 +68,7 @@ class Neighbours:
         self._lost: list[str] = []
         self._has_joined = False
         self._rechecked: set[str] = set()
+        self._met: set[str] = set()  # connected listeners that were told of this node
         host.keep_connections(self.is_wanted)
         host.on_connection(self._note)
 
@@ -188,7 +189,8 @@ class Neighbours:
                         continue
                     tried[peer_id] = announcement.sequence
                     self._host.learn(peer_id, announcement.addresses)
-                    nursery.start_soon(self._meet, announcement, connected, limiter)
+                    if peer_id not in self._met:  # else it only says how busy it is
+                        nursery.start_soon(self._meet, announcement, connected, limiter)
 
     async def _meet(
         self, announcement: Announcement, connected: Connected, limiter: trio.CapacityLimiter
@@ -207,7 +209,9 @@ class Neighbours:
                     self._directory.mark_unreachable(peer_id)
                     return
         self._remembered.note(peer_id, announcement.addresses)
-        await connected(peer_id)
+        if peer_id not in self._met:  # by an announcement that came meanwhile
+            self._met.add(peer_id)
+            await connected(peer_id)
 
     # -- what happens to connections -----------------------------------------------------------
 
@@ -227,12 +231,17 @@ class Neighbours:
             event.direction,
             event.cause,
         )
-        if event.peer_id not in self._host.connected() and self._listed(event.peer_id) is not None:
+        if event.peer_id not in self._host.connected():
+            self._met.discard(event.peer_id)
+            self._note_lost(event)
+        self._closed.set()
+        self._closed = trio.Event()
+
+    def _note_lost(self, event: ConnectionEvent) -> None:
+        if self._listed(event.peer_id) is not None:
             self._lost.append(event.peer_id)
             if event.was_silent:  # it may take minutes to refuse a connection: hidden until then
                 self._directory.mark_unreachable(event.peer_id)
-        self._closed.set()
-        self._closed = trio.Event()
 
     def doubt(self, peer_ids: Iterable[str]) -> None:
         """Has listeners dialed that may be gone, unless there is a connection with them."""

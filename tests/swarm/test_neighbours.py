@@ -40,6 +40,9 @@ class OneNode:
         self._connected: set[str] = set()
         self._listener: Callable[[ConnectionEvent], None] = print
 
+    def learn(self, peer_id: str, addresses: object) -> None:
+        """As a host does."""
+
     def keep_connections(self, wanted: Callable[[str], bool]) -> None:
         """As a host does."""
 
@@ -190,3 +193,28 @@ async def test_who_asks_whether_a_node_is_there_does_not_wait_until_it_is_back(
         assert directory.get(ALICE.peer_id) is None
         await trio.sleep(BUSY_S + RIGHT_WITHIN_S)  # it is looked for all the same
         assert directory.get(ALICE.peer_id) is not None
+
+
+async def test_a_listener_is_met_once_for_each_connection_however_often_it_speaks(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A node that is busy says each second how busy it is, and all others hear it."""
+    met: list[str] = []
+
+    async def connected(peer_id: str) -> None:
+        met.append(peer_id)
+
+    def speak(sequence: int) -> None:
+        directory.update(encode_signed(an_announcement(ALICE, sequence=sequence), ALICE))
+
+    async with losing(0) as (host, directory), trio.open_nursery() as nursery:
+        nursery.start_soon(host.neighbours.stay_with_listeners, connected)
+        for sequence in range(2, 22):
+            speak(sequence)
+            await trio.sleep(1.1)
+        assert met == [ALICE.peer_id]
+        host.lose(was_silent=False)
+        speak(22)
+        await trio.sleep(5)
+        assert met == 2 * [ALICE.peer_id]
+        nursery.cancel_scope.cancel()
