@@ -19,11 +19,14 @@ Each carries a stable `code` for the wire, a sentence for a person and the next 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 Blame = Literal["ours", "theirs", "moment"]
+
+_CODE: Final = re.compile("[A-Z][A-Z0-9_]{0,63}")
 
 
 class ShardmeshError(Exception):
@@ -132,9 +135,18 @@ _BY_CODE: dict[str, type[ShardmeshError]] = {
 
 
 def error_from_wire(code: str, blame: Blame, sentence: str, next_step: str = "") -> ShardmeshError:
-    """The error that another node reported; an unknown code becomes the base of its blame."""
+    """The error that another node reported; an unknown code becomes the base of its blame.
+
+    Its words are for terminals and logs, so what cannot be printed is left out.  What is no code
+    becomes the one of its kind.
+    """
     kind = _BY_CODE.get(code, _BY_BLAME[blame])
-    return kind(sentence, code=code, next_step=next_step)
+    known_code = code if _CODE.fullmatch(code) else None
+    return kind(_printable(sentence), code=known_code, next_step=_printable(next_step))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def known_error(error: BaseException) -> ShardmeshError | None:

@@ -36,6 +36,12 @@ def test_an_unknown_code_keeps_its_blame(blame: str, kind: type[ShardmeshError])
     assert found.code == "NEVER_HEARD"
 
 
+def test_what_travels_is_fit_for_terminals_and_logs() -> None:
+    found = error_from_wire("BUSY\n2026 all is well", "moment", "no\x1b[2J room", "wait\r\n")
+    assert (found.code, str(found), found.next_step) == ("TRY_AGAIN", "no [2J room", "wait  ")
+    assert error_from_wire("A" * 65, "theirs", "s").code == "BAD_REQUEST"
+
+
 async def fail_in_nurseries(error: Exception) -> None:
     with ungrouped():
         async with trio.open_nursery():

@@ -150,7 +150,7 @@ def hop_lost(layer_start: int, layer_end: int, failed: HopFailed) -> ShardmeshEr
     """The error of a stage about its neighbour, for a session that cannot be repaired."""
     if failed.hop == "next" and failed.code in _LINK_CODES:
         return UnreachableError(
-            f"the stage behind layers [{layer_start}, {layer_end}) was lost: {failed.message}",
+            f"the stage behind layers [{layer_start}, {layer_end}) was lost: {failed.error()}",
             code="STAGE_LOST",
             next_step=_RUN_AGAIN,
         )

@@ -121,7 +121,8 @@ class Standbys:
             if standby.link is not link:
                 continue
             if isinstance(message, SessionFailed):
-                logger.info("no standby: [%s] %s", message.code, message.message)
+                error = message.error()
+                logger.info("no standby: [%s] %s", error.code, error)
                 self._refuse(number)
             standby.is_ready = isinstance(message, StandingBy)
             standby.answered.set()

@@ -127,7 +127,7 @@ class EventStore:
             values.append(before_id)
         if kinds:
             where.append(f"({' OR '.join(['kind GLOB ?'] * len(kinds))})")
-            values += [f"{re.sub(r'[^a-z]', '', kind)}*" for kind in kinds]
+            values += [f"{re.sub(r'[^a-z._]', '', kind)}*" for kind in kinds]
         rows = self._connection.execute(
             f"SELECT {_COLUMNS} FROM event WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?",
             (*values, n_max),

@@ -60,7 +60,9 @@ class Metrics:
             "Choices that ended, by how: finished, failed or cancelled",
             "outcome",
         )
-        self._errors = counter("shardmesh_request_errors", "Choices that failed, by error", "code")
+        self._errors = _Series(
+            counter("shardmesh_request_errors", "Choices that failed, by error", "code")
+        )
         self._running = Gauge(
             "shardmesh_requests_running",
             "Choices that are generated now",
@@ -155,7 +157,7 @@ class Metrics:
     def failed(self, model: str, code: str) -> None:
         """A choice failed."""
         self._ended(model, "failed")
-        self._errors.labels(self._node, model, code).inc()
+        self._errors.rise(1, self._node, model, code)
         self._spec_errors.labels(self._node, model).inc()
 
     def cancelled(self, model: str) -> None:

@@ -53,6 +53,7 @@ async def test_kinds_and_pages() -> None:
     nodes = await store.recent(kinds=["node"])
     assert [e.kind for e in nodes] == ["node.left", "node.joined"] * 3
     assert len(await store.recent(kinds=["shard", "model"])) == 6
+    assert len(await store.recent(kinds=["node.left"])) == 3
     older = await store.recent(before_id=nodes[1].id, kinds=["node"], n_max=2)
     assert older == nodes[2:4]
     assert len(await store.recent(kinds=["*"])) == 12, "no pattern of SQLite comes from outside"

@@ -166,6 +166,13 @@ def test_series_that_rose_longest_ago_make_room() -> None:
     assert read(metrics, "shardmesh_stage_seconds_total", node="node 1") == []
 
 
+def test_codes_that_nodes_make_up_are_not_counted_without_end() -> None:
+    metrics = Metrics("gateway")
+    for number in range(SERIES_MAX + 5):
+        metrics.failed(MODEL, f"CODE_{number}")
+    assert len(read(metrics, "shardmesh_request_errors_total")) == SERIES_MAX
+
+
 def test_each_figure_stands_in_the_documents(metrics: Metrics) -> None:
     document = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     for family in text_string_to_metric_families(metrics.text().decode()):
