@@ -111,6 +111,8 @@ class ChatTemplate:
         return parsed
 
     def _running_worker(self) -> subprocess.Popen[str]:
+        if self._worker is not None and self._worker.poll() is not None:
+            self._end_worker()  # ended meanwhile, for its memory or by a deadline just met
         if self._worker is None:
             command = [sys.executable, "-m", "shardmesh.engine.chat_worker"]
             try:
@@ -135,15 +137,16 @@ class ChatTemplate:
 
 
 def _exchange(worker: subprocess.Popen[str], request: str) -> str:
-    """The answering line; empty if the process is gone."""
+    """The answering line; empty if the process is gone, be it in the middle of the line."""
     if worker.stdin is None or worker.stdout is None:
         raise EngineError("the process for chat templates has no pipes")
     try:
         worker.stdin.write(request + "\n")
         worker.stdin.flush()
-        return worker.stdout.readline(CHAT_ANSWER_CHARS_MAX)
+        answer = worker.stdout.readline(CHAT_ANSWER_CHARS_MAX)
     except BrokenPipeError:
         return ""
+    return answer if answer.endswith("\n") else ""
 
 
 class _Marks:

@@ -15,12 +15,12 @@ except ImportError:  # Windows: time is bounded all the same
 
 
 def main() -> None:
-    """Reads a schema, writes its grammar; any failure is an exit code."""
+    """Reads a schema, writes its grammar, or too much of it; any failure is an exit code."""
     if resource is not None:
         resource.setrlimit(resource.RLIMIT_AS, (CHAT_PROCESS_BYTES_MAX, CHAT_PROCESS_BYTES_MAX))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     grammar = json_schema_to_gbnf(sys.stdin.buffer.read(GRAMMAR_BYTES_MAX + 1).decode())
-    sys.stdout.write(grammar)
+    sys.stdout.buffer.write(grammar.encode()[: GRAMMAR_BYTES_MAX + 1])
 
 
 if __name__ == "__main__":

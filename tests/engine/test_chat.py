@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,6 +130,26 @@ def test_a_template_without_an_end_is_stopped_and_the_next_one_works(
         template.render(MESSAGES)
     monkeypatch.undo()
     assert template.render(MESSAGES[:1]) == "done"
+
+
+def test_a_process_that_ended_meanwhile_is_replaced(open_template: Opener) -> None:
+    """Killed for memory, say, or at a deadline that the answer had just met."""
+    template = open_template(USUAL)
+    expected = template.render(MESSAGES)
+    worker = template._worker
+    assert worker is not None
+    worker.kill()
+    worker.wait()
+    assert template.render(MESSAGES) == expected
+
+
+def test_an_answer_that_was_cut_off_is_none() -> None:
+    """The deadline may come in the middle of a line."""
+    command = [sys.executable, "-c", 'print(end=\'{"text": "Once\')']
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert chat._exchange(worker, "") == ""
 
 
 def test_a_model_without_template(tmp_path: Path) -> None:

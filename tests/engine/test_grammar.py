@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from shardmesh.engine.grammar import check_grammar, grammar_of_json_schema
 from shardmesh.engine.llama import LlamaEngine, load_engine
 from shardmesh.engine.tokenizer import Tokenizer
 from shardmesh.errors import InputError
+from shardmesh.wire.limits import GRAMMAR_BYTES_MAX
 
 pytestmark = pytest.mark.skipif(not DEMO_MODEL.exists(), reason="the demo model is not here")
 
@@ -108,6 +111,16 @@ def test_what_would_bring_the_parser_down_does_not_reach_it(grammar: str) -> Non
 def test_groups_in_quotes_do_not_count() -> None:
     many = "(" * 1000
     check_grammar(f'root ::= "{many}\\"{many}" [{many}\\]{many}] # {many}\n')
+
+
+def test_a_grammar_that_is_too_long_does_not_leave_its_process() -> None:
+    """A schema of some bytes may ask for any number of items: here for 15 MB."""
+    schema = b'{"type": "array", "items": {"type": "integer"}, "minItems": 1000000}'
+    command = [sys.executable, "-m", "shardmesh.engine.grammar_worker"]
+    done = subprocess.run(command, input=schema, capture_output=True, check=False)
+    assert len(done.stdout) == GRAMMAR_BYTES_MAX + 1
+    with pytest.raises(InputError, match="too large"):
+        grammar_of_json_schema(schema.decode())
 
 
 @pytest.mark.parametrize(
