@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import bootstrap_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.options import (
     AddressType,
     cluster_option,
-    config_option,
     listen_addr_option,
     log_options,
     start_logging,

@@ -12,7 +12,8 @@ import click
 
 from shardmesh.cli.admission import missing_secret
 from shardmesh.cli.command import matching_peer
-from shardmesh.cli.options import cluster_option, config_option, state_dir_option
+from shardmesh.cli.config_file import config_option
+from shardmesh.cli.options import cluster_option, state_dir_option
 from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import COMMAND_TIMEOUT_S

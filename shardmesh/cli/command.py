@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import identity_option
+from shardmesh.cli.numbers import SECONDS_MAX, FiniteRange
 from shardmesh.cli.options import shards_dir_option
 from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, ProtocolError
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 @click.argument("name", metavar="COMMAND")
 @click.argument("params", metavar="[JSON]", default="{}")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0.1), default=600.0, show_default=True
+    "--timeout",
+    "timeout_s",
+    type=FiniteRange(0.1, SECONDS_MAX),
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait for the answer.",
 )
 @shards_dir_option
 @visit_options
@@ -74,8 +80,9 @@ def matching_peer(text: str, known: list[str]) -> str:
     found = [peer_id for peer_id in known if peer_id.startswith(text) or peer_id.endswith(text)]
     if len(found) == 1:
         return found[0]
+    who = f"{len(found)} nodes in this mesh have" if found else "no node in this mesh has"
     raise InputError(
-        f"{text!r} is the peer id of {len(found)} nodes in this mesh",
+        f"{who} a peer id that begins or ends with {text!r}",
         code="UNKNOWN_PEER",
-        next_step="`shardmesh status` lists the peer ids",
+        next_step="`shardmesh status` shows the ends of the peer ids",
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.numbers import FiniteRange
 from shardmesh.cli.options import cache_dir
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ EXIT_DIFFERENT = 1
 @click.option(
     "--max-tokens", "n_tokens_max", type=click.IntRange(1), default=160, show_default=True
 )
-@click.option("--temperature", type=click.FloatRange(0, 100), default=0.7, show_default=True)
+@click.option("--temperature", type=FiniteRange(0, 100), default=0.7, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="[default: a new one each time]")
 @click.option("--web", is_flag=True, help="Run a gateway too, and stay up until Ctrl-C.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import command_rights, listener_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import (
     LinkType,
     bootstraps_of,
@@ -16,11 +17,11 @@ from shardmesh.cli.file_options import (
     models_dir_option,
     rate_options,
 )
+from shardmesh.cli.numbers import FiniteRange
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
     cluster_option,
-    config_option,
     listen_addr_option,
     log_options,
     naming,
@@ -86,7 +87,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @click.option(
     "--refresh-interval",
     "refresh_interval_s",
-    type=click.FloatRange(1, 599),
+    type=FiniteRange(1, 599),
     default=300.0,
     show_default=True,
     envvar="LLAMA_REFRESH_INTERVAL",
@@ -95,7 +96,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @click.option(
     "--rebalance-interval",
     "rebalance_interval_s",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=60.0,
     show_default=True,
     envvar="LLAMA_REBALANCE_INTERVAL",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import models_dir_option
-from shardmesh.cli.options import config_option, shards_dir_option
+from shardmesh.cli.options import shards_dir_option
 
 if TYPE_CHECKING:
     from shardmesh.shards.store import ShardStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import NoReturn
@@ -10,7 +11,8 @@ from typing import NoReturn
 import click
 
 from shardmesh import __version__
-from shardmesh.errors import InputError, ShardmeshError, TheirError, known_error
+from shardmesh.cli.failures import explain, is_bad_input, of_command_line, of_machine, require_text
+from shardmesh.errors import ShardmeshError, known_error
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -62,17 +64,6 @@ def group() -> None:
     """One large language model on several ordinary machines."""
 
 
-def explain(error: ShardmeshError) -> str:
-    """One sentence and the next step, for a person."""
-    step = f"\n  next step: {error.next_step}" if error.next_step else ""
-    return f"Error [{error.code}]: {error}{step}"
-
-
-def is_bad_input(error: ShardmeshError) -> bool:
-    """Whether the person has to change something; a node's word of it is the base class."""
-    return isinstance(error, InputError) or type(error) is TheirError
-
-
 def is_interruption(error: BaseException) -> bool:
     """Whether it is Ctrl-C, or a group that holds one: the rest came of cleaning up after it."""
     if isinstance(error, BaseExceptionGroup):
@@ -89,23 +80,43 @@ def is_unread(error: BaseException) -> bool:
 
 def main() -> NoReturn:
     """Runs the command line; exit codes 0, 1 failed, 2 bad input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows something else
     try:
-        status = group.main(standalone_mode=False)
-    except click.ClickException as error:
+        require_text(sys.argv[1:], os.environ.items())
+        status = group.main(prog_name="shardmesh", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(EXIT_BAD_INPUT)
+    except click.ClickException as error:
+        _fail(of_command_line(error))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(EXIT_INTERRUPTED)
-    except (ShardmeshError, BrokenPipeError, BaseExceptionGroup) as error:
+    except (ShardmeshError, OSError, BaseExceptionGroup) as error:
         if is_interruption(error):
             sys.exit(EXIT_INTERRUPTED)
         if is_unread(error):
-            # Python would complain once more when it flushes what nobody takes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up_output()
             sys.exit(EXIT_FAILED)
-        known = known_error(error)
+        known = known_error(error) or of_machine(error)
         if known is None:
             raise
-        click.echo(explain(known), err=True)
-        sys.exit(EXIT_BAD_INPUT if is_bad_input(known) else EXIT_FAILED)
+        _fail(known)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(error: ShardmeshError) -> NoReturn:
+    click.echo(explain(error), err=True)
+    _give_up_output()
+    sys.exit(EXIT_BAD_INPUT if is_bad_input(error) else EXIT_FAILED)
+
+
+def _give_up_output() -> None:
+    """Where standard output cannot be written, Python would complain once more when it ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,13 +1,12 @@
-"""Options that several commands share, and the TOML file behind all of them.
+"""Options that several commands share.
 
-A flag is stronger than its LLAMA_* variable, which is stronger than the file.
+A flag is stronger than its LLAMA_* variable, which is stronger than the file of `config_file`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO, TypeVar
 import click
 import platformdirs
 
+from shardmesh.cli.numbers import FiniteRange
 from shardmesh.wire.defaults import DEFAULT_BOOTSTRAP
 
 if TYPE_CHECKING:
@@ -23,15 +23,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_CLUSTER: Final = "llama-cluster"
-DEFAULT_CONFIG: Final = "shardmesh.toml"
-SHARED_KEYS: Final = frozenset(
-    {"cluster", "bootstrap", "state_dir", "log_format", "secret_file", "public"}
-)
-"""Keys that may stand at the top of the file; all others stand in the table of their command."""
-
 NODE_ID_LETTERS_MAX: Final = 64
-
-CONFIG_BYTES_MAX: Final = 1024 * 1024
 
 
 class AddressType(click.types.StringParamType):
@@ -118,65 +110,6 @@ def state_dir_option(command: Command) -> Command:
     )(command)
 
 
-def config_option(command: Command) -> Command:
-    """--config: defaults from a TOML file; without it from ./shardmesh.toml if there is one."""
-    return click.option(
-        "--config",
-        type=click.Path(dir_okay=False, path_type=Path),
-        envvar="LLAMA_CONFIG",
-        is_eager=True,
-        expose_value=False,
-        callback=_load_config,
-        help=f"TOML file with defaults.  [default: {DEFAULT_CONFIG} if it exists]",
-    )(command)
-
-
-def _load_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    if path is None:
-        path = Path(DEFAULT_CONFIG)
-        if not path.exists():
-            return
-    try:
-        with path.open("rb") as file:
-            values = tomllib.loads(file.read(CONFIG_BYTES_MAX).decode())
-    except OSError as error:
-        raise click.BadParameter(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise click.BadParameter(f"{path} is not valid TOML: {error}") from error
-    own_keys = {option.name for option in ctx.command.params if option.name}
-    ctx.default_map = read_config(values, ctx.info_name or "", own_keys, str(path))
-
-
-def read_config(
-    values: dict[str, Any], command: str, own_keys: set[str], file_name: str
-) -> dict[str, Any]:
-    """The defaults for one command out of a file for all; click's BadParameter names the key."""
-    from shardmesh.cli.main import COMMANDS
-
-    defaults: dict[str, Any] = {}
-    tables: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if key == "node" and isinstance(value, dict):
-            defaults |= _node_defaults(value, file_name)
-        elif isinstance(value, dict) and key in COMMANDS:
-            tables[key] = value
-        elif name in SHARED_KEYS:
-            defaults[name] = value
-        else:
-            raise click.BadParameter(f"{file_name}: unknown key {key!r}")
-    for key, value in tables.get(command, {}).items():
-        name = key.replace("-", "_")
-        if name not in own_keys:
-            raise click.BadParameter(f"{file_name}: unknown key {key!r} in [{command}]")
-        defaults[name] = value
-    return {
-        name: value if not isinstance(value, str) or name != "bootstrap" else (value,)
-        for name, value in defaults.items()
-        if name in own_keys
-    }
-
-
 def naming_options(command: Command) -> Command:
     """--name, --location, --tag as `node_name`, `node_location`, `node_tags`; see `naming`."""
     for option in (
@@ -213,17 +146,6 @@ def naming(node_name: str, node_location: str, node_tags: tuple[str, ...]) -> Na
         tags=tuple(node_tags),
         old_id=os.environ.get("NODE_ID", "").strip()[:NODE_ID_LETTERS_MAX],
     )
-
-
-def _node_defaults(table: dict[str, Any], file_name: str) -> dict[str, Any]:
-    """What [node.identity] says, by the names of `naming_options`."""
-    identity = table.get("identity", {})
-    if set(table) - {"identity"} or not isinstance(identity, dict):
-        raise click.BadParameter(f"{file_name}: [node] has the table [node.identity] only")
-    for key in identity:
-        if key not in ("name", "location", "tags"):
-            raise click.BadParameter(f"{file_name}: unknown key {key!r} in [node.identity]")
-    return {f"node_{key}": value for key, value in identity.items()}
 
 
 def listen_addr_option(command: Command) -> Command:
@@ -320,7 +242,7 @@ standby_option = click.option(
 audit_option = click.option(
     "--audit",
     "audit_rate",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default="none",
     envvar="LLAMA_AUDIT",

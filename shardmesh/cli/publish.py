@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import models_dir_option, rate_options
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
-    config_option,
     listen_addr_option,
     log_options,
     start_logging,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import listener_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import (
     LinkType,
     bootstraps_of,
@@ -17,10 +18,10 @@ from shardmesh.cli.file_options import (
     models_dir_option,
     rate_options,
 )
+from shardmesh.cli.numbers import SECONDS_MAX, FiniteRange
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
-    config_option,
     listen_addr_option,
     shards_dir_option,
     state_dir_option,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(0.1),
+    type=FiniteRange(0.1, SECONDS_MAX),
     help="Seconds after which it gives up.  [default: never]",
 )
 @listen_addr_option

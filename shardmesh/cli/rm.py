@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import models_dir_option
-from shardmesh.cli.options import config_option, shards_dir_option
+from shardmesh.cli.options import shards_dir_option
 
 
 @click.command("rm")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.numbers import COUNT_MAX, FiniteRange
 from shardmesh.cli.options import (
     audit_option,
     drafts_option,
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", "n_tokens_max", type=click.IntRange(1), default=256, show_default=True
 )
-@click.option("--temperature", type=click.FloatRange(0, 100), default=0.8, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=40, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--temperature", type=FiniteRange(0, 100), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(0, COUNT_MAX), default=40, show_default=True)
+@click.option("--top-p", type=FiniteRange(0, 1), default=0.95, show_default=True)
+@click.option("--min-p", type=FiniteRange(0, 1), default=0.05, show_default=True)
 @click.option(
-    "--repeat-penalty", type=click.FloatRange(0, 100, min_open=True), default=1.0, show_default=True
+    "--repeat-penalty", type=FiniteRange(0, 100, min_open=True), default=1.0, show_default=True
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="[default: a new one each time]")
 @click.option("--stop", multiple=True, help="Ends the text; may be given several times.")
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--wait",
     "wait_s",
-    type=click.FloatRange(0, 3600),
+    type=FiniteRange(0, 3600),
     default=20.0,
     show_default=True,
     help="Seconds to wait for another replica when a stage is lost.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.numbers import SECONDS_MAX, FiniteRange
 from shardmesh.cli.options import piece_tokens_option
 from shardmesh.errors import InputError, ShardmeshError
 
@@ -40,7 +41,7 @@ EXIT_NOT_RUN = 2
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(1),
+    type=FiniteRange(1, SECONDS_MAX),
     default=3600.0,
     show_default=True,
     help="Seconds for each process.",
@@ -111,10 +112,11 @@ def _verify(
 
 
 def _show_error(error: ShardmeshError, as_json: bool) -> None:
-    from shardmesh.cli.main import explain
+    from shardmesh.cli.failures import explain
 
     if as_json:
-        click.echo(json.dumps({"error": str(error)}))
+        told = {"error": str(error), "code": error.code, "next_step": error.next_step}
+        click.echo(json.dumps(told, ensure_ascii=False))
     else:
         click.echo(explain(error), err=True)
 
@@ -141,5 +143,5 @@ def _table(report: VerifyReport) -> Table:
     table.add_column("shard", justify="right")
     table.add_column("layers", justify="right")
     for shard_id, (layer_start, layer_end) in enumerate(report.layer_ranges):
-        table.add_row(str(shard_id), f"{layer_start}-{layer_end - 1}")
+        table.add_row(str(shard_id), f"[{layer_start}, {layer_end})")
     return table

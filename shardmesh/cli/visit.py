@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardmesh.cli.admission import client_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.options import (
     Command,
     bootstrap_option,
     cache_dir,
     cluster_option,
-    config_option,
 )
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from shardmesh.cli.admission import gateway_admission
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.options import (
     audit_option,
     bootstrap_option,
     cache_dir,
     cluster_option,
-    config_option,
     drafts_option,
     log_options,
     naming,

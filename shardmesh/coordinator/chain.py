@@ -141,10 +141,11 @@ def pinned(
 def _named(replicas: Sequence[Replica], name: str) -> Replica:
     found = [r for r in replicas if r.peer_id.startswith(name) or r.peer_id.endswith(name)]
     if len(found) != 1:
+        who = f"{len(found)} nodes that serve have" if found else "no node that serves has"
         raise InputError(
-            f"{name!r} is the peer id of {len(found)} nodes that serve",
+            f"{who} a peer id that begins or ends with {name!r}",
             code="UNKNOWN_PEER",
-            next_step="`shardmesh status` lists the peer ids",
+            next_step="`shardmesh status` shows the ends of the peer ids",
         )
     return found[0]
 

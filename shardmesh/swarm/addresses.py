@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import socket
@@ -181,7 +182,7 @@ async def check_port(hosts: Sequence[str], port: int) -> int:
                 port = port or (probe.getsockname()[1] if len(hosts) > 1 else 0)
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise port_taken(host, port, reason) from error
+                raise port_taken(host, port, reason, getattr(error, "errno", None)) from error
     return port
 
 
@@ -195,8 +196,19 @@ def default_hosts() -> tuple[str, ...]:
     return ("0.0.0.0", "::")
 
 
-def port_taken(host: str, port: int, reason: str) -> InputError:
-    """What to tell a person whose port is not free."""
+def port_taken(host: str, port: int, reason: str, number: int | None = None) -> InputError:
+    """What to tell a person whose port cannot be had; `number` is the system's errno."""
+    if number == errno.EADDRNOTAVAIL:
+        return InputError(
+            f"{host} is no address of this machine",
+            next_step="give --listen-addr an address that it has, or 0.0.0.0 for all of them",
+        )
+    if number == errno.EACCES:
+        return InputError(
+            f"port {port} on {host} may not be used by this user",
+            code="PORT_TAKEN",
+            next_step="choose one from 1024 on with --port",
+        )
     return InputError(
         f"port {port} on {host} is not free: {reason}",
         code="PORT_TAKEN",

@@ -190,7 +190,7 @@ async def _show(zeroconf: Zeroconf, service: ServiceInfo) -> None:
     try:
         await _in_thread(zeroconf.register_service, service)
     except (OSError, ZeroconfError) as error:
-        _log.info("this node is not shown on the LAN: %s", error or type(error).__name__)
+        _log.info("this node is not shown on the LAN: %s", str(error) or type(error).__name__)
 
 
 def _search(zeroconf: Zeroconf, lan: Lan, token: trio.lowlevel.TrioToken) -> None:

@@ -7,10 +7,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from shardmesh.cli.config_file import config_option
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
-    config_option,
     naming,
     naming_options,
     state_dir_option,
@@ -100,3 +100,43 @@ def test_names_of_a_node(tmp_path: Path) -> None:
     assert names(tmp_path, toml, NODE_NAME="attic", NODE_TAGS="a, b") == "attic|Ulm|a,b|"
     assert names(tmp_path, toml, "--name", "roof", "--tag", "c", NODE_NAME="x") == "roof|Ulm|c|"
     assert "unknown key 'nmae'" in names(tmp_path, '[node.identity]\nnmae = "x"\n')
+
+
+@click.command("listen")
+@naming_options
+@click.option("--max-tokens", "n_tokens_max", type=int, default=0)
+@config_option
+def show_keys(
+    node_name: str, node_location: str, node_tags: tuple[str, ...], n_tokens_max: int
+) -> None:
+    click.echo(f"{node_name} {node_tags} {n_tokens_max}")
+
+
+def run_keys(tmp_path: Path, toml: str) -> tuple[int, str]:
+    (tmp_path / "shardmesh.toml").write_text(toml)
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(show_keys, (), prog_name="listen")
+    return result.exit_code, result.output.strip()
+
+
+def test_a_key_may_be_the_name_of_the_flag(tmp_path: Path) -> None:
+    for key in ("max_tokens", "max-tokens", "n_tokens_max"):
+        assert run_keys(tmp_path, f"[listen]\n{key} = 7\n") == (0, "() 7"), key
+
+
+def test_one_word_is_a_list_of_one(tmp_path: Path) -> None:
+    assert run_keys(tmp_path, '[listen]\ntag = "gpu"\n')[1] == "('gpu',) 0"
+    assert run_keys(tmp_path, '[node.identity]\ntags = ["a", "b"]\n')[1] == "('a', 'b') 0"
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[listen]\ntag = 7\n", "'node_tags' takes a text or a list of texts"),
+        ("[listen]\nname = ['a']\n", "'node_name' takes one value"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(tmp_path: Path, toml: str, message: str) -> None:
+    code, output = run_keys(tmp_path, toml)
+    assert code == 2
+    assert message in " ".join(output.split())

@@ -13,7 +13,7 @@ import trio
 from libp2p.peer.id import ID
 
 from shardmesh.errors import InputError, ProtocolError, RefusedError, UnreachableError
-from shardmesh.swarm.addresses import parse_address
+from shardmesh.swarm.addresses import check_port, parse_address
 from shardmesh.swarm.host import ByteStream, ConnectionEvent, Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.pulse import Pulse
@@ -311,3 +311,8 @@ async def test_addresses_of_strangers_do_no_harm() -> None:
             await ask(asker, answerer.peer_id, b"hello")
         asker.learn(answerer.peer_id, nonsense + answerer.addresses())
         assert await ask(asker, answerer.peer_id, b"dialed by itself") == b"dialed by itself"
+
+
+async def test_an_address_of_another_machine_is_no_port_that_is_taken() -> None:
+    with pytest.raises(InputError, match=r"192\.0\.2\.1 is no address of this machine"):
+        await check_port(["192.0.2.1"], 0)
