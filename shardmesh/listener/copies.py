@@ -59,7 +59,7 @@ class Copies:
         session of another coordinator, BusyError (the moment's).
         """
         known = self._copies.get(message.session)
-        if known is not None and known.coordinator is not coordinator:
+        if known is not None and known.coordinator.peer_id != coordinator.peer_id:
             raise ProtocolError("another coordinator has a session of this name")
         if not self._info.cell_bytes or message.fingerprint != self._info.fingerprint:
             raise InputError("this node computes otherwise", code="OTHER_ENGINE")

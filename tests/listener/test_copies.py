@@ -171,6 +171,18 @@ async def test_only_the_coordinator_that_asked_can_take_over() -> None:
         assert n_copies(mesh) == 1
 
 
+async def test_a_coordinator_may_ask_again_over_a_new_link() -> None:
+    """The one before has fallen silent, and the stage has not noticed yet."""
+    async with memory_mesh([FakeEngine(INFO)]) as mesh:
+        before, now = [await asker(mesh, "coordinator") for _ in range(2)]
+        assert isinstance(await before.ask(STAND_BY), StandingBy)
+        assert isinstance(await now.ask(STAND_BY), StandingBy)
+        before.link.close(EngineError("silent"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert n_copies(mesh) == 1
+        await (await asker(mesh, "another")).refused(STAND_BY)
+
+
 async def test_nothing_is_taken_over_that_was_not_asked_for() -> None:
     async with memory_mesh([FakeEngine(INFO)]) as mesh:
         coordinator, source = await asker(mesh, "coordinator"), await asker(mesh, "source")
