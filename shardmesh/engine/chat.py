@@ -9,7 +9,8 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from shardmesh.confinement import without_settings
@@ -24,6 +25,8 @@ from shardmesh.wire.limits import (
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}` and whatever else the template understands."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatTemplate:
@@ -51,24 +54,27 @@ class ChatTemplate:
 
         Raises InputError (theirs) if the template fails, refuses or takes too long.
         """
-        request = json.dumps(
-            {
-                "template": self._template,
-                "variables": {
-                    "add_generation_prompt": True,
-                    "bos_token": self._tokenizer.bos_text,
-                    "eos_token": self._tokenizer.eos_text,
-                    **variables,
-                    "messages": list(messages),
-                },
-            }
-        )
+        wanted = {
+            "template": self._template,
+            "variables": {
+                "add_generation_prompt": True,
+                "bos_token": self._tokenizer.bos_text,
+                "eos_token": self._tokenizer.eos_text,
+                **variables,
+                "messages": list(messages),
+            },
+        }
+        with _not_too_deep():
+            request = json.dumps(wanted)
         if len(request) > PROMPT_BYTES_MAX + CHAT_TEMPLATE_CHARS_MAX:
             raise InputError("the messages are too long", code="PROMPT_TOO_LONG")
         answer = self._ask(request)
         if "error" in answer:
             raise InputError(f"the chat template of the model {answer['error']}")
-        return answer["text"]
+        text = answer["text"]
+        if _SURROGATE.search(text):
+            raise InputError("the messages hold half of a surrogate pair")
+        return text
 
     def encode(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The prompt as tokens.
@@ -77,7 +83,9 @@ class ChatTemplate:
         Raises InputError (theirs) as `render` does.
         """
         marks = _Marks(self._tokenizer.control_texts)
-        rendered = self.render([marks.hide(message) for message in messages], **variables)
+        with _not_too_deep():
+            hidden = [marks.hide(message) for message in messages]
+        rendered = self.render(hidden, **variables)
         bos = self._tokenizer.bos
         has_bos = bool(self._tokenizer.bos_text) and rendered.startswith(self._tokenizer.bos_text)
         tokens = [bos] if bos is not None and self._tokenizer.adds_bos and not has_bos else []
@@ -134,6 +142,14 @@ class ChatTemplate:
             self._worker.kill()
             self._worker.communicate()
             self._worker = None
+
+
+@contextmanager
+def _not_too_deep() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise InputError("the messages or tools are nested too deeply") from None
 
 
 def _exchange(worker: subprocess.Popen[str], request: str) -> str:

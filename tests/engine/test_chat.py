@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.models import BUILT_IN
@@ -175,3 +176,16 @@ def test_the_beginning_is_marked_once(open_template: Opener) -> None:
         template = open_template(source)
         tokens = template.encode([{"role": "user", "content": "hi"}])
         assert tokens.count(template._tokenizer.bos or -1) == 1
+
+
+def test_what_a_template_cannot_be_given(open_template: Opener) -> None:
+    chat = open_template("{{ messages[0].content | tojson }}{{ more }}")
+    nested: Any = "x"
+    for _ in range(990):
+        nested = {"a": nested}
+    with pytest.raises(InputError, match="nested"):
+        chat.encode([{"role": "user", "content": nested}])
+    with pytest.raises(InputError, match="nested"):
+        chat.render([], more=nested)
+    with pytest.raises(InputError, match="surrogate"):
+        chat.render([{"role": "user", "content": "x"}], more="\ud800")
