@@ -182,8 +182,10 @@ class ChatAnswer:
         if rest:
             await say({"content": rest}, None)
         if calls:
-            told = [_call(i, call) for i, call in enumerate(calls) if self._is_wanted(i)]
-            await say({"tool_calls": told}, None)
+            numbered = enumerate(calls, scanner.n_streamed)
+            told = [_call(number, call) for number, call in numbered if self._is_wanted(number)]
+            if told:
+                await say({"tool_calls": told}, None)
         return "tool_calls" if calls or scanner.has_streamed else outcome.reason
 
     def _is_wanted(self, number: int) -> bool:

@@ -139,11 +139,16 @@ class ToolScanner:
         return shown
 
     def take(self) -> list[CallPiece]:
-        """What is new of the calls, for who streams them; `finish` leaves out those begun here."""
+        """What is new of the calls, for who streams them; `finish` leaves out these calls."""
         if not self._is_call:
             return []
         new, self._n_read = self._held[self._n_read :], len(self._held)
         return self._reader.feed(new)
+
+    @property
+    def n_streamed(self) -> int:
+        """Calls of which `take` gave a part."""
+        return self._reader.n_begun
 
     @property
     def has_streamed(self) -> bool:
@@ -152,16 +157,17 @@ class ToolScanner:
 
     def finish(self) -> tuple[str, list[Call]]:
         """The rest: calls, or the text that turned out to be none."""
-        if self._reader.n_begun:
-            return "", []
         calls = [call for call in find_calls(self._held) if call.name in self._plan.names]
+        if self.n_streamed:
+            return "", calls[self.n_streamed :]
         return ("", calls) if calls else (self._held, [])
 
     def _cut(self) -> int:
         """Characters of the held text that are certainly not of a call."""
         bare = self._held.lstrip()
         if not self._has_shown and (not bare or bare[0] in "{["):
-            self._is_call = bool(bare) and not _MISTRAL_OPEN.startswith(bare[:12])
+            is_marker = len(bare) < len(_MISTRAL_OPEN) and _MISTRAL_OPEN.startswith(bare)
+            self._is_call = bool(bare) and not is_marker
             return 0
         marker = self._plan.marker
         if not marker:

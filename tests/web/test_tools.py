@@ -63,6 +63,32 @@ def test_the_cuts_do_not_matter(cuts: list[int], template: str) -> None:
     assert scanner.finish() == ("", [CALL])
 
 
+def streamed(text: str, template: str) -> tuple[str, list[str], list[Call]]:
+    """What is shown, the names that are streamed, and the calls that come at the end."""
+    scanner = ToolScanner(plan_tools([WEATHER], "auto", template))
+    shown, names = "", list[str]()
+    for letter in text:
+        shown += scanner.feed(letter)
+        names += [piece.name for piece in scanner.take() if piece.name is not None]
+    rest, calls = scanner.finish()
+    return shown + rest, names, calls
+
+
+def test_calls_are_streamed_in_the_form_of_mistral() -> None:
+    text = '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Ulm"}}]'
+    assert streamed(text, MISTRAL) == ("", ["weather"], [])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [" and <tool_call>", '<tool_call>{"name": "cook", "arguments": {}}</tool_call><tool_call>'],
+)
+def test_a_call_that_cannot_be_streamed_comes_at_the_end(between: str) -> None:
+    call = '{"name": "weather", "arguments": {"city": "Ulm"}}</tool_call>'
+    found = streamed(f"<tool_call>{call}{between}{call}", HERMES)
+    assert found == ("", ["weather"], [CALL])
+
+
 def test_what_looks_like_a_call_and_is_none_is_shown_in_the_end() -> None:
     scanner = ToolScanner(plan_tools([WEATHER], None, HERMES))
     assert scanner.feed('{"name": "cook"}') == ""
