@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import trio
 
@@ -14,6 +14,10 @@ from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
 from shardmesh.errors import BusyError, ShardmeshError, UnreachableError
 from shardmesh.links.dial import LinkPool
 from shardmesh.links.link import Link
+
+SPARES_PER_STAGE, SPARES_MAX = 2, 16
+"""Replicas that a link is brought up to although the chain goes through others: a stage that fails
+is replaced sooner then, and in a crowd the next chain is there.  More are seldom needed at once."""
 
 LINK_TIMEOUT_S = 12.0
 """For agreeing on a link with a stage and dialing it."""
@@ -82,6 +86,19 @@ class ChainLinker:
                 self._health.failed(error.stage, error.cause, trio.current_time())
             else:
                 return LinkedChain(chain, links, explain(chain.stages, allowed, costs))
+
+    def link_spares(self, chain: Chain, replicas: Sequence[Replica], wish: Wish) -> None:
+        """Has some of those dialed that could replace a stage of the chain; not waited for.
+
+        Those that have a link already count first, the others come as they fall, so that
+        coordinators differ.
+        """
+        now_s = trio.current_time()
+        allowed = pinned(replicas, avoid=wish.avoid)
+        well = [replica for replica in allowed if not self._health.is_aside(replica, now_s)]
+        well.sort(key=lambda r: (self._pool.open_link(r.peer_id) is None, random.random()))
+        for spare in spares(chain, well):
+            self._pool.dial_soon(spare.peer_id, spare.addresses, LINK_TIMEOUT_S)
 
     def distrust(self, peer_id: str) -> None:
         """Uses a node in no chain any more, and as nobody's replacement."""
@@ -186,13 +203,27 @@ class ChainLinker:
         link = self._pool.open_link(stage.peer_id)
         if link is not None and link.is_suspected:
             # Another may be well, so nobody waits; but once it can be dialed it may be taken again.
-            self._pool.renew(stage.peer_id, stage.addresses, timeout_s)
+            self._pool.dial_soon(stage.peer_id, stage.addresses, timeout_s)
             silent = UnreachableError(f"{stage.peer_id} is silent", code="LINK_SILENT")
             raise _UnlinkedError(stage, silent)
         try:
             return await self._pool.get(stage.peer_id, stage.addresses, timeout_s)
         except ShardmeshError as error:
             raise _UnlinkedError(stage, error) from error
+
+
+def spares(chain: Chain, replicas: Iterable[Replica]) -> list[Replica]:
+    """Whom to have links to beside the chain: the first few of each stage, some in all.  Pure."""
+    in_use = {stage.peer_id for stage in chain.stages}
+    n_left = {(stage.layer_start, stage.layer_end): SPARES_PER_STAGE for stage in chain.stages}
+    digest, found = chain.stages[0].manifest_digest, list[Replica]()
+    for replica in replicas:
+        layers = replica.layer_start, replica.layer_end
+        is_alike = replica.shard_loaded and replica.manifest_digest == digest
+        if is_alike and n_left.get(layers, 0) and replica.peer_id not in in_use:
+            n_left[layers] -= 1
+            found.append(replica)
+    return found[:SPARES_MAX]
 
 
 def _first(group: BaseExceptionGroup[_UnlinkedError]) -> _UnlinkedError:

@@ -254,9 +254,10 @@ class LinkPool:
         link = self._links.get(peer_id)
         return link if link is not None and link.is_open else None
 
-    def renew(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> None:
-        """Has a node dialed whose link is silent; not waited for."""
-        if peer_id not in self._dialing:
+    def dial_soon(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> None:
+        """Has a node dialed to which there is no link that is well; not waited for."""
+        link = self.open_link(peer_id)
+        if (link is None or link.is_suspected) and peer_id not in self._dialing:
             self._nursery.start_soon(self._try_to_get, peer_id, addresses, timeout_s)
 
     def links(self) -> list[Link]:
@@ -298,7 +299,7 @@ class LinkPool:
         try:
             await self.get(peer_id, addresses, timeout_s)
         except ShardmeshError as error:
-            logger.debug("%s is still silent: %s", peer_id, error)
+            logger.debug("no link to %s yet: %s", peer_id, error)
 
     async def _carry(self, link: Link) -> None:
         try:

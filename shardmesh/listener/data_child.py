@@ -21,6 +21,7 @@ from shardmesh.listener.local_messages import (
     Drain,
     ExpectLink,
     Failed,
+    Following,
     Grant,
     LinkAnswer,
     LocalChannel,
@@ -34,6 +35,7 @@ from shardmesh.listener.local_messages import (
     unexpected,
 )
 from shardmesh.wire.link_agreement import LinkGrant
+from shardmesh.wire.messages import NextStage
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,10 @@ class DataChild:
     async def cut_off(self, peer_ids: Collection[str]) -> None:
         """Has the process end its links with these nodes; raises UnreachableError if gone."""
         await self._living_channel().send(CutOff(peer_ids=tuple(sorted(peer_ids))))
+
+    async def follow(self, nodes: tuple[NextStage, ...]) -> None:
+        """Has the process keep links to these nodes; raises UnreachableError if it is gone."""
+        await self._living_channel().send(Following(nodes=nodes))
 
     async def drain(self, is_draining: bool) -> None:
         """Has the process take no further sessions, or take them again; raises UnreachableError."""

@@ -23,6 +23,7 @@ from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
 from shardmesh.engine.options import memory_free_bytes
 from shardmesh.errors import BusyError, OurError, ShardmeshError, StorageError, known_error
+from shardmesh.links.ahead import LinksAhead
 from shardmesh.links.dial import Acceptor, LinkPool
 from shardmesh.links.link import Link
 from shardmesh.listener.local_messages import (
@@ -31,6 +32,7 @@ from shardmesh.listener.local_messages import (
     CutOff,
     Drain,
     ExpectLink,
+    Following,
     Grant,
     LinkAnswer,
     LinkState,
@@ -97,12 +99,15 @@ class DataProcess:
             self.stage.limit_copies(int(COPIES_SHARE_OF_MEMORY * memory_free_bytes()))
             self._acceptor = Acceptor(self.stage)
             self._pool = LinkPool(nursery, self._agree, self.stage)
+            self._ahead = LinksAhead(self._pool, NEXT_LINK_TIMEOUT_S)
+            self._ahead.keep(self._start.following)
             listeners = await _open_listeners(self._start.listen_hosts, self._start.data_port)
             nursery.start_soon(trio.serve_listeners, self._acceptor.handle, listeners)
             nursery.start_soon(self.stage.run)
             port = listeners[0].socket.getsockname()[1]
             await self._channel.send(self._ready(port))
             nursery.start_soon(self._tell_sessions)
+            nursery.start_soon(self._ahead.run)
             await self._obey(nursery)
             with trio.move_on_after(FAREWELL_TIMEOUT_S):
                 await self.stage.farewell()
@@ -116,6 +121,8 @@ class DataProcess:
                 case CutOff():
                     self._acceptor.cut_off(message.peer_ids)
                     self._pool.cut_off(message.peer_ids)
+                case Following():
+                    self._ahead.keep(message.nodes)
                 case LinkAnswer():
                     asked = self._asked.pop(message.number, None)
                     if asked is not None:

@@ -22,6 +22,7 @@ from shardmesh.wire.codec import decode_cbor, encode_cbor
 from shardmesh.wire.framing import LENGTH, RecordReader
 from shardmesh.wire.limits import MIB, SESSIONS_PER_NODE_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant
+from shardmesh.wire.messages import NextStage
 from shardmesh.wire.sealing import DirectionKey, LinkKeys
 
 LOCAL_MESSAGE_BYTES_MAX = 1 * MIB
@@ -60,6 +61,7 @@ class Start(_Message, frozen=True, tag="start"):
     nice: int = 0  # how far it stands back behind the machine's other work, 0 to 19
     is_draining: bool = False  # it takes no sessions: what it was before it died
     vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
+    following: tuple[NextStage, ...] = ()  # see `Following`
 
 
 class Ready(_Message, frozen=True, tag="ready"):
@@ -131,6 +133,12 @@ class CutOff(_Message, frozen=True, tag="cut"):
     peer_ids: tuple[str, ...]
 
 
+class Following(_Message, frozen=True, tag="following"):
+    """To the data process: results may go to these nodes, so have links to them."""
+
+    nodes: tuple[NextStage, ...]
+
+
 class NeedLink(_Message, frozen=True, tag="need"):
     """To the control process: agree on a link with the next stage."""
 
@@ -191,6 +199,7 @@ LocalMessage = (
     | Failed
     | ExpectLink
     | CutOff
+    | Following
     | NeedLink
     | LinkAnswer
     | AskMetrics

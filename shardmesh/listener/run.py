@@ -17,6 +17,7 @@ from shardmesh.coordinator.model_files import ModelFiles, serve_model_info
 from shardmesh.errors import UnreachableError
 from shardmesh.listener.assignment import least_served
 from shardmesh.listener.commands import NodeCommands
+from shardmesh.listener.following import keep_following
 from shardmesh.listener.moving import NodeMoves, keep_useful
 from shardmesh.listener.node import Node, NodeOptions
 from shardmesh.listener.published import with_manifest
@@ -195,6 +196,7 @@ async def on_network(
             nursery.start_soon(options.serve_http, node, host, directory)
         if options.watch_files is not None:
             nursery.start_soon(options.watch_files, files)
+        nursery.start_soon(keep_following, node, directory)
         nursery.start_soon(_warn_of_namesakes, node, directory)
         try:
             yield membership, coordinator

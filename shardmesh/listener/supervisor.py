@@ -16,6 +16,7 @@ from shardmesh.links.dial import Agree
 from shardmesh.listener.data_child import DataChild
 from shardmesh.listener.local_messages import Metrics, Ready, Start
 from shardmesh.wire.link_agreement import LinkGrant
+from shardmesh.wire.messages import NextStage
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Supervisor:
         self._start: Start | None = None
         self._child: DataChild | None = None
         self._is_draining = False
+        self._following: tuple[NextStage, ...] = ()
         self._start_changed = trio.Event()
         self._status_changed = trio.Event()
         self.n_restarts = 0
@@ -113,6 +115,15 @@ class Supervisor:
             with contextlib.suppress(UnreachableError):  # it is gone, and its links with it
                 await self._child.cut_off(peer_ids)
 
+    async def follow(self, nodes: tuple[NextStage, ...]) -> None:
+        """Has the data process keep links to these nodes, and any later one as well."""
+        if nodes == self._following:
+            return
+        self._following = nodes
+        if self._child is not None and self.status.ready is not None:
+            with contextlib.suppress(UnreachableError):  # it is gone; the next one is told
+                await self._child.follow(nodes)
+
     async def drain(self, is_draining: bool = True) -> None:
         """Has the data process take no further sessions, or take them again; the next one, too."""
         self._is_draining = is_draining
@@ -138,7 +149,9 @@ class Supervisor:
             begun_s = trio.current_time()
             self._child = DataChild(self._agree, self._on_ready, self._on_sessions)
             try:
-                given = msgspec.structs.replace(start, is_draining=self._is_draining)
+                given = msgspec.structs.replace(
+                    start, is_draining=self._is_draining, following=self._following
+                )
                 failure = await self._child.run(given)
             finally:
                 self._child = None

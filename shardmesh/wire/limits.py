@@ -183,6 +183,9 @@ LINK_QUEUE_BYTES_MAX: Final = 2 * FRAME_BODY_BYTES_MAX
 LINKS_MAX: Final = 256
 """Links of one data process; each neighbour and each coordinator has one."""
 
+FOLLOWING_LINKS_MAX: Final = 4
+"""Nodes that one keeps links to in case its results go there; further links come up when needed."""
+
 LINK_AGREEMENT_BYTES_MAX: Final = 8 * KIB
 """Request and offer of a link: keys, and up to 16 endpoints."""
 

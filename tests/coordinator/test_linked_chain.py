@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import trio
 import trio.testing
 
-from shardmesh.coordinator.chain import Replica
-from shardmesh.coordinator.linked_chain import ChainLinker, Wish
+from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.linked_chain import (
+    SPARES_MAX,
+    SPARES_PER_STAGE,
+    ChainLinker,
+    Wish,
+    spares,
+)
 from shardmesh.coordinator.replacements import ASIDE_SHORT_S
 from shardmesh.errors import BusyError, IncompleteError, UnreachableError
 
@@ -19,6 +27,8 @@ class CountingPool:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.dialed_soon: list[str] = []
+        self.linked = dict[str, object]()
 
     async def get(self, peer_id: str, addresses: object, timeout_s: float):  # type: ignore[no-untyped-def]
         self.asked.append(peer_id)
@@ -28,8 +38,11 @@ class CountingPool:
 
         return Open()
 
-    def open_link(self, peer_id: str) -> None:
-        return None
+    def dial_soon(self, peer_id: str, addresses: object, timeout_s: float) -> None:
+        self.dialed_soon.append(peer_id)
+
+    def open_link(self, peer_id: str) -> object | None:
+        return self.linked.get(peer_id)
 
     def round_trips_us(self) -> dict[str, int]:
         return {}
@@ -109,3 +122,48 @@ async def test_a_mesh_that_is_full_and_incomplete_says_that_it_is_incomplete(
     asking.finder.set_aside(FIRST, FULL)
     with pytest.raises(IncompleteError):
         await asking.names([FIRST])
+
+
+def test_each_stage_has_a_few_spares_of_its_own_layers_and_split() -> None:
+    chain = Chain((FIRST, SECOND))
+    many = [replica(f"further second {i}", 1) for i in range(SPARES_PER_STAGE + 1)]
+    assert spares(chain, [FIRST, *many, SECOND]) == many[:SPARES_PER_STAGE]
+    unfit = [
+        dataclasses.replace(OTHER, shard_loaded=False),
+        dataclasses.replace(OTHER, manifest_digest="another"),
+        dataclasses.replace(OTHER, layer_start=0),
+    ]
+    assert spares(chain, unfit) == []
+
+
+def test_a_long_chain_does_not_have_spares_without_end() -> None:
+    stages = [replica(f"stage {i}", i) for i in range(SPARES_MAX + 1)]
+    others = [replica(f"other {i}", i) for i in range(SPARES_MAX + 1)]
+    assert spares(Chain(tuple(stages)), others) == others[:SPARES_MAX]
+
+
+async def test_spares_are_dialed_those_that_are_linked_first(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    asking = Asking()
+    chain = Chain((FIRST, SECOND))
+    further = [replica(f"further {i}", 1) for i in range(5)]
+    asking.linker.link_spares(chain, [*ALL, *further], Wish())
+    assert len(set(asking.pool.dialed_soon)) == SPARES_PER_STAGE
+    for _ in range(20):
+        asking.pool.linked = dict.fromkeys(asking.pool.dialed_soon, object())
+        before = set(asking.pool.dialed_soon)
+        asking.pool.dialed_soon.clear()
+        asking.linker.link_spares(chain, [*ALL, *further], Wish())
+        assert set(asking.pool.dialed_soon) == before
+
+
+async def test_no_spare_that_failed_or_that_nobody_wants(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    asking = Asking()
+    chain = Chain((FIRST, SECOND))
+    asking.linker.link_spares(chain, ALL, Wish(avoid=("other second",)))
+    asking.finder.set_aside(OTHER, FULL)
+    asking.linker.link_spares(chain, ALL, Wish())
+    assert asking.pool.dialed_soon == []

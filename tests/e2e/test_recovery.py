@@ -38,6 +38,7 @@ N_CTX = 1024
 N_TOKENS = 60
 PROMPT = "Once upon a time there was a king who went to the river and said: " * 15
 STATUS_WITHIN_S = 30.0
+LINKED_WITHIN_S = 10.0
 SAMPLING = SamplingSettings(temperature=0.9, repeat_penalty=1.2, seed=5)
 REQUEST = CompletionRequest(
     prompt=PROMPT, n_tokens_max=N_TOKENS, sampling=SAMPLING, ignore_end=True, wait_s=30.0
@@ -66,6 +67,30 @@ class Replicated:
         self.mesh.listeners[number] = self.start(number)
         self.mesh.listeners[number].wait_announced()
 
+    def wait_linked(self) -> None:
+        """Waits until each stage has links to both replicas behind it, without any session."""
+        with_next = {
+            node.peer_id: {
+                other.peer_id
+                for number, other in enumerate(self.mesh.listeners)
+                if number % N_STAGES == (own + 1) % N_STAGES
+            }
+            for own, node in enumerate(self.mesh.listeners)
+        }
+
+        async def use(client: Client) -> None:
+            await client.membership.find_listeners()
+            for peer_id, wanted in with_next.items():
+                linked = set[str]()
+                with trio.fail_after(LINKED_WITHIN_S):
+                    while linked != wanted:
+                        answer = await send_command(
+                            client.host, peer_id, "GET_METRICS", None, ANSWER_TIMEOUT_S
+                        )
+                        linked = {link["peer_id"] for link in answer["links"]}
+
+        as_client(self.mesh, use)
+
     def wait_complete(self) -> None:
         peer_ids = [node.peer_id for node in self.mesh.listeners]
         wait_status(self.mesh, complete_with(*peer_ids), STATUS_WITHIN_S)
@@ -82,6 +107,7 @@ def replicated(model: Path) -> Iterator[Replicated]:
         found = Replicated(mesh)
         mesh.listeners = [found.start(number) for number in range(2 * N_STAGES)]
         mesh.wait_ready()
+        found.wait_linked()
         found.text, repairs = write(found)
         assert found.text
         assert not repairs

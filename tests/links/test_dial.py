@@ -332,13 +332,23 @@ async def test_a_silent_link_is_left_to_those_who_use_it_and_dialed_anew_for_oth
         assert (second.is_open, third.is_open) == (False, False)
 
 
+async def test_a_node_is_dialed_soon_unless_it_is_linked() -> None:
+    async with pooled() as (pool, agreements, _):
+        pool.dial_soon("far", (), 5)
+        link = await pool.get("far", (), 5)
+        pool.dial_soon("far", (), 5)
+        await trio.testing.wait_all_tasks_blocked()
+        assert agreements.n_asked == 1
+        assert pool.open_link("far") is link
+
+
 async def test_a_silent_node_is_dialed_while_nobody_waits_once_at_a_time() -> None:
     async with pooled() as (pool, agreements, _):
         first = await pool.get("far", (), 5)
         first.is_suspected = True
         agreements.may_go = trio.Event()
         for _ in range(3):
-            pool.renew("far", (), 5)
+            pool.dial_soon("far", (), 5)
             await trio.testing.wait_all_tasks_blocked()
         assert agreements.n_asked == 2
         assert pool.open_link("far") is first
@@ -349,7 +359,7 @@ async def test_a_silent_node_is_dialed_while_nobody_waits_once_at_a_time() -> No
 
         second.is_suspected = True
         agreements.failure = UnreachableError("nobody")
-        pool.renew("far", (), 5)
+        pool.dial_soon("far", (), 5)
         await trio.testing.wait_all_tasks_blocked()
         assert pool.open_link("far") is second
 

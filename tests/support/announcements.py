@@ -12,8 +12,8 @@ from shardmesh.wire.announcement import Announcement, Capabilities
 CLUSTER = "llama-cluster"
 
 
-def capabilities(*, shard_loaded: bool = True) -> Capabilities:
-    return Capabilities(
+def capabilities(*, shard_loaded: bool = True, **changes: object) -> Capabilities:
+    plain = Capabilities(
         shard_loaded=shard_loaded,
         memory_mb=1000,
         memory_available_mb=500,
@@ -23,6 +23,7 @@ def capabilities(*, shard_loaded: bool = True) -> Capabilities:
         n_parallel=4,
         has_tokenizer=False,
     )
+    return msgspec.structs.replace(plain, **changes)
 
 
 def an_announcement(identity: Identity, **changes: object) -> Announcement:
