@@ -131,10 +131,10 @@ def test_the_memory_of_a_template(tmp_path: Path) -> None:
 
 
 def test_an_answer_of_the_template_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line is read no further than that: what is left of it is no JSON."""
+    """The line is read no further than that, and half a line is no answer."""
     monkeypatch.setattr(chat, "CHAT_ANSWER_CHARS_MAX", 100)
     with closing(_template(tmp_path, "{{ 'x' * 200 }}")) as template:
-        with pytest.raises(ValueError, match="Unterminated"):
+        with pytest.raises(InputError, match="too much"):
             template.render([])
 
 
