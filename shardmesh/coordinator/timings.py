@@ -86,9 +86,13 @@ class TimingRecorder:
         self._clock = StepClock()
 
     def token(self, now_s: float, stages: Sequence[StageTiming], first_hop_us: float) -> None:
-        """One token came; the first one closes the prefill and is not a decode step."""
+        """One token came; the first one closes the prefill and is not a decode step.
+
+        A step is left out if it does not name the stages of the steps before: stages may say
+        anything.
+        """
         step = self._clock.step(now_s, stages, first_hop_us)
-        if step is not None:
+        if step is not None and (not self._steps or _layers(step) == _layers(self._steps[0])):
             self._steps.append(step)
         self._token_times_s.append(now_s)
 
@@ -130,6 +134,10 @@ def hops_of_step(step: Step) -> list[float]:
     if not any(weights):
         weights = [1.0] * len(weights)  # no heartbeat has come back yet
     return [way_us * weight / sum(weights) / 1e3 for weight in weights]
+
+
+def _layers(step: Step) -> list[tuple[int, int]]:
+    return [(timing.layer_start, timing.layer_end) for timing in step.stages]
 
 
 def _busy_us(stages: Sequence[StageTiming]) -> int:

@@ -64,6 +64,16 @@ def test_without_heartbeats_all_hops_count_alike() -> None:
     assert timings.first_hop_ms == timings.stages[0].wire_ms == pytest.approx(30.0)
 
 
+@pytest.mark.parametrize("odd", [(), (timing(0, 2), timing(2, 4)), (timing(0, 3),)])
+def test_a_step_that_other_stages_tell_of_is_left_out(odd: tuple[StageTiming, ...]) -> None:
+    recorder = TimingRecorder(1, started_s=0.0)
+    for number, stages in enumerate(((), (timing(0, 4, compute=1000),), odd)):
+        recorder.token(float(number), stages, 0)
+    timings = recorder.finish(2.0)
+    assert [stage.compute_ms for stage in timings.stages] == [1.0]
+    assert timings.n_tokens == 3
+
+
 def test_a_result_that_is_taken_late_does_not_make_the_parts_more_than_the_whole() -> None:
     """Tokens go round without the coordinator, which looks at the second one late."""
     recorder = TimingRecorder(1, started_s=0.0)
