@@ -84,7 +84,7 @@ def verify_model(
         folder = Path(folder_name)
         progress("computing the whole model")
         task = VerifyTask(
-            model_path=str(gguf.path.resolve()),
+            model_path=str(gguf.path.absolute()),
             outputs_path=str(folder / "whole.npy"),
             piece_tokens=piece_tokens,
             prompt=prompt,

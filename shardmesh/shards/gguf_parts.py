@@ -45,7 +45,9 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def join_parts(path: Path, parts: Sequence[GgufFile]) -> GgufFile:
-    """One model of all its parts: the first one's metadata, everybody's tensors.
+    """One model of all its parts: the first one's metadata and path, everybody's tensors.
+
+    llama.cpp finds the others by the name of the first, whatever a link leads to.
 
     Raises GgufError (theirs) when they do not belong together.
     """
@@ -64,7 +66,7 @@ def join_parts(path: Path, parts: Sequence[GgufFile]) -> GgufFile:
     if len(tensors) > GGUF_TENSORS_MAX:
         raise GgufError(f"{path} has {len(tensors)} tensors in all its parts", code="GGUF_LIMIT")
     return GgufFile(
-        path=path,
+        path=first.path,
         version=first.version,
         alignment=first.alignment,
         metadata=MappingProxyType(

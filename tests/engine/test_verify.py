@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support.models import BUILT_IN, write_model
+from support.parts import write_in_parts
 
 from shardmesh.cli.verify import command
 from shardmesh.engine import verify
@@ -57,6 +58,20 @@ def test_identical(model: Path) -> None:
         "n_steps": 3,
         "architecture": "llama",
     }
+
+
+@pytest.mark.processes
+def test_a_model_in_parts_that_lie_elsewhere(model: Path, tmp_path: Path) -> None:
+    """A cache of downloads has names that lead to files with other names; any part may be given."""
+    links = []
+    for part in write_in_parts(model, tmp_path):
+        links.append(tmp_path / "snapshot" / part.name)
+        links[-1].parent.mkdir(exist_ok=True)
+        links[-1].symlink_to(part.rename(tmp_path / f"{len(links):064x}"))
+    for link in links:
+        result = run(link, "--layers", "2,2", "--tokens", "1", "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["identical"]
 
 
 @pytest.mark.processes

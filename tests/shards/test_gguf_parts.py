@@ -39,6 +39,7 @@ def test_any_part_stands_for_the_whole(tmp_path: Path) -> None:
         assert [(each.name, each.path) for each in model.tensors] == list(
             zip("abc", paths, strict=True)
         )
+        assert model.path == paths[0]
         assert model.architecture == "llama"
         assert not any(key.startswith("split.") for key in model.metadata)
         assert model.n_bytes == sum(each.stat().st_size for each in paths)

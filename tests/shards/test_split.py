@@ -6,7 +6,6 @@ import errno
 import fcntl
 import hashlib
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from gguf import GGUFReader
 from support.models import (
     ARCHITECTURES,
     BUILT_IN,
-    TensorData,
     string_value,
     u32_value,
     write_gguf,
     write_model,
 )
+from support.parts import write_in_parts
 
 from shardmesh.errors import GgufError, InputError, StorageError
 from shardmesh.shards import split, staging
@@ -150,19 +149,9 @@ def test_a_split_says_the_same_each_time(model: Path, tmp_path: Path) -> None:
 
 
 def test_parts_give_the_same_shards_as_one_file(model: Path, tmp_path: Path) -> None:
-    source = read_gguf(model)
-    data = model.read_bytes()
-    values = {key: value.encode() for key, value in source.metadata.items()}
-    tensors = [
-        TensorData(t.name, t.shape, t.ggml_type, data[t.offset : t.offset + t.n_bytes])
-        for t in source.tensors
-    ]
-    for part, some in enumerate((tensors[:7], tensors[7:])):
-        own = {"split.no": struct.pack("<IH", 2, part), "split.count": struct.pack("<IH", 2, 2)}
-        path = tmp_path / f"p-{part + 1:05d}-of-00002.gguf"
-        write_gguf(path, {**own, **(values if part == 0 else {})}, some)
+    paths = write_in_parts(model, tmp_path)
     whole = split_model(model, HALVES, tmp_path / "a", name="m")
-    parts = split_model(tmp_path / "p-00001-of-00002.gguf", HALVES, tmp_path / "b", name="m")
+    parts = split_model(paths[0], HALVES, tmp_path / "b", name="m")
     assert parts == whole
 
 
