@@ -29,7 +29,7 @@ def command() -> None:
     """Show the members of a mesh, show its secret, or remove members."""
 
 
-@command.command("secret")
+@command.command("secret", short_help="Print the secret that is kept here.")
 @cluster_option
 @state_dir_option
 @config_option
@@ -41,7 +41,7 @@ def secret_command(cluster: str, state_dir: Path) -> None:
     click.echo(secret.text())
 
 
-@command.command("members")
+@command.command("members", short_help="Show who is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @visit_options
 def members_command(as_json: bool, visit: Visit) -> None:
@@ -51,18 +51,16 @@ def members_command(as_json: bool, visit: Visit) -> None:
         click.echo(json.dumps(found))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    for name in ("node", "role", "version", "address"):
-        table.add_column(name, no_wrap=name == "node")
-    for member in found:
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # a node may say brackets
+    for member in found:  # no table: it would cut off what is there to be copied
         address = member["addresses"][0].partition("/p2p/")[0] if member["addresses"] else ""
-        table.add_row(member["peer_id"], member["role"], member["version"], address)
-    Console(markup=False).print(table)  # what a node says may hold brackets
+        version = f"version {member['version']}" if member["version"] else ""
+        words = ", ".join(word for word in (member["role"], version, address) if word)
+        console.print(f"{member['peer_id']}\n  {words}")
 
 
-@command.command("remove")
+@command.command("remove", short_help="Change the secret, for all but some.")
 @click.argument("peers", nargs=-1, metavar="[PEER]...")
 @visit_options
 def remove_command(peers: tuple[str, ...], visit: Visit) -> None:

@@ -254,6 +254,7 @@ def command(
 
     from shardmesh.cli.downloads import watcher
     from shardmesh.engine.base import EngineOptions
+    from shardmesh.engine.options import check_options
     from shardmesh.listener.assignment import WantedShard
     from shardmesh.listener.node import NodeOptions
     from shardmesh.listener.run import run_node
@@ -264,6 +265,16 @@ def command(
         from shardmesh.web.node_server import node_server
 
         serve_http = node_server(http_port)
+    engine = EngineOptions(
+        n_ctx=n_ctx,
+        n_parallel=n_parallel,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        flash_attention=flash_attention,
+    )
+    check_options(engine)  # a listener would try for ever to load its shard with it
     options = NodeOptions(
         naming=naming(node_name, node_location, node_tags),
         serve_http=serve_http,
@@ -298,15 +309,7 @@ def command(
         sessions_per_node_max=sessions_per_node_max,
         nice=nice,
         rebalance_interval_s=rebalance_interval_s,
-        engine=EngineOptions(
-            n_ctx=n_ctx,
-            n_parallel=n_parallel,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            flash_attention=flash_attention,
-        ),
+        engine=engine,
         log_format="json" if log_format == "json" else "pretty",
         log_verbosity=-1 if quiet else verbose,
         watch_files=watcher(sys.stdout, stays=False, draws=log_format == "pretty" and not quiet),

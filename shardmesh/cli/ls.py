@@ -34,9 +34,12 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
     if as_json:
         click.echo(json.dumps(models, indent=2, ensure_ascii=False))
         return
-    table = Table()
+    if not models:
+        click.echo(f"No model in {shards_dir} or {models_dir}.", err=True)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("model", "digest", "shards here", "size", "published", "folder"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a folder that is cut off is of no use
     for model in models:
         table.add_row(
             model["model_name"],

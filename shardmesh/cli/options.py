@@ -191,6 +191,11 @@ def shards_dir_option(command: Command) -> Command:
     )(command)
 
 
+def count(number: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def cache_dir() -> Path:
     """Where tokenizers that were fetched from the mesh are kept."""
     return Path(platformdirs.user_cache_dir("shardmesh"))

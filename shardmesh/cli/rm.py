@@ -27,7 +27,7 @@ from shardmesh.cli.options import shards_dir_option
 def command(
     model: str, shard_ids: tuple[int, ...], yes: bool, shards_dir: Path, models_dir: Path
 ) -> None:
-    """Remove MODEL (its name, its digest or the beginning of it, or its folder's name).
+    """Remove MODEL: its name, its folder's name, or at least 8 letters of its digest.
 
     Only what Shardmesh has put there is removed: shards, tokenizer, manifest, unfinished files.
     """

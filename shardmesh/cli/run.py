@@ -122,7 +122,7 @@ def command(
 
     text = _read_standard_input() if prompt == "-" else prompt
     if system is not None and not chat:
-        raise InputError("--system needs --chat")
+        raise InputError("--system needs --chat", next_step="give --chat, too")
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     request = CompletionRequest(
@@ -176,12 +176,17 @@ def _read_standard_input() -> str:
     data = sys.stdin.buffer.read(PROMPT_BYTES_MAX + 1)
     if len(data) > PROMPT_BYTES_MAX:
         raise InputError(
-            f"the prompt has more than {PROMPT_BYTES_MAX} bytes", code="PROMPT_TOO_LONG"
+            f"the prompt has more than {PROMPT_BYTES_MAX} bytes",
+            code="PROMPT_TOO_LONG",
+            next_step="shorten it",
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("the prompt on standard input is not UTF-8 text") from error
+        raise InputError(
+            "the prompt on standard input is not UTF-8 text",
+            next_step="convert it, for instance with `iconv -f LATIN1 -t UTF-8`",
+        ) from error
 
 
 async def _answer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.options import piece_tokens_option
+from shardmesh.cli.options import count, piece_tokens_option
 from shardmesh.errors import InputError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def plan_table(
     from shardmesh.shards.plan import memory_needed, readable_size
 
     table = Table(
-        title=f"{costs.n_layer} layers in {len(ranges)} shards",
+        title=f"{count(costs.n_layer, 'layer')} in {count(len(ranges), 'shard')}",
         caption=f"prompts go in pieces of {piece_tokens} tokens",
     )
     for heading in ("shard", "layers", "number", "file", f"memory at {n_cached} tokens"):

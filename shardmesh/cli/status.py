@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.options import shards_dir_option
+from shardmesh.cli.options import count, shards_dir_option
 from shardmesh.cli.visit import Visit, visit_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from shardmesh.coordinator.client import Client
     from shardmesh.coordinator.overview import ModelView
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 WATCH_INTERVAL_S = 1.0
 EXIT_INCOMPLETE = 1
 SHORT_PEER_ID_LETTERS = 8
+NARROW_COLUMNS = 80
+"""Below that the details of replicas are left out; `--json` has them."""
 
 
 @click.command("status")
@@ -53,13 +56,15 @@ async def _watch(client: Client, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    if as_json:
+    console = Console(markup=False)  # a name may hold brackets
+    if as_json or not console.is_terminal:  # a Live shows nothing there until it ends
         while True:
-            click.echo(models_as_json(await _look(client)))
+            models = await _look(client)
+            click.echo(models_as_json(models)) if as_json else show_models(models)
             await trio.sleep(WATCH_INTERVAL_S)
-    with Live(console=Console(markup=False), auto_refresh=False, screen=False) as live:
+    with Live(console=console, auto_refresh=False, screen=False) as live:
         while True:
-            live.update(models_as_table(await _look(client)), refresh=True)
+            live.update(models_as_table(await _look(client), console.width), refresh=True)
             await trio.sleep(WATCH_INTERVAL_S)
 
 
@@ -67,7 +72,8 @@ def show_models(models: tuple[ModelView, ...]) -> None:
     """Tables on standard output."""
     from rich.console import Console
 
-    Console(markup=False).print(models_as_table(models))  # a name may hold brackets
+    console = Console(markup=False)  # a name may hold brackets
+    console.print(models_as_table(models, console.width))
 
 
 def models_as_json(models: tuple[ModelView, ...]) -> str:
@@ -88,40 +94,51 @@ def models_as_json(models: tuple[ModelView, ...]) -> str:
     )
 
 
-def models_as_table(models: tuple[ModelView, ...]) -> RenderableType:
-    """A table for each model, with a verdict under it."""
+def models_as_table(models: tuple[ModelView, ...], width: int) -> RenderableType:
+    """A table for each model, with a verdict under it, for a terminal of `width` columns."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     if not models:
         return Text("Nobody in this mesh serves a shard.")
     parts: list[RenderableType] = []
     for model in models:
-        table = Table(
-            title=f"{model.model_name or 'unknown model'}: {model.n_layer} layers "
-            f"in {model.total_shards} shards",
-            title_justify="left",
-        )
-        for name in ("shard", "layers", "state", "memory", "context", "reached", "round trip"):
-            table.add_column(name, justify="right" if name != "state" else "left")
-        table.add_column("node", no_wrap=True)
-        for replica in model.replicas:
-            trip = replica.round_trip_ms
-            table.add_row(
-                str(replica.shard_id),
-                f"[{replica.layer_start}, {replica.layer_end})",
-                Text(replica.state, style="green" if replica.state == "loaded" else "yellow"),
-                f"{replica.memory_available_mb / 1024:.1f}/{replica.memory_mb / 1024:.1f} GiB",
-                str(replica.n_ctx or "-"),
-                replica.path or "-",
-                f"{trip:.0f} ms" if trip is not None else "-",
-                short_peer_id(replica.peer_id),
-            )
-        parts.append(table)
+        heading = f"{model.model_name or 'unknown model'}: {count(model.n_layer, 'layer')} "
+        parts.append(Text(f"{heading}in {count(model.total_shards, 'shard')}", style="italic"))
+        parts.append(_replicas(model, is_narrow=width < NARROW_COLUMNS))
         parts += _links(model)
         parts.append(_verdict(model))
     return Group(*parts)
+
+
+def _replicas(model: ModelView, *, is_narrow: bool) -> Table:
+    """A line for each replica; in a narrow terminal only what tells whether all is served."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("shard", justify="right", no_wrap=True)
+    table.add_column("layers", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in () if is_narrow else ("free GiB", "context", "reached", "round trip"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("node", no_wrap=True)
+    for replica in model.replicas:
+        trip = replica.round_trip_ms
+        details = (
+            f"{replica.memory_available_mb / 1024:.1f}/{replica.memory_mb / 1024:.1f}",
+            str(replica.n_ctx or "-"),
+            replica.path or "-",
+            f"{trip:.0f} ms" if trip is not None else "-",
+        )
+        table.add_row(
+            str(replica.shard_id),
+            f"[{replica.layer_start}, {replica.layer_end})",
+            Text(replica.state, style="green" if replica.state == "loaded" else "yellow"),
+            *(() if is_narrow else details),
+            short_peer_id(replica.peer_id),
+        )
+    return table
 
 
 def _links(model: ModelView) -> list[RenderableType]:

@@ -35,7 +35,10 @@ def parse_drafts(text: str) -> int | None:
         return AUTO if text == "auto" else 0
     if text.isascii() and text.isdigit() and 1 <= int(text) <= DRAFTS_MAX:
         return int(text)
-    raise InputError(f"--drafts is auto, off or 1 to {DRAFTS_MAX}, not {text[:40]}")
+    raise InputError(
+        f"--drafts is auto, off or 1 to {DRAFTS_MAX}, not {text[:40]!r}",
+        next_step="leave it out: auto guesses as many as pay",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,10 @@ class StopScanner:
             )
         for stop in stops:
             if not 0 < len(stop) <= STOP_CHARACTERS_MAX:
-                raise InputError(f"a stop string has 1 to {STOP_CHARACTERS_MAX} characters")
+                raise InputError(
+                    f"a stop string has 1 to {STOP_CHARACTERS_MAX} characters",
+                    next_step="leave the empty one out, or shorten the long one",
+                )
         self._stops = tuple(stops)
         self._held = ""
 

@@ -67,11 +67,20 @@ def check_options(options: EngineOptions) -> None:
                 f"unknown cache type {name!r}", next_step=f"one of {', '.join(CACHE_TYPES)}"
             )
     if not 1 <= options.n_parallel <= SEQUENCES_MAX:
-        raise InputError(f"--parallel must be 1 to {SEQUENCES_MAX}, not {options.n_parallel}")
+        raise InputError(
+            f"--parallel must be 1 to {SEQUENCES_MAX}, not {options.n_parallel}",
+            next_step="leave it out for 4",
+        )
     if not 0 <= options.n_ctx * options.n_parallel <= N_CTX_MAX:
-        raise InputError(f"--ctx-size times --parallel must be 0 to {N_CTX_MAX}")
+        raise InputError(
+            f"--ctx-size times --parallel must be 0 to {N_CTX_MAX}",
+            next_step="leave --ctx-size out for what suits the model and the memory",
+        )
     if not 0 <= options.n_threads <= N_THREADS_MAX:
-        raise InputError(f"--threads must be 0 to {N_THREADS_MAX}, not {options.n_threads}")
+        raise InputError(
+            f"--threads must be 0 to {N_THREADS_MAX}, not {options.n_threads}",
+            next_step="leave it out for the cores less one",
+        )
     if CACHE_TYPES[options.cache_type_v].is_quantized and options.flash_attention is False:
         raise InputError(
             "a quantized V cache needs flash attention",

@@ -199,7 +199,9 @@ def _utf8(text: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError("the text holds half of a surrogate pair") from error
+        raise InputError(
+            "the text holds half of a surrogate pair", next_step="write it as whole characters"
+        ) from error
     if len(data) > PROMPT_BYTES_MAX:
         raise InputError(
             f"the text has {len(data)} bytes; {PROMPT_BYTES_MAX} are allowed",

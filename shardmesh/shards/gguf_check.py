@@ -47,7 +47,11 @@ def read_one_file(path: Path) -> GgufFile:
     try:
         n_bytes = path.stat().st_size
         if not path.is_file():
-            refuse(path, "is not a file", "GGUF_UNREADABLE")
+            raise GgufError(
+                f"{path} is not a file",
+                code="GGUF_UNREADABLE",
+                next_step="give the path of a model in GGUF format",
+            )
         with path.open("rb") as file:
             return _HeaderReader(path, file, n_bytes).read()
     except OSError as error:

@@ -34,9 +34,13 @@ def plan_shards(costs: ModelCosts, n_shards: int) -> tuple[LayerRange, ...]:
 def plan_layers(n_layer: int, counts: Sequence[int]) -> tuple[LayerRange, ...]:
     """Ranges of the given numbers of layers; raises InputError (theirs) if they do not add up."""
     if not counts or min(counts) < 1 or sum(counts) != n_layer:
+        wrong = (
+            "has a shard without layers"
+            if sum(counts) == n_layer
+            else f"adds up to {sum(counts)}, but the model has {n_layer} layers"
+        )
         raise InputError(
-            f"the layer list {','.join(map(str, counts))} adds up to {sum(counts)},"
-            f" but the model has {n_layer} layers",
+            f"the layer list {','.join(map(str, counts))} {wrong}",
             code="BAD_LAYERS",
             next_step=f"give numbers from 1 on that add up to {n_layer}",
         )

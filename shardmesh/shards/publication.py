@@ -78,6 +78,7 @@ class Publication(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
                 f"{self.manifest.model_name} has no shard {shard_id}, only "
                 f"{len(self.manifest.shards)} numbered from 0",
                 code="NO_SUCH_SHARD",
+                next_step=f"ask for 0 to {len(self.manifest.shards) - 1}",
             )
         entry = self.manifest.shards[shard_id]
         return _file(shard_name(shard_id), entry, self.shard_info_hashes[shard_id])

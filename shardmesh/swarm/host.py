@@ -24,7 +24,13 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from multiaddr import Multiaddr
 
-from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
+from shardmesh.errors import (
+    InputError,
+    MomentError,
+    RefusedError,
+    ShardmeshError,
+    UnreachableError,
+)
 from shardmesh.swarm.addresses import (
     check_port,
     listen_address,
@@ -232,7 +238,7 @@ class Host:
         except NotAdmitted as error:
             raise error.refusal from error
         except SwarmException as error:
-            raise _unreachable(", ".join(addresses), str(error)) from error
+            raise _unreachable(", ".join(addresses), _reason(error, addresses)) from error
         except trio.TooSlowError as error:
             raise _unreachable(", ".join(addresses), f"no answer in {timeout_s:g} s") from error
         remote = conn.muxed_conn.peer_id
@@ -352,7 +358,9 @@ class Host:
                     await send_message(stream, busy)
                 await stream.aclose()
             except ShardmeshError as error:
-                _log.info("%s from %s: %s [%s]", protocol, peer_id, error, error.code)
+                is_usual = isinstance(error, MomentError | RefusedError)
+                level = logging.DEBUG if is_usual else logging.INFO
+                _log.log(level, "%s from %s: %s [%s]", protocol, peer_id, error, error.code)
             except Exception:  # noqa: BLE001 - raised into libp2p, it would end the whole host
                 _log.exception("the handler of %s failed", protocol)
             finally:
@@ -421,6 +429,14 @@ def _no_stream(peer_id: str, protocol: str, error: StreamFailure) -> ShardmeshEr
             next_step="Check that it runs the same version of Shardmesh.",
         )
     return _unreachable(peer_id, reason)
+
+
+def _reason(error: SwarmException, addresses: Sequence[str]) -> str:
+    """Why dialing failed; a single address need not be named once more."""
+    reason = str(error)
+    if len(addresses) == 1:
+        reason = reason.removeprefix(addresses[0].partition("/p2p/")[0]).removeprefix(": ")
+    return reason
 
 
 def _unreachable(whom: str, reason: str) -> UnreachableError:

@@ -12,6 +12,7 @@ from shardmesh.errors import RefusedError, ShardmeshError, UnreachableError
 from shardmesh.swarm.addresses import parse_address, with_peer_id
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import ConnectionEvent, Host
+from shardmesh.swarm.lan import is_default
 from shardmesh.swarm.remembered import RememberedNode, RememberedNodes
 from shardmesh.wire.announcement import Announcement
 from shardmesh.wire.limits import (
@@ -40,6 +41,12 @@ def pauses_s(
     while True:
         yield pause_s * (0.75 + jitter() / 2)
         pause_s = min(2 * pause_s, longest_s)
+
+
+def failure_level(bootstraps: Sequence[str], connected: Sequence[str]) -> int:
+    """How loudly to tell of a bootstrap without an answer: hardly, if others were found and nobody
+    has named it."""
+    return logging.DEBUG if connected and is_default(bootstraps) else logging.WARNING
 
 
 class Neighbours:
@@ -110,7 +117,8 @@ class Neighbours:
                     if not self._bootstrap_ids and self._refused >= set(self._bootstraps):
                         raise
                 pause_s = next(pauses)
-                self._log.warning(
+                self._log.log(
+                    failure_level(self._bootstraps, self._host.connected()),
                     "[CONNECT] ✗ Bootstrap node %s, trying again in %.0f s: %s",
                     "refuses" if isinstance(error, RefusedError) else "not reachable",
                     pause_s,

@@ -69,7 +69,7 @@ def _bind(host: str, port: int) -> socket.socket:
         raise InputError(
             f"cannot listen on {host} port {port}: {error.strerror}",
             code="PORT_IN_USE",
-            next_step="choose another one with --port or --ws-port",
+            next_step="choose another one with --port or --ws-port, or --http of a listener",
         ) from error
     return bound
 

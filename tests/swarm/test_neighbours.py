@@ -17,9 +17,10 @@ from shardmesh.swarm.connections import ConnectionEvent
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import new_identity
-from shardmesh.swarm.neighbours import Neighbours
+from shardmesh.swarm.neighbours import Neighbours, failure_level
 from shardmesh.swarm.remembered import RememberedNodes
 from shardmesh.wire.announcement import encode_signed
+from shardmesh.wire.defaults import DEFAULT_BOOTSTRAP
 
 ALICE = new_identity()
 BUSY_S = 60.0
@@ -218,3 +219,10 @@ async def test_a_listener_is_met_once_for_each_connection_however_often_it_speak
         await trio.sleep(5)
         assert met == 2 * [ALICE.peer_id]
         nursery.cancel_scope.cancel()
+
+
+def test_a_bootstrap_that_nobody_named_is_missed_only_where_nobody_else_is() -> None:
+    named, default = ["/ip4/192.0.2.1/tcp/51820"], [DEFAULT_BOOTSTRAP]
+    assert failure_level(default, ["somebody"]) == logging.DEBUG
+    assert failure_level(default, []) == logging.WARNING
+    assert failure_level(named, ["somebody"]) == logging.WARNING
