@@ -145,7 +145,7 @@ def test_impossible_numbers_of_shards_are_refused(n_shards: int) -> None:
 
 @pytest.mark.parametrize("counts", [(), (4,), (2, 4), (6, -1), (5, 0)])
 def test_layer_lists_must_add_up(counts: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="the model has 5 layers|has a shard without layers"):
+    with pytest.raises(InputError, match=r"the model has 5 layers|has a shard without layers"):
         plan_layers(5, counts)
 
 
