@@ -131,6 +131,7 @@ class Node:
         self.started_at_s = int(time.time())
         self.assignment: Assignment | None = None
         self.machine: Machine = read_machine()
+        self._n_loads = 0  # asked for so far
         self._load_may_differ = trio.Event()
         self.supervisor = Supervisor(self.agree, self._on_shard, self._on_sessions)
         self.load = self._told_load = Load()
@@ -166,9 +167,14 @@ class Node:
         """Serves a shard from now on; what was served before is served until it is here.
 
         Its file is taken from the disk, or else fetched from other nodes.  Raises InputError or
-        GgufError (theirs) if it is neither there nor published, or cannot be kept.
+        GgufError (theirs) if it is neither there nor published, or cannot be kept, and RefusedError
+        (theirs) if another one was asked for while this one was fetched: the last word counts.
         """
+        self._n_loads += 1
+        number = self._n_loads
         store, assignment = await self.provide_shard(shard_id, model)
+        if number != self._n_loads:
+            raise RefusedError(f"another shard than {shard_id} was asked for meanwhile")
         self.store, self.assignment = store, assignment
         self.intention = "stays"
         self.supervisor.serve(self._start(assignment))
