@@ -85,9 +85,12 @@ class ClusterFiles:
             return None
 
     def keep_update(self, signed: bytes, secret: ClusterSecret) -> None:
-        """Keeps a change of the owner's and the secret that it brings; StorageError (ours)."""
-        write_state(self._path("update"), signed)
+        """Keeps a change of the owner's and the secret that it brings; StorageError (ours).
+
+        The secret first: a change that is kept is not taken a second time.
+        """
         self.keep(secret)
+        write_state(self._path("update"), signed)
 
 
 def read_secret(path: Path) -> ClusterSecret:

@@ -108,7 +108,7 @@ class Membership:
         dht.on_routing_updated(lambda peer_id: self._log.info("[DHT] Routing updated: %s", peer_id))
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
-        """Takes part until cancelled; then says farewell, within a second."""
+        """Takes part until cancelled; then says farewell within a second, and writes a file."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.updates.run)
@@ -121,8 +121,10 @@ class Membership:
                     nursery.start_soon(self._keep_announcing, self._announcer)
                 task_status.started()
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
-                await self._leave()
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(_LEAVE_TIMEOUT_S):
+                    await self._leave()
+                await self._save_remembered()  # behind the farewell: a disk can be slow
 
     def neighbours(self) -> list[str]:
         """The connected bootstraps, then the connected listeners in any order."""
@@ -302,8 +304,7 @@ class Membership:
             self._neighbours.doubt(doubtful)
 
     async def _leave(self) -> None:
-        """Takes the announcement back and remembers whom we knew."""
-        await self._save_remembered()
+        """Takes the announcement back."""
         if self._announcer is None or self._announcer.signed is None:
             return
         signed = self._announcer.sign(0)

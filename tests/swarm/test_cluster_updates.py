@@ -154,6 +154,17 @@ async def test_forged_and_old_changes_change_nothing(tmp_path: Path) -> None:
             again.take_update(forged, CLUSTER)
 
 
+def test_a_change_whose_secret_could_not_be_kept_is_taken_again(tmp_path: Path) -> None:
+    """After a restart with the old secret: the disk was full, or the power went between the two."""
+    files = ClusterFiles(tmp_path, CLUSTER)
+    files.secret_path.mkdir(parents=True)  # no file can take its place
+    assert Admission(OLD, files=files).take_update(change(sequence=5), CLUSTER) is not None
+    files.secret_path.rmdir()
+    again = Admission(OLD, files=files)
+    assert again.take_update(change(sequence=5), CLUSTER) is not None
+    assert files.secret() == NEW
+
+
 def test_a_public_mesh_has_nothing_to_change() -> None:
     with pytest.raises(ProtocolError, match="a public mesh has no secret"):
         PUBLIC.take_update(change(), CLUSTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.neighbours import pauses_s
+from shardmesh.swarm.remembered import RememberedNodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,28 @@ async def test_found_through_the_dht_alone() -> None:
             client.directory.withdraw(one.host.peer_id)
             found = await client.membership.find_listeners()
             assert [a.peer_id for a in found] == [one.host.peer_id]
+
+
+async def test_the_farewell_does_not_wait_for_a_slow_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has_left = threading.Event()
+
+    async def live() -> None:
+        async with node(bootstrap.host.addresses(), lambda: an_offer(0)) as one:
+            await one.membership.announced.wait()
+            monkeypatch.setattr(RememberedNodes, "save", lambda nodes: has_left.wait(20))
+
+    async with node([]) as bootstrap, trio.open_nursery() as nursery:
+        nursery.start_soon(live)
+        await wait_until_known(bootstrap.directory, [0])
+        (peer_id,) = (announcement.peer_id for announcement in bootstrap.directory.all())
+        try:
+            with trio.fail_after(5):
+                await wait_until_known(bootstrap.directory, [])
+            assert bootstrap.directory.has_left(peer_id)
+        finally:
+            has_left.set()
 
 
 async def test_a_change_is_announced_at_once() -> None:
