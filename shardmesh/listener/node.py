@@ -176,8 +176,8 @@ class Node:
         if number != self._n_loads:
             raise RefusedError(f"another shard than {shard_id} was asked for meanwhile")
         self.store, self.assignment = store, assignment
-        self.intention = "stays"
         self.supervisor.serve(self._start(assignment))
+        await self.intend("stays")  # which the next data process hears at its start
         return assignment
 
     async def provide_shard(

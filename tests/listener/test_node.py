@@ -11,7 +11,9 @@ from support.models import BUILT_IN, write_model
 
 from shardmesh.engine.base import EngineOptions
 from shardmesh.listener import node as node_module
+from shardmesh.listener import supervisor as supervisor_module
 from shardmesh.listener.assignment import WantedShard, assign
+from shardmesh.listener.local_messages import Start
 from shardmesh.listener.node import Node, NodeOptions
 from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.split import split_model
@@ -76,3 +78,31 @@ async def test_the_shard_of_the_start_does_not_take_the_place_of_one_that_was_as
         assert await node.load_shard(1) == node.assignment
         has_come.set()
     assert node.assignment.shard_id == 1
+
+
+async def test_a_node_that_left_its_shard_takes_sessions_at_the_next_one(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Start] = []
+
+    class Child:
+        """Notes what it was started with, and loads for ever."""
+
+        pid, n_sessions = None, 0
+
+        def __init__(self, *listeners: object) -> None:
+            self.stop = trio.Event().set
+
+        async def run(self, start: Start) -> None:
+            started.append(start)
+            await trio.sleep_forever()
+
+    monkeypatch.setattr(supervisor_module, "DataChild", Child)
+    await node.intend("leaves")
+    async with trio.open_nursery() as nursery:
+        await node.load_shard(1)
+        await node.intend("stays")
+        nursery.start_soon(node.supervisor.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert [start.is_draining for start in started] == [False]
