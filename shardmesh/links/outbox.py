@@ -18,8 +18,8 @@ from shardmesh.wire.framing import LENGTH
 from shardmesh.wire.limits import (
     LINK_QUEUE_BYTES_MAX,
     LINK_QUEUE_FRAMES_MAX,
-    WRITE_TIMEOUT_S,
 )
+from shardmesh.wire.patience import write_timeout_s
 from shardmesh.wire.sealing import Sealer
 
 
@@ -86,7 +86,7 @@ class Outbox:
             await self._filled.wait()
             self._filled = trio.Event()
             while (record := self._next()) is not None:
-                with trio.fail_after(WRITE_TIMEOUT_S):
+                with trio.fail_after(write_timeout_s(len(record))):
                     await self._stream.send_all(record)
                 with self._lock:
                     self._n_bytes -= len(record)

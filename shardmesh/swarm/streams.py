@@ -24,8 +24,8 @@ from shardmesh.wire.limits import (
     STREAM_CHUNK_BYTES,
     STREAM_OPEN_TIMEOUT_S,
     STREAM_READ_AHEAD_CHUNKS,
-    WRITE_TIMEOUT_S,
 )
+from shardmesh.wire.patience import write_timeout_s
 
 _LENGTH: Final = struct.Struct(">I")
 _BROKEN: Final = (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -147,7 +147,7 @@ class Libp2pStream:
     async def _write(self, data: bytes, done: trio.Event) -> None:
         try:
             async with self._write_lock:
-                with trio.fail_after(WRITE_TIMEOUT_S):
+                with trio.fail_after(write_timeout_s(len(data))):
                     for start in range(0, len(data), STREAM_CHUNK_BYTES):
                         await self._stream.write(data[start : start + STREAM_CHUNK_BYTES])
         except (*_BROKEN, trio.TooSlowError):

@@ -169,6 +169,9 @@ HEARTBEAT_TIMEOUT_S: Final = 10.0
 WRITE_TIMEOUT_S: Final = 30.0
 """A frame that cannot be handed to the network for so long: the reader is gone."""
 
+WRITE_BYTES_PER_S_MIN: Final = 64 * KIB
+"""The slowest line: a frame has as much more time as it takes there; half a Mbit/s."""
+
 COMMAND_TIMEOUT_S: Final = 10.0
 """A command that only reads; LOAD_SHARD and INFERENCE have deadlines of their own."""
 
