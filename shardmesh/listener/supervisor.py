@@ -147,12 +147,15 @@ class Supervisor:
                 await self._start_changed.wait()
                 continue
             begun_s = trio.current_time()
-            self._child = DataChild(self._agree, self._on_ready, self._on_sessions)
+            self._child = child = DataChild(self._agree, self._on_ready, self._on_sessions)
             try:
                 given = msgspec.structs.replace(
                     start, is_draining=self._is_draining, following=self._following
                 )
-                failure = await self._child.run(given)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._tell_what_is_new, child, given)
+                    failure = await child.run(given)
+                    nursery.cancel_scope.cancel()
             finally:
                 self._child = None
             if failure is None or self._start is not start:
@@ -160,6 +163,16 @@ class Supervisor:
             lived_long = trio.current_time() - begun_s > LONG_LIFE_S
             n_short_lives = 0 if lived_long else n_short_lives + 1
             await self._pause(failure, restart_pause_s(n_short_lives))
+
+    async def _tell_what_is_new(self, child: DataChild, given: Start) -> None:
+        """Once the process has loaded, tells it what was said meanwhile, when it could not hear."""
+        while self.status.ready is None:
+            await self._status_changed.wait()
+        with contextlib.suppress(UnreachableError):  # it is gone; the next one is told
+            if self._is_draining != given.is_draining:
+                await child.drain(self._is_draining)
+            if self._following != given.following:
+                await child.follow(self._following)
 
     async def _pause(self, failure: ShardmeshError, pause_s: float) -> None:
         """Says what happened and waits, unless another shard is to be served meanwhile."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -51,7 +51,7 @@ from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.split import split_model
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
-from shardmesh.wire.messages import OpenSession
+from shardmesh.wire.messages import NextStage, OpenSession
 
 LOAD_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 10.0
@@ -483,3 +483,47 @@ async def test_a_reader_that_hangs_does_not_hold_up_the_end(
     assert trio.current_time() < 100
     with pytest.raises(UnreachableError):
         await channel.send(AskMetrics(number=2))
+
+
+async def test_what_is_said_while_a_process_loads_is_told_once_it_can_hear(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load, told = trio.Event(), list[object]()
+    following = (NextStage(peer_id="next", addresses=()),)
+
+    class Child:
+        """Loads until it may end loading, and notes what it is told then."""
+
+        n_sessions = 0
+
+        def __init__(self, agree: object, on_ready: Callable[[Ready], None], *rest: object) -> None:
+            self._on_ready = on_ready
+
+        async def run(self, given: Start) -> None:
+            assert (given.is_draining, given.following) == (True, ())
+            await may_load.wait()
+            self._on_ready(
+                Ready(data_port=1, architecture="a", n_ctx=1, n_parallel=1, fingerprint="f")
+            )
+            await trio.sleep_forever()
+
+        async def drain(self, is_draining: bool) -> None:
+            told.append(is_draining)
+
+        async def follow(self, nodes: tuple[NextStage, ...]) -> None:
+            told.append(nodes)
+
+    monkeypatch.setattr(supervisor_module, "DataChild", Child)
+    supervisor = Supervisor(no_agreement, lambda status: None)
+    await supervisor.drain()
+    supervisor.serve(start)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.run)
+        await trio.testing.wait_all_tasks_blocked()
+        await supervisor.drain(False)
+        await supervisor.follow(following)
+        assert told == []
+        may_load.set()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert told == [False, following]
