@@ -182,7 +182,10 @@ class LiveSession:
             tell(model_name, [stage.peer_id for stage in self.chain.stages], step, hops_ms)
 
     def _tokens_per_s(self) -> float | None:
-        """Of the last window while it runs, of the whole decode phase afterwards."""
+        """Of the last window while it runs, of the whole decode phase afterwards.
+
+        0 while nothing comes, for instance because a stage was lost.
+        """
         if self._first_token_s is None or self._last_token_s is None or self._n_tokens < 2:
             return None
         if not self.is_running:
@@ -190,8 +193,12 @@ class LiveSession:
             return (self._n_tokens - 1) / decode_s if decode_s > 0 else None
         since_s = self._last_token_s - RATE_WINDOW_S
         window = [time_s for time_s in self._recent if time_s >= since_s]
-        span_s = window[-1] - window[0]
-        return (len(window) - 1) / span_s if span_s > 0 else None
+        if len(window) < 2:  # a token takes longer than the window
+            window = [self._recent[-2], self._recent[-1]]
+        mean_s = (window[-1] - window[0]) / (len(window) - 1)
+        if self._clock() - self._last_token_s > max(RATE_WINDOW_S, 2 * mean_s):
+            return 0.0
+        return 1 / mean_s if mean_s > 0 else None
 
 
 class SessionBoard:

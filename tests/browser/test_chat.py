@@ -123,6 +123,30 @@ def test_an_error_is_a_sentence(four: ConsoleServer, open_page: OpenPage) -> Non
     page.wait_for_selector(DONE)
 
 
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_long_word_in_an_error_widens_nothing_and_is_seen(
+    four: ConsoleServer, open_page: OpenPage, width: int
+) -> None:
+    page = open_page(four.url, width=width)
+    if width < 800:
+        page.click(".sections >> text=Chat")
+    four.call(lambda mesh: setattr(mesh, "answer", "A line of the answer.\n\n" * 30))
+    ask(page, "First a long one")
+    page.wait_for_selector(DONE)
+    error = body_of(BusyError(f"{'12D3KooW' * 12} cannot be reached. " * 5, next_step="try again"))
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json=error))
+    ask(page, "Hello")
+    note = page.locator(".answer-note.bad")
+    note.wait_for()
+    page.wait_for_function(
+        """() => {
+            const log = document.querySelector(".messages").getBoundingClientRect();
+            const note = document.querySelector(".answer-note.bad").getBoundingClientRect();
+            return note.bottom <= log.bottom && note.right <= log.right;
+        }"""
+    )
+
+
 def test_a_missing_token_is_asked_for(four: ConsoleServer, open_page: OpenPage) -> None:
     page = open_page(four.url)
     error = {"error": {"message": "a token is needed"}}

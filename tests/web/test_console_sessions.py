@@ -72,6 +72,30 @@ def test_a_session_from_prompt_to_end(board: SessionBoard, clock: Clock) -> None
     assert board.n_running_on(CHAIN.stages[2].peer_id) == 0
 
 
+def test_the_rate_falls_to_nothing_while_no_token_comes(board: SessionBoard, clock: Clock) -> None:
+    session = board.start("a", CHAIN, 12, started_s=49.0)
+    for _ in range(11):
+        session.token(STAGES, 200)
+        clock.now_s += 0.01
+    clock.now_s += 0.9
+    assert board.document()["a"]["tokens_per_s"] == pytest.approx(100, abs=0.1)
+    clock.now_s += 0.2
+    assert board.document()["a"]["tokens_per_s"] == 0.0
+    session.token(STAGES, 200)
+    assert board.document()["a"]["tokens_per_s"] > 0.0
+
+
+def test_a_slow_session_has_a_rate_too(board: SessionBoard, clock: Clock) -> None:
+    session = board.start("a", CHAIN, 12, started_s=49.0)
+    for _ in range(3):
+        clock.now_s += 4.0
+        session.token(STAGES, 200)
+    clock.now_s += 3.9
+    assert board.document()["a"]["tokens_per_s"] == 0.2
+    clock.now_s += 4.2
+    assert board.document()["a"]["tokens_per_s"] == 0.0
+
+
 def test_a_new_chain_starts_new_sums(board: SessionBoard, clock: Clock) -> None:
     session = board.start("a", CHAIN, 1)
     for _ in range(3):

@@ -88,7 +88,8 @@ export class ChainView {
     const sessions = Object.entries(state.sessions).filter(([, session]) => session.chain.every((peer) => this.cards.has(peer)));
     const running = sessions.filter(([, session]) => session.state === "running");
     text(this.gateway.rate, running.length ? count(running.length, "session") : "idle");
-    this.motion.show(running, { isNewLayout: layout !== this.layout });
+    const moving = running.filter(([, session]) => session.tokens_per_s !== 0); // 0: it waits for a stage
+    this.motion.show(moving, { isNewLayout: layout !== this.layout });
     this.layout = layout;
   }
 

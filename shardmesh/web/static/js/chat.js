@@ -245,12 +245,11 @@ export class Chat {
     }
     if (this.running === running) this.running = null;
     this.ended = running;
-    answer.end(this.state?.sessions[running.id], this.state);
+    this.stayAtEnd(() => answer.end(this.state?.sessions[running.id], this.state));
     conversation.changedAt = Date.now();
     if (this.current === conversation) {
       this.save();
       this.renderComposer();
-      this.stayAtEnd(() => {});
     } else {
       saveAll(this.conversations);
     }
