@@ -87,9 +87,6 @@ class SequenceTable:
         held = self._open.get(sequence)
         return held.n_held if held else self._n_kept.get(sequence, 0)
 
-    def is_open(self, sequence: int) -> bool:
-        return sequence in self._open
-
     def check_trim(self, sequence: int, n_keep: int) -> None:
         """Raises InputError (theirs) unless the sequence is open and the number makes sense."""
         self._opened(sequence)

@@ -1,4 +1,4 @@
-"""Files that become visible only when they are whole: temporary name, fsync, rename."""
+"""Files that become visible only when they are whole, and what the disk says against it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from shardmesh.errors import StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -44,3 +46,15 @@ def flush_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk says about a file or folder into StorageErrors (ours)."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be used: {error.strerror or error}",
+            next_step="check the folder's permissions and the disk",
+        ) from error

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from shardmesh.errors import ProtocolError, StorageError
-from shardmesh.shards.atomic import atomic_file, flush_directory
+from shardmesh.errors import ProtocolError
+from shardmesh.shards.atomic import atomic_file, flush_directory, storage_errors
 from shardmesh.shards.checked import remember_hashes, sha256_of
 from shardmesh.shards.hashing import HashedFile
 from shardmesh.shards.publication import PublishedFile
@@ -42,7 +42,7 @@ class PartialFile:
     @contextlib.contextmanager
     def locked(self) -> Iterator[bool]:
         """Makes the folder and keeps other processes out; False while another one is in."""
-        with _storage_errors(self.folder):
+        with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("wb")
         with lock:
@@ -62,7 +62,7 @@ class PartialFile:
 
     def is_final_right(self) -> bool:
         """Whether the whole file is there under its final name."""
-        with _storage_errors(self.final):
+        with storage_errors(self.final):
             try:
                 has_size = self.final.stat().st_size == self._file.n_bytes
             except FileNotFoundError:
@@ -71,7 +71,7 @@ class PartialFile:
 
     def take_back(self) -> None:
         """Takes a wrong file from the final name, to mend it, or aside if it cannot be this one."""
-        with _storage_errors(self.final):
+        with storage_errors(self.final):
             try:
                 n_bytes = self.final.stat().st_size
             except FileNotFoundError:
@@ -90,7 +90,7 @@ class PartialFile:
 
     def n_bytes_free(self) -> int:
         """Bytes that the disk has room for, less what is left to others."""
-        with _storage_errors(self.folder):
+        with storage_errors(self.folder):
             return shutil.disk_usage(self.folder).free - ROOM_TO_SPARE_BYTES
 
     def torrent(self) -> TorrentFile | None:
@@ -104,12 +104,12 @@ class PartialFile:
 
     def keep_torrent(self, torrent: TorrentFile) -> None:
         """Keeps the torrent, so that a later start needs nobody to ask."""
-        with _storage_errors(self.folder), atomic_file(self.folder / ".torrent") as file:
+        with storage_errors(self.folder), atomic_file(self.folder / ".torrent") as file:
             file.write(torrent.encode())
 
     def is_right(self) -> bool:
         """Whether the fetched file has the size and the SHA-256 of the manifest; reads it all."""
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             return (
                 self.path.stat().st_size == self._file.n_bytes
                 and sha256_of(self.path) == self._file.sha256
@@ -117,7 +117,7 @@ class PartialFile:
 
     def publish(self, torrent: TorrentFile) -> None:
         """Gives the file, which `is_right`, its final name; what was there is set aside."""
-        with _storage_errors(self.final):
+        with storage_errors(self.final):
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
             if self.final.exists() and not self.is_final_right():
@@ -132,14 +132,3 @@ class PartialFile:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: another file is being fetched
             self.folder.parent.rmdir()
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be used: {error.strerror or error}",
-            next_step="check the folder's permissions and the disk",
-        ) from error

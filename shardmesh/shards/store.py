@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from shardmesh.errors import GgufError, InputError, StorageError
+from shardmesh.errors import GgufError, InputError
+from shardmesh.shards.atomic import storage_errors
 from shardmesh.shards.checked import sha256_of
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.gguf_file import GgufFile
@@ -47,7 +46,7 @@ class ShardStore:
     def __init__(self, directory: Path, *, create: bool = True) -> None:
         self._directory = directory
         if create:
-            with _storage_errors(directory):
+            with storage_errors(directory):
                 directory.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -58,7 +57,7 @@ class ShardStore:
         """Every visible `*.gguf` file, by name; SHARD_FILES_MAX at most."""
         if not self._directory.exists():
             return ()
-        with _storage_errors(self._directory):
+        with storage_errors(self._directory):
             found = (
                 StoredFile(path.name, path.stat().st_size)
                 for path in self._directory.iterdir()
@@ -149,7 +148,7 @@ class ShardStore:
         self, path: Path, expected: ShardEntry | TokenizerEntry | AdapterFile | None
     ) -> tuple[int, str]:
         """Size and SHA-256 of a file; GgufError (theirs) if others were expected."""
-        with _storage_errors(path):
+        with storage_errors(path):
             n_bytes = path.stat().st_size
             if expected is not None and n_bytes != expected.n_bytes:
                 raise _wrong(path, f"has {n_bytes} bytes, not {expected.n_bytes}")
@@ -176,17 +175,6 @@ def layers_of(shard: GgufFile) -> tuple[LayerRange, int]:
         if match is not None and int(match[1]) >= n_own:
             raise _wrong(shard.path, f"has {n_own} layers, but tensor {tensor.name}")
     return LayerRange(start, end), n_layer
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be used: {error.strerror or error}",
-            next_step="check the folder's permissions and the disk",
-        ) from error
 
 
 def _wrong(path: Path, what: str) -> GgufError:
