@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -72,6 +73,14 @@ class SamplingFields(Strict):
     )
 
 
+def _each_text(given: str | Sequence[int | str | list[int]]) -> list[str | list[int]]:
+    """Texts or tokens of them, of which there may be one or several."""
+    if isinstance(given, str):
+        return [given]
+    tokens = [each for each in given if isinstance(each, int)]
+    return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
+
+
 class GenerationRequest(SamplingFields):
     """What both completions share."""
 
@@ -119,12 +128,7 @@ class CompletionBody(GenerationRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        first = self.prompt[0]
-        if isinstance(first, int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [each for each in self.prompt if not isinstance(each, int)]
+        return _each_text(self.prompt)
 
 
 class TextPart(Strict):
@@ -236,12 +240,7 @@ class EmbeddingBody(Strict):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        first = self.input[0]
-        if isinstance(first, int):
-            return [[token for token in self.input if isinstance(token, int)]]
-        return [each for each in self.input if not isinstance(each, int)]
+        return _each_text(self.input)
 
 
 class TokenizeBody(Strict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardmesh.coordinator.request import CompletionRequest
@@ -21,7 +20,6 @@ from shardmesh.web.requests import (
     Message,
     SamplingFields,
     TextPart,
-    Tool,
 )
 from shardmesh.web.tools import ToolPlan, plan_tools
 from shardmesh.wire.limits import CHOICES_MAX
@@ -163,11 +161,6 @@ def template_message(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return known
-
-
-def template_tools(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
-    """Tools as chat templates know them."""
-    return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 def text_of(content: str | list[TextPart] | None) -> str:
