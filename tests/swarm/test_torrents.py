@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -144,6 +145,29 @@ async def test_all_models_are_given(tmp_path: Path) -> None:
         (models / "notes" / "some model.gguf").unlink()
         node.files.look_now()
         await wait_until(lambda: node.files.seeding().n_files == 4, "one less")
+
+
+async def test_a_file_of_two_models_is_given_as_long_as_one_has_it(tmp_path: Path) -> None:
+    """As the tokenizer of a model that was cut in two ways."""
+    mesh = FileMesh(tmp_path)
+    model = make_model(tmp_path / "a", 300_000)
+    (tmp_path / "models").mkdir()
+    async with mesh.node("a") as node, mesh.node("b") as taker:
+        (tmp_path / "models" / "again").mkdir()
+        copy = shutil.copy(node.folder / "shard-0.gguf", tmp_path / "models" / "again")
+        node.files._library.models_dir = tmp_path / "models"
+        node.files.look_now()
+        await wait_until(lambda: node.files.seeding().n_files == 3, "the copy is found")
+        (node.folder / "shard-0.gguf").unlink()
+        node.files.look_now()
+        await wait_until(
+            lambda: (
+                node.files.seeding().n_files == 2
+                and copy in (str(path) for path, _ in node.files._seeder.all())
+            ),
+            "the copy is given",
+        )
+        assert is_right(await fetch(taker, model), model)
 
 
 # -- broken off, damaged, in the way -----------------------------------------------------------

@@ -92,10 +92,10 @@ class Seeder:
         there = await trio.to_thread.run_sync(self._files_there)
         for path, (version, hashed) in list(self._seeded.items()):
             if there.get(path) != version:
-                del self._seeded[path]
+                self._seeded.pop(path, None)
                 info_hash = hashed.torrent.info_hash()
                 if not self._is_downloading(info_hash):
-                    await self._torrents.remove(info_hash)
+                    await self.release(info_hash)  # another model may have it too: given anew below
         for digest in await trio.to_thread.run_sync(self._models_there):
             self._register(model_key(digest), "")
         for path, version in there.items():
