@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import trio
 from hypercorn.events import Closed, RawData
 from hypercorn.events import Event as HttpEvent
-from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import TaskGroup
 
+from shardmesh.web.http_1 import GoneError, only_http_1
 from shardmesh.wire.limits import WRITE_TIMEOUT_S
 
 
@@ -34,8 +32,11 @@ class Connection(TCPServer):
         await super().run()
 
     async def _read_data(self) -> None:
-        self.protocol.protocol = _only_http_1(self.protocol)
-        await super()._read_data()
+        self.protocol.protocol = only_http_1(self.protocol, self.stream)
+        try:
+            await super()._read_data()
+        except GoneError:
+            await self.protocol.handle(Closed())
         self.idle_task.end()  # else it holds the place of the connection until it is over
 
     async def _idle_timeout(self) -> None:
@@ -60,32 +61,6 @@ class Connection(TCPServer):
             async with self.send_lock:
                 with trio.fail_after(WRITE_TIMEOUT_S):
                     await self.stream.send_all(data)
-
-
-class _OnlyHttp1(H11Protocol):
-    """HTTP/1.1 and WebSockets.
-
-    Hypercorn's HTTP/2 keeps whole answers in memory for a client that does not take them, a hundred
-    at once over one connection, and for as long as that client likes.
-    """
-
-    async def _check_protocol(self, event: Any) -> None:
-        """Passes over any wish to speak HTTP/2."""
-
-
-def _only_http_1(made: ProtocolWrapper) -> _OnlyHttp1:
-    """In the place of the protocol that was made for this connection."""
-    return _OnlyHttp1(
-        made.app,
-        made.config,
-        made.context,
-        made.task_group,
-        made.state,
-        made.ssl,
-        made.client,
-        made.server,
-        made.send,
-    )
 
 
 def write_at_once(stream: trio.SocketStream, data: bytes) -> int:

@@ -75,11 +75,11 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[trio.SocketStream]:
+async def served(app: Any = _app) -> AsyncIterator[trio.SocketStream]:
     (bound,) = bind_sockets("127.0.0.1", [0])
     port = bound.getsockname()[1]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_app, _app, [bound])
+        nursery.start_soon(serve_app, app, [bound])
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             yield stream
         nursery.cancel_scope.cancel()
@@ -171,3 +171,31 @@ async def test_nobody_is_answered_in_http_2(asked: bytes) -> None:
         await stream.send_all(asked)
         with trio.fail_after(20):
             assert (await stream.receive_some()).startswith((b"HTTP/1.1 200", b"HTTP/1.1 400"))
+
+
+async def test_who_goes_away_is_noticed_even_with_more_requests_under_way() -> None:
+    """What was sent ahead of an answer does not hide that nobody waits for it."""
+    asked, gone = trio.Event(), trio.Event()
+
+    async def answer_nobody(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async with served(answer_nobody) as stream:
+        with trio.fail_after(20):
+            await stream.send_all(2 * b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            await asked.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            await stream.aclose()
+            await gone.wait()
+
+
+async def test_requests_sent_at_once_are_answered_one_after_the_other() -> None:
+    async with served() as stream:
+        with trio.fail_after(20):
+            await stream.send_all(50 * b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            data = b""
+            while data.count(BODY) < 50:
+                data += await stream.receive_some()
