@@ -14,6 +14,7 @@ import click
 
 from shardmesh.cli.numbers import FiniteRange
 from shardmesh.cli.options import cache_dir
+from shardmesh.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -154,7 +155,12 @@ class Demo:
         source = read_gguf(self.model)
         ranges = plan_shards(costs_of(source), self.n_shards)
         shards = self.folder / "shards"
-        manifest = split_model(self.model, ranges, shards, name=default_name(source))
+        try:
+            manifest = split_model(self.model, ranges, shards, name=default_name(source))
+        except InputError as error:
+            if error.code == "NO_ROOM":  # there is no --out here
+                error.next_step = "free some space, or set TMPDIR to a folder on another disk"
+            raise
         n_bytes = sum(shard.n_bytes for shard in manifest.shards)
         self.console.print(
             f"{manifest.model_name} ({manifest.architecture}, {manifest.n_layer} layers, "

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import click
 
@@ -64,6 +65,17 @@ def of_machine(error: BaseException) -> StorageError | None:
         f"{error.filename or 'the output'}: {os.strerror(error.errno)}",
         next_step="look at the disk, the permissions and the limits (ulimit) of this machine",
     )
+
+
+def require_folder() -> None:
+    """Raises InputError (theirs) where the current folder has been removed."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise InputError(
+            "the current folder cannot be used: it was removed, or is closed to you",
+            next_step="cd to another one",
+        ) from error
 
 
 def require_text(arguments: Iterable[str], environment: Iterable[tuple[str, str]]) -> None:

@@ -11,7 +11,14 @@ from typing import NoReturn
 import click
 
 from shardmesh import __version__
-from shardmesh.cli.failures import explain, is_bad_input, of_command_line, of_machine, require_text
+from shardmesh.cli.failures import (
+    explain,
+    is_bad_input,
+    of_command_line,
+    of_machine,
+    require_folder,
+    require_text,
+)
 from shardmesh.errors import ShardmeshError, known_error
 
 EXIT_FAILED = 1
@@ -84,6 +91,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed
             stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows something else
     try:
+        require_folder()
         require_text(sys.argv[1:], os.environ.items())
         status = group.main(prog_name="shardmesh", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

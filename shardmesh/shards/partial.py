@@ -91,7 +91,7 @@ class PartialFile:
     def n_bytes_free(self) -> int:
         """Bytes that the disk has room for, less what is left to others."""
         with storage_errors(self.folder):
-            return shutil.disk_usage(self.folder).free - ROOM_TO_SPARE_BYTES
+            return max(0, shutil.disk_usage(self.folder).free - ROOM_TO_SPARE_BYTES)
 
     def torrent(self) -> TorrentFile | None:
         """The torrent of an earlier start, if it is still the right one."""

@@ -279,8 +279,8 @@ def _remove_older_split(out_dir: Path) -> None:
 
 def _check_room(out_dir: Path, n_bytes: int) -> None:
     existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
-    n_free = shutil.disk_usage(existing).free
-    if n_bytes + ROOM_TO_SPARE_BYTES > n_free:
+    n_free = max(0, shutil.disk_usage(existing).free - ROOM_TO_SPARE_BYTES)
+    if n_bytes > n_free:
         raise _no_room(out_dir, f": {n_bytes:,} bytes are needed, {n_free:,} are free")
 
 

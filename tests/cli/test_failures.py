@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import IO
 import click
 import pytest
 
-from shardmesh.cli.failures import of_command_line, of_machine, require_text
+from shardmesh.cli.failures import of_command_line, of_machine, require_folder, require_text
 from shardmesh.cli.numbers import FiniteRange
 from shardmesh.errors import InputError
 
@@ -72,6 +73,15 @@ def test_what_a_terminal_cannot_show_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "märchen"
     words = ("ls", "--shards-dir", str(folder), "--models-dir", str(tmp_path / "✓"))
     assert shardmesh(*words, PYTHONIOENCODING="ascii")[0] == 0
+
+
+def test_a_folder_that_is_gone_is_told_of(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with contextlib.chdir(folder):
+        folder.rmdir()
+        with pytest.raises(InputError, match="the current folder cannot be used"):
+            require_folder()
 
 
 def test_a_variable_that_is_not_text_is_named() -> None:

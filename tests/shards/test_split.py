@@ -27,7 +27,7 @@ from shardmesh.shards import split, staging
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.manifest import ShardEntry, TokenizerEntry, read_manifest
-from shardmesh.shards.split import quantization_of, split_model
+from shardmesh.shards.split import ROOM_TO_SPARE_BYTES, quantization_of, split_model
 
 HALVES = ranges_of_counts([2, 2])
 
@@ -245,12 +245,13 @@ def test_a_failing_disk_is_ours(
     assert files_in(tmp_path) == {"model.gguf"}
 
 
+@pytest.mark.parametrize(("n_free", "told"), [(1_000, "1,000"), (0, "0"), (-1, "0")])
 def test_room_is_checked_before_anything_is_written(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_free: int, told: str
 ) -> None:
-    full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    full = shutil.disk_usage(tmp_path)._replace(free=ROOM_TO_SPARE_BYTES + n_free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    with pytest.raises(InputError, match="1,000,000 are free"):
+    with pytest.raises(InputError, match=f" {told} are free"):
         split_model(model, HALVES, tmp_path / "out" / "deep", name="m", progress=stop_after(0))
     assert files_in(tmp_path) == {"model.gguf"}
 
