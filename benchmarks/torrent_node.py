@@ -78,7 +78,7 @@ class _Node:
 
     async def run(self) -> None:
         async with open_torrents(
-            listen_host="127.0.0.1", upload_rate=self._upload_rate
+            listen_hosts=["127.0.0.1"], upload_rate=self._upload_rate
         ) as torrents:
             self._started.put((trio.lowlevel.current_trio_token(), torrents))
             await self._over.wait()

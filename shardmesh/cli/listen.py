@@ -292,7 +292,7 @@ def command(
         link=link,
         fetch_into_shards_dir=is_given("shards_dir"),
         torrents=TorrentOptions(
-            listen_host=listen_addr[0],
+            listen_hosts=listen_addr,
             port=torrent_port,
             upload_rate=upload_rate,
             download_rate=download_rate,

@@ -79,7 +79,7 @@ def command(
         shards_dir=shards_dir,
         models_dir=models_dir,
         torrents=TorrentOptions(
-            listen_host=listen_addr[0],
+            listen_hosts=listen_addr,
             port=torrent_port,
             upload_rate=upload_rate,
             download_rate=download_rate,

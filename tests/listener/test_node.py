@@ -49,7 +49,7 @@ def node(tmp_path: Path) -> Node:
         log_format="json",
         log_verbosity=0,
         models_dir=None,
-        torrents=TorrentOptions(listen_host="127.0.0.1"),
+        torrents=TorrentOptions(listen_hosts=("127.0.0.1",)),
         fetch_into_shards_dir=True,
         link=None,
     )

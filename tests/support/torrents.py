@@ -75,8 +75,15 @@ class FileNode:
 class FileMesh:
     """Nodes that find each other; made with a folder for all of them."""
 
-    def __init__(self, folder: Path, secret: ClusterSecret | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        secret: ClusterSecret | None = None,
+        hosts: tuple[str, ...] = ("127.0.0.1",),
+    ) -> None:
+        """Files are given on all `hosts`, the nodes themselves are on the last one."""
         self.folder = folder
+        self.hosts = hosts
         self.secret = secret
         self.table: dict[str, dict[str, list[str]]] = {}
 
@@ -88,7 +95,7 @@ class FileMesh:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         async with open_host(
-            new_identity(), listen_host="127.0.0.1", admission=Admission(self.secret)
+            new_identity(), listen_host=self.hosts[-1], admission=Admission(self.secret)
         ) as host:
             dht = TableDht(self.table, host)
             async with open_files(
@@ -96,7 +103,7 @@ class FileMesh:
                 dht,  # type: ignore[arg-type]
                 Directory("test"),
                 Library(folder),
-                TorrentOptions(listen_host="127.0.0.1", **options),
+                TorrentOptions(listen_hosts=self.hosts, **options),
             ) as files:
                 if gives:
                     files.start()
@@ -192,7 +199,7 @@ class Poisoner:
     def __init__(self, torrent: TorrentFile, folder: Path) -> None:
         folder.mkdir()
         (folder / torrent.name).write_bytes(b"\x66" * torrent.n_bytes)
-        settings = session_settings("127.0.0.1", 0, upload_rate=0, download_rate=0)
+        settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
         self._session = lt.session({**settings, "disable_hash_checks": True})
         params = lt.load_torrent_buffer(torrent.encode())
         params.save_path = str(folder)
@@ -209,7 +216,7 @@ class Miser:
     """A BitTorrent end that has a file and never sends a piece of it."""
 
     def __init__(self, torrent: TorrentFile, folder: Path) -> None:
-        settings = session_settings("127.0.0.1", 0, upload_rate=0, download_rate=0)
+        settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
         self._session = lt.session({**settings, "unchoke_slots_limit": 0})
         params = lt.load_torrent_buffer(torrent.encode())
         params.save_path = str(folder)

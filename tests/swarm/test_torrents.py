@@ -21,6 +21,7 @@ from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.shards.hashing import hash_file
 from shardmesh.shards.partial import PartialFile
 from shardmesh.shards.publication import OpenPublication
+from shardmesh.swarm.addresses import default_hosts
 from shardmesh.swarm.torrents import download as download_module
 from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
 from shardmesh.swarm.torrents.progress import eta_s
@@ -319,9 +320,9 @@ async def test_a_source_that_gives_nothing_holds_nobody_up(tmp_path: Path, is_si
 
 async def test_nothing_is_looked_for_outside_of_the_mesh() -> None:
     known = lt.default_settings()
-    settings = session_settings("127.0.0.1", 0, upload_rate=0, download_rate=0)
+    settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
     assert settings.keys() <= known.keys()
-    async with open_torrents(listen_host="127.0.0.1") as torrents:
+    async with open_torrents(listen_hosts=["127.0.0.1"]) as torrents:
         applied = torrents._session.get_settings()
         assert not torrents._session.is_dht_running()
     for name in ("dht", "lsd", "upnp", "natpmp", "incoming_utp", "outgoing_utp"):
@@ -333,7 +334,7 @@ async def test_nothing_is_looked_for_outside_of_the_mesh() -> None:
 async def test_the_port_that_is_told_is_that_of_all_addresses() -> None:
     """Left to itself, libtorrent chooses another one for each."""
     own = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
-    async with open_torrents(listen_host="0.0.0.0") as torrents:
+    async with open_torrents(listen_hosts=["0.0.0.0"]) as torrents:
         for address in own:
             if address.family == socket.AF_INET:
                 with trio.fail_after(DEADLINE_S):
@@ -341,9 +342,18 @@ async def test_the_port_that_is_told_is_that_of_all_addresses() -> None:
                     await stream.aclose()
 
 
+@pytest.mark.skipif(len(default_hosts()) < 2, reason="this machine has no IPv6")
+async def test_files_are_given_over_ipv6_too(tmp_path: Path) -> None:
+    """Many homes share their IPv4 address, and have an IPv6 one of their own."""
+    mesh = FileMesh(tmp_path, hosts=("127.0.0.1", "::1"))
+    model = make_model(tmp_path / "a", 300_000)
+    async with mesh.node("a"), mesh.node("b") as taker:
+        assert is_right(await fetch(taker, model), model)
+
+
 async def test_an_address_of_another_machine() -> None:
     with pytest.raises(InputError) as caught:
-        async with open_torrents(listen_host="192.0.2.1"):
+        async with open_torrents(listen_hosts=["192.0.2.1"]):
             raise AssertionError("never")
     assert caught.value.code == "PORT_TAKEN"
 

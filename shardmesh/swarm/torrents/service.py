@@ -37,7 +37,7 @@ _DONE_KEPT: Final = 16
 class TorrentOptions:
     """How a node takes part; rates in bytes per second and sizes in bytes, 0 for no limit."""
 
-    listen_host: str = "0.0.0.0"
+    listen_hosts: tuple[str, ...] = ("0.0.0.0",)
     port: int = 0
     upload_rate: int = 0
     download_rate: int = 0
@@ -266,7 +266,7 @@ async def open_files(
     failure: Exception | None = None
     async with (
         open_torrents(
-            listen_host=options.listen_host,
+            listen_hosts=options.listen_hosts,
             port=options.port,
             upload_rate=options.upload_rate,
             download_rate=options.download_rate,

@@ -364,7 +364,7 @@ def no_room(sentence: str) -> InputError:
 @asynccontextmanager
 async def open_torrents(
     *,
-    listen_host: str,
+    listen_hosts: Sequence[str],
     port: int = 0,
     upload_rate: int = 0,
     download_rate: int = 0,
@@ -376,7 +376,7 @@ async def open_torrents(
     Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
     """
     session, own_port = await trio.to_thread.run_sync(
-        _start, listen_host, port, upload_rate, download_rate
+        _start, listen_hosts, port, upload_rate, download_rate
     )
     sessions = [session]
     torrents = TorrentSession(session, own_port, Gate() if members_only else None)
@@ -385,7 +385,7 @@ async def open_torrents(
     try:
         if not own_port:
             raise InputError(
-                f"port {port} on {listen_host} is not free for torrents",
+                f"port {port} on {', '.join(listen_hosts)} is not free for torrents",
                 code="PORT_TAKEN",
                 next_step="end the process that uses it, or choose another with --torrent-port",
             )
@@ -412,30 +412,34 @@ async def open_torrents(
 
 
 def _start(
-    listen_host: str, port: int, upload_rate: int, download_rate: int
+    listen_hosts: Sequence[str], port: int, upload_rate: int, download_rate: int
 ) -> tuple[lt.session, int]:
     """A session, and the port that it listens on, 0 if it could not."""
     for _ in range(_PORT_ATTEMPTS):
-        chosen = port or _free_port(listen_host)
+        chosen = port or _free_port(listen_hosts)
         settings = session_settings(
-            listen_host, chosen, upload_rate=upload_rate, download_rate=download_rate
+            listen_hosts, chosen, upload_rate=upload_rate, download_rate=download_rate
         )
         session: lt.session = lt.session(settings)  # type: ignore[call-overload]
         limit_all_addresses(session)
-        if port or session.is_listening():
+        if port or (chosen and session.is_listening()):
             break
     return session, chosen if session.is_listening() else 0
 
 
-def _free_port(host: str) -> int:
+def _free_port(hosts: Sequence[str]) -> int:
     """A port for all addresses of the machine; libtorrent would choose one for each of them.
 
-    0 if the host is no address of this machine.
+    0 if a host is no address of this machine, or somebody else has the port there.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return 0
-        return int(probe.getsockname()[1])
+    port = 0
+    for host in hosts:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            if ":" in host:  # else :: is all addresses of IPv4 as well
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return 0
+            port = int(probe.getsockname()[1])
+    return port

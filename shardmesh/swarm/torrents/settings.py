@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import libtorrent as lt
@@ -79,13 +79,13 @@ PRIVATE: Final[dict[str, Any]] = {
 
 
 def session_settings(
-    listen_host: str, port: int, *, upload_rate: int, download_rate: int
+    listen_hosts: Sequence[str], port: int, *, upload_rate: int, download_rate: int
 ) -> dict[str, Any]:
     """Settings of a session; rates in bytes per second, 0 for no limit."""
-    host = f"[{listen_host}]" if ":" in listen_host else listen_host
+    hosts = [f"[{host}]" if ":" in host else host for host in listen_hosts]
     return {
         **PRIVATE,
-        "listen_interfaces": f"{host}:{port}",
+        "listen_interfaces": ",".join(f"{host}:{port}" for host in hosts),
         "listen_system_port_fallback": False,
         "max_retry_port_bind": 0,
         "upload_rate_limit": upload_rate,
