@@ -36,6 +36,7 @@ from shardmesh.shards.manifest import (
 )
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.shards.piece_tokens import AUTO, choose_piece_tokens
+from shardmesh.shards.publication import PUBLICATION_NAME
 from shardmesh.shards.row_width import row_bytes_of
 from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
 from shardmesh.shards.staging import publish, staging_folder
@@ -258,7 +259,7 @@ def _refuse_overwriting(source: GgufFile, out_dir: Path, names: Mapping[str, obj
 
 
 def _remove_older_split(out_dir: Path) -> None:
-    """Removes the manifest of an earlier split and those shards that only it had.
+    """Removes the manifest of an earlier split, its signature, and those shards that only it had.
 
     From here on the folder holds no split; a manifest that cannot be read leaves its shards alone.
     """
@@ -271,6 +272,7 @@ def _remove_older_split(out_dir: Path) -> None:
     except InputError:
         n_shards = n_adapters = 0
     manifest_path.unlink()
+    (out_dir / PUBLICATION_NAME).unlink(missing_ok=True)
     for shard_id in range(n_shards):
         (out_dir / shard_name(shard_id)).unlink(missing_ok=True)
         for number in range(n_adapters):

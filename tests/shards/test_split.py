@@ -27,6 +27,7 @@ from shardmesh.shards import split, staging
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.manifest import ShardEntry, TokenizerEntry, read_manifest
+from shardmesh.shards.publication import PUBLICATION_NAME
 from shardmesh.shards.split import ROOM_TO_SPARE_BYTES, quantization_of, split_model
 
 HALVES = ranges_of_counts([2, 2])
@@ -153,6 +154,15 @@ def test_parts_give_the_same_shards_as_one_file(model: Path, tmp_path: Path) -> 
     whole = split_model(model, HALVES, tmp_path / "a", name="m")
     parts = split_model(paths[0], HALVES, tmp_path / "b", name="m")
     assert parts == whole
+
+
+def test_what_was_published_of_an_earlier_split_goes_with_it(model: Path, tmp_path: Path) -> None:
+    """It signs a manifest that is not there any more: each look at the folder would complain."""
+    split_model(model, HALVES, tmp_path / "a", name="m")
+    published = tmp_path / "a" / PUBLICATION_NAME
+    published.write_bytes(b"of the split before")
+    split_model(model, ranges_of_counts([1, 3]), tmp_path / "a", name="m")
+    assert not published.exists()
 
 
 class Stop(Exception):  # noqa: N818 - stands for any interruption
