@@ -171,6 +171,21 @@ async def test_a_file_of_two_models_is_given_as_long_as_one_has_it(tmp_path: Pat
         assert is_right(await fetch(taker, model), model)
 
 
+async def test_a_disk_that_was_gone_for_a_moment(tmp_path: Path) -> None:
+    """The file is as it was, but libtorrent could not read it meanwhile."""
+    mesh = FileMesh(tmp_path)
+    model = make_model(tmp_path / "a", 300_000)
+    path = tmp_path / "a" / "shard-0.gguf"
+    async with mesh.node("a") as node, mesh.node("b") as taker, trio.open_nursery() as nursery:
+        (torrent,) = (t for t in node.files._torrents.all() if t.file.name == path.name)
+        path.rename(tmp_path / "gone")
+        nursery.start_soon(fetch, taker, model)
+        await wait_until(lambda: torrent.error is not None, "the file was missed")
+        (tmp_path / "gone").rename(path)
+        node.files.look_now()
+        assert is_right(await fetch(taker, model), model)
+
+
 # -- broken off, damaged, in the way -----------------------------------------------------------
 
 

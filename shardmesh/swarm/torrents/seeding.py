@@ -91,9 +91,11 @@ class Seeder:
     async def _look(self) -> None:
         there = await trio.to_thread.run_sync(self._files_there)
         for path, (version, hashed) in list(self._seeded.items()):
-            if there.get(path) != version:
+            info_hash = hashed.torrent.info_hash()
+            torrent = self._torrents.get(info_hash)
+            has_failed = torrent is not None and torrent.error is not None
+            if there.get(path) != version or has_failed:  # the disk may have been gone for a while
                 self._seeded.pop(path, None)
-                info_hash = hashed.torrent.info_hash()
                 if not self._is_downloading(info_hash):
                     await self.release(info_hash)  # another model may have it too: given anew below
         for digest in await trio.to_thread.run_sync(self._models_there):
