@@ -118,6 +118,21 @@ def test_a_phone_needs_no_sideways_scrolling(
     assert wide == []
 
 
+@pytest.mark.parametrize("width", [390, 320])
+def test_what_is_missing_widens_no_chat_on_a_phone(
+    server: ConsoleServer, open_page: OpenPage, width: int
+) -> None:
+    server.call(lambda mesh: mesh.add(0, 2, 3))
+    page = open_page(server.url, width=width, height=844)
+    page.click(".sections >> text=Chat")
+    page.wait_for_selector("#composer-hint:has-text('waiting for a complete chain')")
+    right = page.evaluate(
+        """() => Math.max(...[...document.querySelectorAll("#chat, #chat button, #composer")].map(
+            (e) => e.getBoundingClientRect().right))"""
+    )
+    assert right <= width
+
+
 def test_everything_comes_from_the_gateway(four: ConsoleServer, open_page: OpenPage) -> None:
     page = open_page(four.url, expected="Executing inline script violates")
     loaded = page.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
