@@ -80,6 +80,14 @@ class ConnectionWatch(INotifee):  # type: ignore[misc,unused-ignore]
         events = [watched.event for watched in self._watched.values()]
         return [event.address for event in events if event.peer_id == peer_id and event.address]
 
+    def peer_at(self, address: str) -> str | None:
+        """The node that was dialed at this address, which has no peer id, and is still there."""
+        for watched in self._watched.values():
+            event = watched.event
+            if event.direction == "outbound" and event.address == address:
+                return None if watched.is_closing else event.peer_id
+        return None
+
     async def close(self, conns: Iterable[INetConn], cause: str) -> None:
         """Closes connections within two seconds, however the other side behaves."""
         async with trio.open_nursery() as nursery:

@@ -227,7 +227,8 @@ class Host:
         """
         targets = [parse_address(text) for text in addresses]
         connected = self.connected()
-        for _, peer_id in targets:
+        for address, named in targets:
+            peer_id = named or self._watch.peer_at(str(address))
             if peer_id is not None and peer_id in connected:
                 return peer_id
         try:

@@ -62,6 +62,16 @@ async def test_bare_address_tells_who_answers() -> None:
         assert await ask(asker, answerer.peer_id, b"hello") == b"hello"
 
 
+async def test_who_was_dialed_at_an_address_is_not_dialed_there_again() -> None:
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        told: list[ConnectionEvent] = []
+        asker.on_connection(told.append)
+        bare = answerer.addresses()[0].partition("/p2p/")[0]
+        for _ in range(2):
+            assert await asker.connect([bare], 5) == answerer.peer_id
+        assert [event.kind for event in told] == ["established"]
+
+
 async def test_wrong_peer_id_is_refused() -> None:
     async with host_on_loopback() as asker, host_on_loopback() as answerer:
         bare = answerer.addresses()[0].partition("/p2p/")[0]
