@@ -93,7 +93,7 @@ class Library:
             raise InputError(
                 f"this node has {how_many} called {name}",
                 code="UNKNOWN_MODEL",
-                next_step="`shardmesh ls` shows names and digests; a digest is never ambiguous",
+                next_step="`shardmesh ls` shows names, digests and folders; a folder's name is one model's",
             )
         return found[0]
 
