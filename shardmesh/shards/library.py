@@ -93,7 +93,7 @@ class Library:
             raise InputError(
                 f"this node has {how_many} called {name}",
                 code="UNKNOWN_MODEL",
-                next_step="`shardmesh ls` shows names, digests and folders; a folder's name is one model's",
+                next_step="`shardmesh ls` shows names, digests and folders; name it by its folder",
             )
         return found[0]
 
