@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shardmesh.engine.watchdog import Watchdog
 from shardmesh.errors import ShardmeshError
 
 Hidden = npt.NDArray[np.float32]
@@ -131,6 +132,11 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """Knows what the engine is busy with."""
+        ...
 
     def open_sequence(
         self,

@@ -28,6 +28,7 @@ from shardmesh.engine.base import (
 )
 from shardmesh.engine.sampling import check_sampling, describe_choice
 from shardmesh.engine.sequences import SequenceTable
+from shardmesh.engine.watchdog import Watchdog
 
 _ROW_MASK = (1 << 24) - 1
 _LOGIT_SCALE = 4096.0
@@ -82,6 +83,7 @@ class FakeEngine:
         layer_start: int = 0,
         before_compute: Callable[[int], None] | None = None,
     ) -> None:
+        self.watchdog = Watchdog()
         self._info = info
         self._layer_start = layer_start
         self._before_compute = before_compute

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.grammar import BAD_GRAMMAR, check_grammar
 from shardmesh.engine.tokenizer import Tokenizer
+from shardmesh.engine.watchdog import Watchdog
 from shardmesh.errors import InputError
+from shardmesh.wire.limits import GRAMMAR_STEP_TIMEOUT_S
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data"""
@@ -23,13 +26,21 @@ class GrammarSampler:
     llama.cpp ends the process when a grammar is given such a token.
     """
 
-    def __init__(self, grammar: str, vocabulary: Tokenizer) -> None:
-        """`vocabulary` must stay open.  Raises InputError (theirs) for a grammar that is none."""
+    def __init__(
+        self, grammar: str, vocabulary: Tokenizer, watchdog: Watchdog | None = None
+    ) -> None:
+        """`vocabulary` must stay open.  Raises InputError (theirs) for a grammar that is none.
+
+        llama.cpp may take for ever, here and in `sample`; `watchdog` is told when that is too long.
+        """
         check_grammar(grammar)
+        self._grammar = grammar
         self._vocabulary = vocabulary
-        self._sampler: Any = api.llama_sampler_init_grammar(
-            vocabulary.handle, grammar.encode(), b"root"
-        )
+        self._watchdog = watchdog or Watchdog()
+        with self._bounded():
+            self._sampler: Any = api.llama_sampler_init_grammar(
+                vocabulary.handle, grammar.encode(), b"root"
+            )
         if not self._sampler:
             raise InputError(
                 "the grammar is not valid GBNF",
@@ -43,6 +54,10 @@ class GrammarSampler:
         First without the grammar: it looks at every candidate's text, and mostly the choice fits.
         `logits` (n_vocab,).  Raises InputError (theirs) if the grammar leaves nothing.
         """
+        with self._bounded():
+            return self._sample(chain, logits)
+
+    def _sample(self, chain: Any, logits: npt.NDArray[np.float32]) -> int:
         token = _choose(chain, _candidates(logits))
         if not self._allows(token):
             candidates = _candidates(logits)
@@ -53,6 +68,20 @@ class GrammarSampler:
         api.llama_sampler_accept(chain, token)
         api.llama_sampler_accept(self._sampler, token)
         return token
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        """The tokens that the text may go on with, in order."""
+        candidates = _candidates(np.zeros(self._vocabulary.n_vocab, dtype=np.float32))
+        self._apply(candidates)
+        allowed: npt.NDArray[np.int32] = candidates["id"][np.isfinite(candidates["logit"])]
+        return allowed
+
+    def accept(self, token: int) -> None:
+        """Goes on behind a token, which must be one of those that are `allowed`."""
+        api.llama_sampler_accept(self._sampler, token)
+
+    def _bounded(self) -> AbstractContextManager[None]:
+        return self._watchdog.within(GRAMMAR_STEP_TIMEOUT_S, grammar=self._grammar)
 
     def close(self) -> None:
         if self._sampler is not None:

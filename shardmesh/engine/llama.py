@@ -38,6 +38,7 @@ from shardmesh.engine.sampling import describe_choice
 from shardmesh.engine.sequences import SequenceTable
 from shardmesh.engine.tap import HiddenTap
 from shardmesh.engine.vocabulary import SideVocabulary
+from shardmesh.engine.watchdog import Watchdog
 from shardmesh.errors import EngineError, InputError, ShardmeshError
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.wire.limits import PIECE_TOKENS_MAX
@@ -83,6 +84,7 @@ class LlamaEngine:
     ) -> None:
         """Takes over `model` and frees it in `close`; if this raises, it is still the caller's."""
         facts = model.facts
+        self.watchdog = Watchdog()
         self._model = model
         self._info = EngineInfo(
             architecture=facts.architecture,
@@ -142,7 +144,9 @@ class LlamaEngine:
         self.close_sequence(sequence, n_keep)
         sampler = None
         if sampling is not None and self._info.is_last:
-            sampler = SamplerChain(sampling, self._info.n_vocab, history, self._vocabulary)
+            sampler = SamplerChain(
+                sampling, self._info.n_vocab, history, self._vocabulary, self.watchdog
+            )
         self._table.open(sequence, can_sample=sampler is not None, n_keep=n_keep)
         self._adapter_of[sequence] = adapter
         if sampler is not None:

@@ -12,6 +12,7 @@ from shardmesh.engine.base import SamplingSettings
 from shardmesh.engine.grammar_sampler import GrammarSampler
 from shardmesh.engine.sampling import check_sampling
 from shardmesh.engine.vocabulary import SideVocabulary
+from shardmesh.engine.watchdog import Watchdog
 from shardmesh.errors import EngineError, InputError
 
 _MIN_KEEP = 1
@@ -27,10 +28,11 @@ class SamplerChain:
         n_vocab: int,
         history: Sequence[int],
         vocabulary: SideVocabulary | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Raises InputError (theirs) for settings or a history that cannot be used.
 
-        `vocabulary` is needed for a grammar only.
+        `vocabulary` is needed for a grammar only; `watchdog` is told how long that may take.
         """
         check_sampling(settings, n_vocab)
         if history and not (min(history) >= 0 and max(history) < n_vocab):
@@ -41,7 +43,7 @@ class SamplerChain:
         if settings.grammar:
             if vocabulary is None:
                 raise InputError("this engine knows no vocabulary, which a grammar needs")
-            self._grammar = GrammarSampler(settings.grammar, vocabulary.open())
+            self._grammar = GrammarSampler(settings.grammar, vocabulary.open(), watchdog)
         self._chain: Any = _build_chain(settings, n_vocab)
         if settings.repeat_last_n:
             for token in history[-settings.repeat_last_n :]:

@@ -23,6 +23,7 @@ from shardmesh.listener.stage_session import (
     result_message,
     sampling_settings,
 )
+from shardmesh.wire.limits import ENGINE_CALL_TIMEOUT_S
 from shardmesh.wire.messages import OpenSession, StageTiming
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Computing:
         """A call into the engine as a job of the worker; a failure ends the session."""
 
         def run() -> None:
-            error = _guarded(call)
+            error = self._guarded(call)
             if isinstance(error, ShardmeshError):
                 logger.warning("engine: [%s] %s", error.code, error)
                 if session is not None:
@@ -118,7 +119,7 @@ class Computing:
         if not works:
             return
         started_s = time.monotonic()
-        results = _guarded(partial(self._engine.compute, [work.batch for work in works]))
+        results = self._guarded(partial(self._engine.compute, [work.batch for work in works]))
         if isinstance(results, InputError) and len(works) > 1:  # nothing was computed yet
             for work in works:
                 self._compute_part([work])
@@ -130,6 +131,17 @@ class Computing:
         self._counters.compute_us += compute_us  # now that the results are on their way
         if works[0].batch.n_tokens == 1:
             self._note_pace(compute_us)
+
+    def _guarded(self, call: Callable[[], Result]) -> Result | ShardmeshError:
+        """What a call into the engine gives, or the error that it ends the session with."""
+        try:
+            with self._engine.watchdog.within(ENGINE_CALL_TIMEOUT_S):
+                return call()
+        except ShardmeshError as error:
+            return error
+        except Exception as error:
+            logger.exception("the engine raised something unexpected")
+            return OurError(f"the engine failed: {type(error).__name__}")
 
     def _note_pace(self, compute_us: int) -> None:
         """Keeps the time of one token, which several sessions that go at once all take."""
@@ -196,14 +208,3 @@ def begin_sequence(
 def _outcome(output: Output) -> Output | ShardmeshError:
     """An output, or why there is none."""
     return output if output.failure is None else output.failure
-
-
-def _guarded(call: Callable[[], Result]) -> Result | ShardmeshError:
-    """What a call into the engine gives, or the error that it ends the session with."""
-    try:
-        return call()
-    except ShardmeshError as error:
-        return error
-    except Exception as error:
-        logger.exception("the engine raised something unexpected")
-        return OurError(f"the engine failed: {type(error).__name__}")

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,10 +23,12 @@ from shardmesh.engine.at_once import find_numbers_at_once
 from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
 from shardmesh.engine.options import memory_free_bytes
+from shardmesh.engine.watchdog import Call
 from shardmesh.errors import BusyError, OurError, ShardmeshError, StorageError, known_error
 from shardmesh.links.ahead import LinksAhead
 from shardmesh.links.dial import Acceptor, LinkPool
 from shardmesh.links.link import Link
+from shardmesh.listener.hung import engine_hung, why_hung
 from shardmesh.listener.local_messages import (
     PROCESS_GONE,
     AskMetrics,
@@ -75,6 +78,9 @@ SESSIONS_PAUSE_S = 0.1
 FAREWELL_TIMEOUT_S = 1.0
 """For telling the coordinators why their sessions end."""
 
+LOOK_INTERVAL_S = 1.0
+"""So often it is looked whether the engine still comes back from its calls."""
+
 
 class DataProcess:
     """One loaded shard and everything around it, on one trio loop."""
@@ -108,6 +114,7 @@ class DataProcess:
             await self._channel.send(self._ready(port))
             nursery.start_soon(self._tell_sessions)
             nursery.start_soon(self._ahead.run)
+            nursery.start_soon(self._watch_engine)
             await self._obey(nursery)
             with trio.move_on_after(FAREWELL_TIMEOUT_S):
                 await self.stage.farewell()
@@ -144,6 +151,20 @@ class DataProcess:
             n_told = self.stage.n_sessions
             await self._channel.send(SessionsHeld(n_sessions=n_told))
             await trio.sleep(SESSIONS_PAUSE_S)
+
+    async def _watch_engine(self) -> None:
+        """Ends this process, whatever its threads do, once a call into the engine hangs."""
+        call: Call | None = None
+        while call is None:
+            await trio.sleep(LOOK_INTERVAL_S)
+            call = self._engine.watchdog.look(LOOK_INTERVAL_S)
+        error = engine_hung(call)
+        logger.error("%s; this process ends", error)
+        with trio.move_on_after(FAREWELL_TIMEOUT_S):
+            await self.stage.farewell(partial(why_hung, call))
+        with trio.move_on_after(FAREWELL_TIMEOUT_S):
+            await self._channel.send(failed_message(error))
+        os._exit(1)  # llama.cpp cannot be interrupted, and a thread cannot be left
 
     def _expect(self, message: ExpectLink) -> None:
         try:

@@ -56,6 +56,12 @@ from shardmesh.wire.messages import (
 GetLink = Callable[[NextStage], Awaitable[Link]]
 
 
+def _leaving(session: StageSession) -> UnreachableError:
+    return UnreachableError(
+        "the node that serves these layers is shutting down", code="NODE_LEAVING"
+    )
+
+
 class Stage:
     """The sessions of one loaded shard; the `LinkUser` of all links of a data process."""
 
@@ -160,14 +166,11 @@ class Stage:
     def on_suspected(self, link: Link) -> None:
         """Nothing: the coordinator hears the silence of a stage by itself."""
 
-    async def farewell(self) -> None:
+    async def farewell(self, why: Callable[[StageSession], ShardmeshError] = _leaving) -> None:
         """Ends all sessions with an error that says so, and waits until it is sent."""
-        leaving = UnreachableError(
-            "the node that serves these layers is shutting down", code="NODE_LEAVING"
-        )
         links = {session.coordinator for session in self.sessions}
         for session in self.sessions:
-            self.sessions.fail(session, leaving)
+            self.sessions.fail(session, why(session))
         for link in links:
             await link.flush()
 

@@ -550,7 +550,13 @@ GRAMMAR_GROUPS_MAX: Final = 64
 """Groups inside of each other in a grammar: llama.cpp's parser calls itself for each."""
 
 GRAMMAR_WORK_TIMEOUT_S: Final = 10.0
-"""For making a grammar of a JSON schema, in a process that has to start first."""
+"""For making a grammar of a JSON schema, or trying one, in a process that has to start first."""
+
+GRAMMAR_STEP_TIMEOUT_S: Final = 10.0
+"""For the last stage to open a grammar, or to find a token that it allows: mostly milliseconds."""
+
+ENGINE_CALL_TIMEOUT_S: Final = 120.0
+"""For one computation: 64 tokens through a large shard of a slow machine take tens of seconds."""
 
 API_TOKENS_MAX: Final = 1024
 """API tokens of one gateway; each request is held against all of them."""
