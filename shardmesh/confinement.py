@@ -46,6 +46,11 @@ def confine(memory_bytes: int) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def confine_time(n_seconds: int) -> None:
+    """Has the system end this process once it has computed for so long."""
+    _limit(resource.RLIMIT_CPU, n_seconds, n_seconds)
+
+
 def _limit(kind: int, soft: int, hard: int) -> None:
     with contextlib.suppress(OSError, ValueError):  # a stricter one holds already
         resource.setrlimit(kind, (soft, hard))

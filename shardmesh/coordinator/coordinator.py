@@ -28,6 +28,7 @@ from shardmesh.coordinator.embed import (
     embed_tokens,
 )
 from shardmesh.coordinator.generate import Finished, Piece, generate
+from shardmesh.coordinator.grammar_proofs import GrammarProofs
 from shardmesh.coordinator.linked_chain import ChainLinker, LinkedChain, Wish
 from shardmesh.coordinator.model_files import ModelFiles, OpenModel
 from shardmesh.coordinator.openings import SessionSettings
@@ -123,6 +124,7 @@ class Coordinator:
         self._replicas: list[Replica] = []  # what was found, as the chooser sees it
         self._known = known or (lambda: self._found)
         self._refresh = refresh or trio.lowlevel.checkpoint
+        self._grammars = GrammarProofs()
         self._prefix_secret = prefix_secret or secrets.token_bytes(32)
         self.auditor = Auditor(
             audit_rate,
@@ -156,6 +158,8 @@ class Coordinator:
         async with self._models.use(chain.stages) as model:
             prompt = await trio.to_thread.run_sync(_prompt_tokens, model, request)
             n_ctx = context_needed(len(prompt), request.n_tokens_max, chain.n_ctx)
+            if request.sampling.grammar and model.tokenizer.has_text:
+                await self._grammars.prove(request.sampling.grammar, model.vocabulary_path)
             sampling = sampling_message(request.sampling)
             n_history = sampling.repeat_last_n if uses_history(request.sampling) else 0
             settings = SessionSettings(

@@ -64,6 +64,7 @@ class OpenModel:
 
     manifest: Manifest
     tokenizer: Tokenizer
+    vocabulary_path: Path  # the file that the tokenizer is from
     n_users: int = 0
     _chat: ChatTemplate | None = None
 
@@ -232,4 +233,5 @@ def _open_model(store: ShardStore) -> OpenModel:
     manifest = store.manifest()
     if manifest is None:
         raise InputError(f"{store.directory} has no {MANIFEST_NAME}")
-    return OpenModel(manifest, Tokenizer.open(store.tokenizer_path()))
+    path = store.tokenizer_path()
+    return OpenModel(manifest, Tokenizer.open(path), path)

@@ -11,6 +11,7 @@ from typing import Protocol
 import trio
 
 from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.grammar_losses import GrammarLosses
 from shardmesh.coordinator.openings import (
     Place,
     SessionSettings,
@@ -136,6 +137,7 @@ class SessionStages:
         self._events = events
         self._settings = settings
         self._strikes = HopStrikes()
+        self._grammar_losses = GrammarLosses(settings.sampling.grammar)
         self._took_it = set[str]()  # peer ids of the nodes that gave it a place
         self.standbys: Standbys | None = None
         if settings.standby and replacements is not None:
@@ -171,7 +173,8 @@ class SessionStages:
     async def replace(self, number: int, error: ShardmeshError, *, may_wait: bool) -> Replica:
         """Puts another replica into the chain, and gives the one that was there.
 
-        Raises the error of the one that failed if no other is known and it may not wait for one.
+        Raises the error of the one that failed if no other is known and it may not wait for one,
+        and InputError (theirs) where the session's grammar may take the next one along as well.
         """
         replacements, lost = self.replacements, self.chain.stages[number]
         if replacements is None:
@@ -185,6 +188,8 @@ class SessionStages:
             error,
         )
         replacements.set_aside(lost, error)
+        if number == self.last:
+            self._grammar_losses.note(error)
         if not may_wait and not self.has_other(number):
             raise error
         self._close_on(self.links[number])
@@ -200,6 +205,7 @@ class SessionStages:
     def went_on(self) -> None:
         """A result has come: what was held against the stages is forgotten."""
         self._strikes.clear()
+        self._grammar_losses.clear()
 
     def close(self) -> None:
         """Ends the session on all stages; not waited for."""

@@ -24,7 +24,11 @@ def check_grammar(grammar: str) -> None:
 
     That the grammar means anything is for the parser to say.
     """
-    if len(grammar.encode("utf-8", "surrogatepass")) > GRAMMAR_BYTES_MAX or "\0" in grammar:
+    try:
+        n_bytes = len(grammar.encode())
+    except UnicodeEncodeError as error:
+        raise InputError("the grammar holds half of a surrogate pair", code=BAD_GRAMMAR) from error
+    if n_bytes > GRAMMAR_BYTES_MAX or "\0" in grammar:
         raise InputError(
             f"a grammar has at most {GRAMMAR_BYTES_MAX} bytes and no zero byte", code=BAD_GRAMMAR
         )

@@ -101,7 +101,9 @@ def test_a_vocabulary_must_be_there_and_fit(tmp_path: Path) -> None:
     assert caught.value.code == "NO_VOCABULARY"
 
 
-@pytest.mark.parametrize("grammar", ["root ::= " + "(" * 1000, "a" * 70_000, "root ::= \0"])
+@pytest.mark.parametrize(
+    "grammar", ["root ::= " + "(" * 1000, "a" * 70_000, "root ::= \0", "\ud800"]
+)
 def test_what_would_bring_the_parser_down_does_not_reach_it(grammar: str) -> None:
     with pytest.raises(InputError) as caught:
         check_grammar(grammar)
