@@ -171,6 +171,26 @@ def test_the_deepest_allowed_nesting_is_read() -> None:
     assert decode_json(encode_json(value), Any) == value
 
 
+def test_floods_in_json_cost_the_same_as_any_text() -> None:
+    """Each of these took a step of Python for each byte, or would overflow a narrow counter."""
+    for text in (b"[]" * 100_000, b'"' * 100_000, b'["' + rb"\"" * 100_000, b"]" * 100_000):
+        with pytest.raises(ProtocolError) as caught:
+            decode_json(text, Any)
+        assert caught.value.code == "BAD_JSON"
+    assert decode_json(b"[" + b"[]," * 100_000 + b"0]", list[Any])[-1] == 0
+
+
+@given(st.lists(st.text(alphabet='"\\[]{}a', max_size=8), max_size=4), st.integers(0, 4))
+def test_only_what_stands_outside_of_strings_counts_as_nesting(texts: list[str], n: int) -> None:
+    """Whatever the strings hold: one level more than allowed is refused, the last one is not."""
+    value: Any = texts
+    for _ in range(NESTING_MAX - 1):
+        value = {texts[0] if texts else "": value} if n % 2 else [value]
+    assert decode_json(encode_json(value), Any) == value
+    with pytest.raises(ProtocolError, match="nested"):
+        decode_json(encode_json([value]), Any)
+
+
 def test_brackets_in_a_json_string_are_no_nesting() -> None:
     text = '"' + "[" * 100 + "\\"
     assert decode_json(encode_json(text), str) == text
