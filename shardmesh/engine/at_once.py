@@ -3,7 +3,7 @@
 Reading the weights once for several rows saves time, but llama.cpp picks its kernels by the number
 of rows, and some sum in another order.  Which ones do depends on the type of the weights, the
 instruction set and the device.  (Tried on AVX2: Q8_0 gives the same bits for any number of
-sequences, Q4_K up to 3, F16 and F32 for one only; but Q8_0 gains nothing before 5 rows.)  So rows
+sequences, Q4_K up to 3, F16 and F32 for one only; but Q8_0 gains little before 8 rows.)  So rows
 that mean nothing are computed together and one by one: the order of a sum depends on shapes alone,
 and among thousands of random numbers a different order shows in some last bit.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,14 +21,16 @@ from shardmesh.engine.base import Engine, MicroBatch, Output
 from shardmesh.errors import EngineError
 
 TRIAL_TIMEOUT_S = 2.0
-"""For all trials; what was not tried by then is not done.  A shard of 50 MB needs 0.3 s; a
-large one shall not be missing for long when it is started again."""
+"""For all trials but the first; what was not tried by then is not done.  A shard of 50 MB needs
+0.3 s; a large one shall not be missing for long when it is started again."""
 
-_NUMBERS_TRIED = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-_PREFIX_ROWS = 1  # so that attention has something to look at
+_NUMBERS_TRIED = (8, 4, 16, 2, 32, 3, 6, 12, 24)
+"""What saves most comes first, for a large shard has no time for more."""
+
+_N_TEXTS = 2  # sequences take turns at them, since each is also computed alone
+_GAIN_MIN = 0.03  # less than that is noise
 _SUMS_COMPARED = 8192  # rows times layers times width: fewer come out the same by chance, sometimes
-_ROWS_COMPARED_MIN, _ROWS_COMPARED_MAX = 4, 64
-_STEPS_MIN = 2
+_STEPS_MIN, _STEPS_MAX = 2, 32
 _SEED = 2024
 
 
@@ -45,7 +47,8 @@ def find_numbers_at_once(
 ) -> tuple[int, ...]:
     """The numbers of sequences that change no bit and save time, rising; the engine is set to them.
 
-    Takes TRIAL_TIMEOUT_S or one trial longer, and leaves a freshly loaded engine empty and warm.
+    Takes TRIAL_TIMEOUT_S or one trial longer, and where a row takes longer than a tenth of that a
+    dozen rows' time.  Leaves a freshly loaded engine empty and warm.
     """
     trial = _Trial(engine, clock)
     found: tuple[int, ...] = ()
@@ -65,67 +68,60 @@ class _Trial:
         self._engine = engine
         self._clock = clock
         sums_per_row = engine.info.n_layer * engine.info.n_embd
-        n_rows = max(_ROWS_COMPARED_MIN, _SUMS_COMPARED // sums_per_row)
-        self._n_rows = min(n_rows, _ROWS_COMPARED_MAX, engine.info.n_ctx - _PREFIX_ROWS)
+        self._n_rows = -(-_SUMS_COMPARED // sums_per_row)
 
     def run(self) -> tuple[int, ...]:
         ends_s = self._clock() + TRIAL_TIMEOUT_S
-        self._advance(range(1), 1)  # the first computation of all warms up
-        found: list[int] = []
-        alone: list[list[bytes]] = []  # of each sequence, the digests of its rows
-        best_s = float("inf")
-        for number in _NUMBERS_TRIED:
-            if number > self._engine.info.n_parallel or self._clock() > ends_s:
-                break
-            while len(alone) < number:
-                sequence = len(alone)
-                (digests,), row_s = self._advance(
-                    range(sequence, sequence + 1), self._n_steps(max(2, sequence + 1))
-                )
-                alone.append(digests)
-                best_s = min(best_s, row_s)
+        self._advance(1, 1)  # the first computation of all warms up
+        alone = [self._advance(1, self._n_steps(2), text) for text in range(_N_TEXTS)]
+        row_s = {1: min(spent_s for _, spent_s in alone)}
+        n_max = self._engine.info.n_parallel
+        numbers = [number for number in _NUMBERS_TRIED if number <= n_max]
+        for number in numbers:
+            if number > n_max or (number != numbers[0] and self._clock() > ends_s):
+                continue
             n_steps = self._n_steps(number)
-            together, row_s = self._advance(range(number), n_steps)
-            if together != [digests[:n_steps] for digests in alone]:
-                break
-            if row_s < best_s:
-                best_s = row_s
-                found.append(number)
-        return tuple(found)
+            together, spent_s = self._advance(number, n_steps)
+            if together == [alone[i % _N_TEXTS][0][0][:n_steps] for i in range(number)]:
+                row_s[number] = spent_s
+            else:
+                n_max = number - 1  # more rows change bits as well
+        return worth_joining({n: spent_s for n, spent_s in row_s.items() if n <= n_max})
 
     def _n_steps(self, n_sequences: int) -> int:
-        return max(_STEPS_MIN, -(-self._n_rows // n_sequences))
+        wanted = -(-self._n_rows // n_sequences)
+        return min(max(_STEPS_MIN, wanted), _STEPS_MAX, self._engine.info.n_ctx)
 
-    def _advance(self, sequences: range, n_steps: int) -> tuple[list[list[bytes]], float]:
+    def _advance(
+        self, n_sequences: int, n_steps: int, first_text: int = 0
+    ) -> tuple[list[list[bytes]], float]:
         """The digests of `n_steps` rows of each sequence, computed together; seconds for a row."""
-        self._engine.join_sequences([len(sequences)])
-        generators = [np.random.default_rng((_SEED, sequence)) for sequence in sequences]
-        for sequence, generator in zip(sequences, generators, strict=True):
+        self._engine.join_sequences([n_sequences])
+        sequences = range(n_sequences)
+        texts = [(_SEED, (first_text + sequence) % _N_TEXTS) for sequence in sequences]
+        generators = [np.random.default_rng(text) for text in texts]
+        for sequence in sequences:
             self._engine.open_sequence(sequence)
-            self._engine.compute([self._random_rows(generator, sequence, 0, _PREFIX_ROWS)])
         digests: list[list[bytes]] = [[] for _ in sequences]
         step_s = []
         for step in range(n_steps):
-            rows = [
-                self._random_rows(generator, sequence, _PREFIX_ROWS + step, 1)
-                for sequence, generator in zip(sequences, generators, strict=True)
-            ]
+            rows = [self._random_row(generators[s], s, step) for s in sequences]
             since_s = self._clock()
             outputs = self._engine.compute(rows)
             step_s.append(self._clock() - since_s)
             for of_sequence, output in zip(digests, outputs, strict=True):
                 of_sequence.append(_digest(output))
-        return digests, min(step_s) / len(sequences)
+        return digests, min(step_s) / n_sequences
 
-    def _random_rows(
-        self, generator: np.random.Generator, sequence: int, position: int, n_rows: int
+    def _random_row(
+        self, generator: np.random.Generator, sequence: int, position: int
     ) -> MicroBatch:
         info = self._engine.info
         tokens = hidden = None
         if info.is_first:
-            tokens = tuple(generator.integers(0, info.n_vocab, n_rows).tolist())
+            tokens = tuple(generator.integers(0, info.n_vocab, 1).tolist())
         else:
-            hidden = generator.standard_normal((n_rows, info.n_embd), dtype=np.float32)
+            hidden = generator.standard_normal((1, info.n_embd), dtype=np.float32)
         return MicroBatch(
             sequence=sequence,
             position=position,
@@ -133,6 +129,17 @@ class _Trial:
             hidden=hidden,
             want_logits=info.is_last,
         )
+
+
+def worth_joining(row_s: Mapping[int, float]) -> tuple[int, ...]:
+    """The numbers, rising, whose rows take less time each than those of any smaller one.  Pure."""
+    found: list[int] = []
+    best_s = row_s.get(1, float("inf"))
+    for number in sorted(row_s):
+        if row_s[number] < (1 - _GAIN_MIN) * best_s:
+            best_s = row_s[number]
+            found.append(number)
+    return tuple(found)
 
 
 def computations(

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from support.models import write_model
 
-from shardmesh.engine.at_once import computations, find_numbers_at_once
+from shardmesh.engine.at_once import (
+    TRIAL_TIMEOUT_S,
+    computations,
+    find_numbers_at_once,
+    worth_joining,
+)
 from shardmesh.engine.base import EngineOptions, MicroBatch, Output, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.engine.llama import load_engine
@@ -19,8 +24,10 @@ from shardmesh.errors import EngineError
 class JoiningFake(FakeEngine):
     """Gives other bits when more than `n_exact` sequences are computed at once."""
 
-    def __init__(self, n_exact: int, clock: Clock, *, n_parallel: int = 16) -> None:
-        super().__init__(fake_info(0, 2, 4, n_parallel=n_parallel))
+    def __init__(
+        self, n_exact: int, clock: Clock, *, n_parallel: int = 16, n_embd: int = 8
+    ) -> None:
+        super().__init__(fake_info(0, 2, 4, n_parallel=n_parallel, n_embd=n_embd))
         self.numbers: tuple[int, ...] = ()
         self._n_exact = n_exact
         self._clock = clock
@@ -71,16 +78,32 @@ def test_numbers_that_save_no_time_are_left_out() -> None:
     assert find_numbers_at_once(Slow(99, clock, n_parallel=8), clock) == ()
 
 
-def test_what_is_not_tried_in_time_is_not_done() -> None:
+@pytest.mark.parametrize(
+    ("row_s", "found", "takes_s"),
+    [
+        (0.06, (2, 3, 4, 6, 8, 12, 16), TRIAL_TIMEOUT_S),  # a quarter of a model of 8 B
+        (0.15, (2, 3, 4, 8, 16), TRIAL_TIMEOUT_S),
+        (0.6, (8,), 8 * 0.6),  # a quarter of one of 70 B
+    ],
+)
+def test_what_saves_most_is_tried_in_any_case_and_the_rest_in_time(
+    row_s: float, found: tuple[int, ...], takes_s: float
+) -> None:
     clock = Clock()
 
     class Heavy(JoiningFake):
         def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
-            self._clock.now_s += 0.1
+            self._clock.now_s += row_s  # that of any number of rows
             return super().compute(batch)
 
-    engine = Heavy(99, clock)
-    assert find_numbers_at_once(engine, clock)[-1] < 16
+    assert find_numbers_at_once(Heavy(99, clock, n_embd=2048), clock) == found
+    assert clock.now_s < 1.2 * takes_s
+
+
+def test_a_number_that_is_hardly_faster_than_a_smaller_one_is_left_out() -> None:
+    assert worth_joining({1: 10.0, 2: 9.9, 4: 9.0, 8: 6.0, 16: 5.9, 32: 5.0}) == (4, 8, 32)
+    assert worth_joining({1: 10.0, 2: 12.0, 8: 9.0}) == (8,)
+    assert worth_joining({}) == ()
 
 
 def test_a_failing_trial_leaves_rows_alone() -> None:
