@@ -142,6 +142,24 @@ def worth_joining(row_s: Mapping[int, float]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def with_neighbours(sequences: Sequence[int], numbers_at_once: Sequence[int]) -> list[int]:
+    """Indices of the first of some sequences and of neighbours that may go at once with it.  Pure.
+
+    As many as one of `numbers_at_once` says.  A row of neighbours is cut into such parts from its
+    beginning, so that the same go together the next time.
+    """
+    index_of = {sequence: index for index, sequence in enumerate(sequences)}
+    first = start = end = sequences[0]
+    while start - 1 in index_of:
+        start -= 1
+    while end + 1 in index_of:
+        end += 1
+    number = max((n for n in numbers_at_once if n <= end - start + 1), default=1)
+    part = start + (first - start) // number * number
+    part = min(part, end - number + 1)
+    return [index_of[sequence] for sequence in range(part, part + number)]
+
+
 def computations(
     batch: Sequence[MicroBatch], numbers_at_once: Sequence[int]
 ) -> Iterator[Sequence[MicroBatch]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
-from shardmesh.engine.at_once import computations
+from shardmesh.engine.at_once import computations, with_neighbours
 from shardmesh.engine.base import Engine, Output
 from shardmesh.errors import InputError, OurError, ShardmeshError
 from shardmesh.listener.copies import Copy
@@ -80,10 +80,15 @@ class Computing:
 
         return run
 
-    def compute(self, works: list[Work]) -> None:
-        """Computes micro-batches, some of them at once, and sends on what is ready."""
+    def together(self, waiting: Sequence[Work]) -> Sequence[int]:
+        """Of the single tokens that wait, the indices of the first and of its neighbours."""
+        sequences = [work.session.sequence for work in waiting]
+        return with_neighbours(sequences, self._numbers_at_once())
+
+    def compute(self, items: Sequence[Work]) -> None:
+        """Computes micro-batches, as many at once as change no bit, and sends on what is ready."""
         # Who left must be gone before they are divided: how many are at once decides the bits.
-        works = [work for work in works if self._is_wanted(work)]
+        works = [work for work in items if self._is_wanted(work)]
         if len(works) <= 1:
             self._compute_part(works)
             return

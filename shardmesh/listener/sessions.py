@@ -21,13 +21,13 @@ from shardmesh.listener.stage_session import (
     failure_message,
     hop_failure_message,
 )
-from shardmesh.listener.worker import Computes
+from shardmesh.listener.worker import Calculation, Computes
 from shardmesh.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["previous", "next"]
-MakeWorker = Callable[[Callable[[list[Work]], None]], "Computes[Work]"]
+MakeWorker = Callable[[Calculation[Work]], "Computes[Work]"]
 
 
 def send_or_close(link: Link, message: Message) -> None:
@@ -53,7 +53,7 @@ class HeldSessions:
         self._by_id: dict[bytes, StageSession] = {}
         self._number_changed = trio.Event()
         self._computing = Computing(engine, identity, self.counters, self)
-        self.worker = make_worker(self._computing.compute)
+        self.worker = make_worker(self._computing)
         self._trio_token = trio.lowlevel.current_trio_token()
 
     def __len__(self) -> int:

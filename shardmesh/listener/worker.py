@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -19,10 +19,21 @@ from shardmesh.listener.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Given = TypeVar("Given", contravariant=True)
 Job = Callable[[], None]
 
 HAND_OVER_S = 0.0005
 """How long the loop waits at most until the thread that it has woken has begun."""
+
+
+class Calculation(Protocol[Given]):
+    """What a worker does with its items, in its thread; nothing of it may raise."""
+
+    def compute(self, items: Sequence[Given]) -> None: ...
+
+    def together(self, waiting: Sequence[Given]) -> Sequence[int]:
+        """See `scheduler.Together`; with the worker's lock held."""
+        ...
 
 
 class Computes(Protocol[Item]):
@@ -38,14 +49,11 @@ class Computes(Protocol[Item]):
 
 
 class Worker(Generic[Item]):
-    """One thread with a queue; `compute` is called in it with each batch of items.
+    """One thread with a queue, which does the calculation and jobs; these may not raise either."""
 
-    Neither `compute` nor a job may raise.
-    """
-
-    def __init__(self, compute: Callable[[list[Item]], None]) -> None:
-        self._compute = compute
-        self._scheduler: Scheduler[Item] = Scheduler()
+    def __init__(self, calculation: Calculation[Item]) -> None:
+        self._calculation = calculation
+        self._scheduler: Scheduler[Item] = Scheduler(calculation.together)
         self._jobs: list[Job] = []
         self._is_stopping = False
         self._lock = threading.Lock()
@@ -105,7 +113,7 @@ class Worker(Generic[Item]):
             for job in jobs:
                 job()
             if items:
-                self._compute(items)
+                self._calculation.compute(items)
             if is_idle:
                 self._woken.acquire()
                 self._begun.release()

@@ -27,6 +27,7 @@ from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.listener.stage_session import Work
+from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import DRAFTS_MAX
 from shardmesh.wire.messages import Sampling
 
@@ -282,9 +283,9 @@ def test_whatever_is_guessed_and_whenever_it_comes_the_tokens_are_the_same(
     expected = whole_tokens(sampling, 16)
     workers = itertools.count()
 
-    def worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+    def worker(calculation: Calculation[Work]) -> LoopWorker:
         pace_s = 0.01 * (factor if next(workers) // 2 == slow else 1.0)
-        return LoopWorker(compute, lambda n_tokens: pace_s)
+        return LoopWorker(calculation, lambda n_tokens: pace_s)
 
     async def run() -> None:
         spares = [[engine] for engine in engines()]

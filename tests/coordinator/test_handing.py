@@ -33,6 +33,7 @@ from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.listener.stage_session import Work
+from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import HANDED_AHEAD_MAX
 from shardmesh.wire.messages import NextStage, Sampling, TokenBatch
 
@@ -91,9 +92,9 @@ async def quick_first_mesh() -> AsyncIterator[MemoryMesh]:
     """With spares; a first stage computes a prompt again while the last one computes one token."""
     workers = itertools.count()
 
-    def worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+    def worker(calculation: Calculation[Work]) -> LoopWorker:
         pace_s = TOKEN_S / 20 if next(workers) < 2 else TOKEN_S
-        return LoopWorker(compute, lambda n_tokens: pace_s)
+        return LoopWorker(calculation, lambda n_tokens: pace_s)
 
     async with memory_mesh(engines(), [[engine] for engine in engines()], worker) as mesh:
         yield mesh
@@ -511,9 +512,9 @@ def test_whatever_happens_whenever_the_tokens_are_the_same(
     workers = itertools.count()
     turns = itertools.cycle(plan)
 
-    def worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+    def worker(calculation: Calculation[Work]) -> LoopWorker:
         pace_s = TOKEN_S * (factor if next(workers) // 2 == slow else 1.0)
-        return LoopWorker(compute, lambda n_tokens: pace_s)
+        return LoopWorker(calculation, lambda n_tokens: pace_s)
 
     def guess(n_known: int) -> list[int]:
         n, wrong = next(turns)

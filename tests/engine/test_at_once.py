@@ -13,6 +13,7 @@ from shardmesh.engine.at_once import (
     TRIAL_TIMEOUT_S,
     computations,
     find_numbers_at_once,
+    with_neighbours,
     worth_joining,
 )
 from shardmesh.engine.base import EngineOptions, MicroBatch, Output, SamplingSettings
@@ -121,6 +122,20 @@ def test_computations_join_single_rows_of_neighbours() -> None:
     assert parts == [[0, 1, 2], [4, 5], [6], [7, 8]]
     assert [len(part) for part in computations([_row(s) for s in range(5)], (2,))] == [2, 2, 1]
     assert [len(part) for part in computations([_row(s) for s in range(3)], ())] == [1, 1, 1]
+
+
+def test_whoever_waits_longest_goes_with_its_neighbours() -> None:
+    def sequences(waiting: Sequence[int], numbers: Sequence[int]) -> list[int]:
+        return [waiting[index] for index in with_neighbours(waiting, numbers)]
+
+    assert sequences([5, 1, 6, 2, 4], (2, 3)) == [4, 5, 6]
+    assert sequences([5, 1, 6, 2, 4], ()) == [5]
+    assert sequences([1, 5, 6, 2, 4], (3,)) == [1]
+    # Rows are cut from their beginning, whoever is the first.
+    for first in range(7):
+        waiting = [first, *(s for s in range(7) if s != first)]
+        part = first // 3 * 3 if first < 6 else 4
+        assert sequences(waiting, (3,)) == [part, part + 1, part + 2]
 
 
 def _row(sequence: int, n_tokens: int = 1) -> MicroBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -36,6 +35,7 @@ from shardmesh.listener.copying import (
     n_final,
 )
 from shardmesh.listener.stage_session import Work
+from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import (
     COPIES_BYTES_MAX,
     COPIES_MAX,
@@ -295,8 +295,8 @@ async def test_the_memory_for_copies_has_an_end() -> None:
         assert copies.find(SESSION, link) is not None
 
 
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
-    return LoopWorker(compute, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
+def loop_worker(calculation: Calculation[Work]) -> LoopWorker:
+    return LoopWorker(calculation, lambda n_tokens: 0.01 if n_tokens == 1 else 0.04)
 
 
 def wide() -> FakeEngine:

@@ -190,8 +190,8 @@ async def test_a_stage_that_hears_late_what_to_forget_is_waited_for(
 async def test_a_prefill_that_was_cancelled_leaves_what_was_computed(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    def slow(compute):  # type: ignore[no-untyped-def]
-        return LoopWorker(compute, lambda n_tokens: 1.0)
+    def slow(calculation):  # type: ignore[no-untyped-def]
+        return LoopWorker(calculation, lambda n_tokens: 1.0)
 
     async with memory_mesh(fake_chain((0, 4)), make_worker=slow) as mesh:
         with trio.move_on_after(1.5):
@@ -240,8 +240,8 @@ async def test_a_failed_session_leaves_nothing(autojump_clock: trio.testing.Mock
 async def test_a_stage_that_dies_in_a_session_that_began_behind_a_prefix(
     number: int, in_prefill: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    def worker(compute):  # type: ignore[no-untyped-def]
-        return LoopWorker(compute, lambda n_tokens: 0.01 * n_tokens)
+    def worker(calculation):  # type: ignore[no-untyped-def]
+        return LoopWorker(calculation, lambda n_tokens: 0.01 * n_tokens)
 
     spares = [[engine] for engine in fake_chain((0, 1, 3, 4))]
     async with memory_mesh(fake_chain((0, 1, 3, 4)), spares, worker) as mesh:
@@ -291,8 +291,8 @@ async def test_what_came_from_a_replacement_is_not_kept(
 ) -> None:
     """Its names would be those of the stage that was there when the session was opened."""
 
-    def worker(compute):  # type: ignore[no-untyped-def]
-        return LoopWorker(compute, lambda n_tokens: 0.01 * n_tokens)
+    def worker(calculation):  # type: ignore[no-untyped-def]
+        return LoopWorker(calculation, lambda n_tokens: 0.01 * n_tokens)
 
     spares = [[engine] for engine in fake_chain((0, 2, 4))]
     async with memory_mesh(fake_chain((0, 2, 4)), spares, worker) as mesh:

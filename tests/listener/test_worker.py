@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -12,16 +13,26 @@ SESSION = b"session"
 N_ROUNDS = 200
 
 
+class Calls:
+    """A calculation out of a function; each item goes alone."""
+
+    def __init__(self, compute: Callable[[Sequence[int]], None]) -> None:
+        self.compute = compute
+
+    def together(self, waiting: Sequence[int]) -> Sequence[int]:
+        return [0]
+
+
 async def test_each_micro_batch_wakes_it_and_is_computed_once_in_order() -> None:
     computed: list[int] = []
     token = trio.lowlevel.current_trio_token()
     done = trio.Event()
 
-    def compute(items: list[int]) -> None:
+    def compute(items: Sequence[int]) -> None:
         computed.extend(items)
         token.run_sync_soon(lambda: done.set())
 
-    worker = Worker(compute)
+    worker = Worker(Calls(compute))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
         for number in range(N_ROUNDS):
@@ -37,7 +48,7 @@ async def test_jobs_and_micro_batches_in_any_mixture() -> None:
     seen: list[str] = []
     ended = trio.Event()
     token = trio.lowlevel.current_trio_token()
-    worker: Worker[int] = Worker(lambda items: seen.extend(f"item {item}" for item in items))
+    worker: Worker[int] = Worker(Calls(lambda items: seen.extend(f"item {item}" for item in items)))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
         for number in range(N_ROUNDS):
@@ -62,11 +73,11 @@ async def test_the_loop_does_not_wait_for_a_thread_that_is_busy() -> None:
     goes_on = threading.Event()
     computed: list[int] = []
 
-    def compute(items: list[int]) -> None:
+    def compute(items: Sequence[int]) -> None:
         goes_on.wait(10)
         computed.extend(items)
 
-    worker = Worker(compute)
+    worker = Worker(Calls(compute))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.run)
         for number in range(5):

@@ -28,6 +28,7 @@ from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
+from shardmesh.listener.worker import Calculation
 from shardmesh.wire.messages import HiddenBatch, NextStage, TokenBatch
 
 BOUNDARIES = (0, 1, 3, 4)
@@ -131,8 +132,8 @@ class Node(Host):
     def user(self) -> LinkUser:
         return self.stage
 
-    def make_worker(self, compute: Callable[[list[Work]], None]) -> LoopWorker:
-        self.worker = LoopWorker(compute, self._seconds_of)
+    def make_worker(self, calculation: Calculation[Work]) -> LoopWorker:
+        self.worker = LoopWorker(calculation, self._seconds_of)
         return self.worker
 
     def _seconds_of(self, n_tokens: int) -> float:

@@ -8,6 +8,7 @@ import trio
 
 from shardmesh.listener.scheduler import Scheduler
 from shardmesh.listener.stage_session import Work
+from shardmesh.listener.worker import Calculation
 
 
 class LoopWorker:
@@ -15,12 +16,12 @@ class LoopWorker:
 
     def __init__(
         self,
-        compute: Callable[[list[Work]], None],
+        calculation: Calculation[Work],
         seconds_of: Callable[[int], float] = lambda n_tokens: 0.0,
     ) -> None:
-        self._compute = compute
+        self._calculation = calculation
         self._seconds_of = seconds_of
-        self._scheduler: Scheduler[Work] = Scheduler()
+        self._scheduler: Scheduler[Work] = Scheduler(calculation.together)
         self._jobs: list[Callable[[], None]] = []
         self._changed = trio.Event()
 
@@ -45,4 +46,4 @@ class LoopWorker:
                     job()
                 works = self._scheduler.next_batch()
                 await trio.sleep(sum(self._seconds_of(work.batch.n_tokens) for work in works))
-                self._compute(works)
+                self._calculation.compute(works)

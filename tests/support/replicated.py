@@ -12,6 +12,7 @@ from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.engine.base import MicroBatch, SamplingSettings
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.listener.stage_session import Work
+from shardmesh.listener.worker import Calculation
 
 TOKEN_S, PIECE_S = 0.01, 0.04
 
@@ -28,9 +29,9 @@ class CountingEngine(FakeEngine):
         return super().compute(batch)
 
 
-def loop_worker(compute: Callable[[list[Work]], None]) -> LoopWorker:
+def loop_worker(calculation: Calculation[Work]) -> LoopWorker:
     """10 ms for a token, 40 ms for a piece of a prompt."""
-    return LoopWorker(compute, lambda n_tokens: TOKEN_S if n_tokens == 1 else PIECE_S)
+    return LoopWorker(calculation, lambda n_tokens: TOKEN_S if n_tokens == 1 else PIECE_S)
 
 
 @asynccontextmanager
