@@ -52,6 +52,9 @@ class Pitcher:
         self._n_body = len(body)
         self._returned.set()
 
+    def on_all_read(self, link: Link) -> None:
+        pass
+
     def on_suspected(self, link: Link) -> None:
         pass
 

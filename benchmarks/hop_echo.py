@@ -25,6 +25,9 @@ class Echo:
     def on_message(self, link: Link, message: Message, body: memoryview) -> None:
         link.send(message, body)
 
+    def on_all_read(self, link: Link) -> None:
+        pass
+
     def on_suspected(self, link: Link) -> None:
         pass
 

@@ -72,6 +72,9 @@ class SessionRouter:
             raise ProtocolError("a stage answers more than it was asked")
         route.inbox.send_nowait((link, message))
 
+    def on_all_read(self, link: Link) -> None:
+        """Nothing: each session wakes up by itself."""
+
     def on_suspected(self, link: Link) -> None:
         """Tells every session that uses the link, as long as there is room."""
         for route in self._routes.values():

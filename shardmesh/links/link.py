@@ -58,6 +58,10 @@ class LinkUser(Protocol):
 
     def on_message(self, link: Link, message: Message, body: memoryview) -> None: ...
 
+    def on_all_read(self, link: Link) -> None:
+        """No further message has arrived yet."""
+        ...
+
     def on_suspected(self, link: Link) -> None: ...
 
     def on_closed(self, link: Link, error: ShardmeshError) -> None: ...
@@ -112,6 +116,14 @@ class Link:
         the link has ended; the message is not sent then.
         """
         self._outbox.put(encode_message(message, body))
+
+    def hold(self) -> None:
+        """Has what is sent from now on wait for `release`, which writes all of it at once."""
+        self._outbox.hold()
+
+    def release(self) -> None:
+        """See `hold`."""
+        self._outbox.release()
 
     async def flush(self) -> None:
         """Waits until all that was sent is with the network, or the link has ended."""
@@ -185,6 +197,8 @@ class Link:
                     raise ProtocolError("a second hello on one link")
                 case _:
                     self._user.on_message(self, message, body)
+            if not self._pending:
+                self._user.on_all_read(self)
 
     async def _heartbeat(self) -> None:
         """Has both sides speak once in each interval.

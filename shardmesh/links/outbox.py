@@ -40,6 +40,7 @@ class Outbox:
         self.n_put = 0
         """Frames that were accepted so far."""
         self._n_bytes = 0  # in the queue and in the writer's hands
+        self._held: list[bytes] | None = None  # between `hold` and `release`
         self._is_closed = False
         self._filled = trio.Event()
         self._flushed = trio.lowlevel.ParkingLot()
@@ -59,20 +60,48 @@ class Outbox:
         with self._lock:
             if self._is_closed:
                 raise UnreachableError(f"the link to {self._peer_id} is closed", code="LINK_LOST")
-            if (
-                self._n_bytes + len(frame) > LINK_QUEUE_BYTES_MAX
-                or len(self._records) >= LINK_QUEUE_FRAMES_MAX
-            ):
+            held = self._held or ()
+            n_bytes = self._n_bytes + sum(map(len, held)) + len(frame)
+            n_frames = len(self._records) + len(held)
+            if n_bytes > LINK_QUEUE_BYTES_MAX or n_frames >= LINK_QUEUE_FRAMES_MAX:
                 raise BusyError(f"{self._peer_id} does not read fast enough", code="LINK_FULL")
             record = self._seal(frame)
             self.n_put += 1
-            if self._n_bytes == 0:
-                record = record[self._write_now(record) :]
-                if not record:
-                    return
-            self._records.append(record)
-            self._n_bytes += len(record)
-        self._wake_writer()
+            if self._held is not None and self._n_bytes == 0:
+                self._held.append(record)
+                return
+            is_waiting = self._write_or_queue(record)
+        if is_waiting:
+            self._wake_writer()
+
+    def hold(self) -> None:
+        """Keeps what is put from now on, until `release` writes all of it at once.
+
+        The other side then has it at once, too, and wakes up once for all.  From the one thread
+        that computes; not for longer than that takes to put some frames.
+        """
+        with self._lock:
+            self._held = []
+
+    def release(self) -> None:
+        """Writes what was held."""
+        with self._lock:
+            held, self._held = self._held or (), None
+            is_waiting = bool(held) and not self._is_closed
+            if is_waiting:
+                is_waiting = self._write_or_queue(b"".join(held))
+        if is_waiting:
+            self._wake_writer()
+
+    def _write_or_queue(self, record: bytes) -> bool:
+        """With the lock held; whether something is left for the writer."""
+        if self._n_bytes == 0:
+            record = record[self._write_now(record) :]
+            if not record:
+                return False
+        self._records.append(record)
+        self._n_bytes += len(record)
+        return True
 
     async def write_first(self, frame: bytes) -> None:
         """Sends the very first frame of a link and waits until the kernel has it."""

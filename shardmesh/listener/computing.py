@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
 from shardmesh.engine.at_once import computations, with_neighbours
 from shardmesh.engine.base import Engine, Output
 from shardmesh.errors import InputError, OurError, ShardmeshError
+from shardmesh.links.link import Link
 from shardmesh.listener.copies import Copy
 from shardmesh.listener.handing import hand_on
 from shardmesh.listener.kept_sequences import Place
@@ -130,9 +131,14 @@ class Computing:
                 self._compute_part([work])
             return
         compute_us = int((time.monotonic() - started_s) * 1e6)
-        for number, work in enumerate(works):
-            result = results if isinstance(results, ShardmeshError) else _outcome(results[number])
-            self._deliver(work, result, started_s, compute_us)
+        held = _hold_links(works)
+        try:
+            for number, work in enumerate(works):
+                result = results if isinstance(results, ShardmeshError) else results[number]
+                self._deliver(work, result, started_s, compute_us)
+        finally:
+            for link in held:
+                link.release()
         self._counters.compute_us += compute_us  # now that the results are on their way
         if works[0].batch.n_tokens == 1:
             self._note_pace(compute_us)
@@ -188,6 +194,17 @@ class Computing:
         self._counters.n_batches += 1
         self._counters.n_tokens += work.batch.n_tokens
         self._counters.queue_us += queue_us
+
+
+def _hold_links(works: Sequence[Work]) -> Collection[Link]:
+    """Has what was computed together travel together, so that the next stage has it at once."""
+    if len(works) == 1:
+        return ()
+    sessions = [work.session for work in works]
+    links = {link for s in sessions for link in (s.next_link, s.first_link, s.coordinator) if link}
+    for link in links:
+        link.hold()
+    return links
 
 
 def begin_sequence(

@@ -162,6 +162,11 @@ class Stage:
             elif session.first_link is link:
                 give_up(session, error)
             self._copier.lost(session, link)
+        self.sessions.worker.wake()  # a message that ended the link may have come with good ones
+
+    def on_all_read(self, link: Link) -> None:
+        """Lets the worker begin: what came together may be computed together."""
+        self.sessions.worker.wake()
 
     def on_suspected(self, link: Link) -> None:
         """Nothing: the coordinator hears the silence of a stage by itself."""

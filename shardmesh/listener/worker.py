@@ -41,6 +41,8 @@ class Computes(Protocol[Item]):
 
     def add(self, session: bytes, n_tokens: int, item: Item) -> None: ...
 
+    def wake(self) -> None: ...
+
     def forget(self, session: bytes, is_void: Callable[[Item], bool] | None = None) -> None: ...
 
     def do(self, job: Job) -> None: ...
@@ -65,10 +67,17 @@ class Worker(Generic[Item]):
         self._begun.acquire()
 
     def add(self, session: bytes, n_tokens: int, item: Item) -> None:
-        """Queues a micro-batch; raises ProtocolError (theirs) when its session has too many."""
+        """Queues a micro-batch, for which the thread is not woken yet.
+
+        Raises ProtocolError (theirs) when its session has too many.
+        """
         with self._lock:
             self._scheduler.add(session, n_tokens, item)
-            is_woken = self._wake()
+
+    def wake(self) -> None:
+        """Has the thread begin with what was added, if it waits."""
+        with self._lock:
+            is_woken = bool(self._scheduler) and self._wake()
         if is_woken:
             # Else it would wait for the interpreter while the loop tidies up: 40 us of each hop.
             self._begun.acquire(timeout=HAND_OVER_S)

@@ -67,7 +67,7 @@ def test_finds_the_numbers_that_change_nothing(n_exact: int, found: tuple[int, .
     assert all(engine.n_held(sequence) == 0 for sequence in range(16))
 
 
-def test_numbers_that_save_no_time_are_left_out() -> None:
+def test_few_that_save_no_time_are_left_out() -> None:
     class Slow(JoiningFake):
         def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
             outputs = super().compute(batch)
@@ -76,7 +76,7 @@ def test_numbers_that_save_no_time_are_left_out() -> None:
             return outputs
 
     clock = Clock()
-    assert find_numbers_at_once(Slow(99, clock, n_parallel=8), clock) == ()
+    assert find_numbers_at_once(Slow(99, clock, n_parallel=8, n_embd=2048), clock) == (4, 6, 8)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_what_saves_most_is_tried_in_any_case_and_the_rest_in_time(
     assert clock.now_s < 1.2 * takes_s
 
 
-def test_a_number_that_is_hardly_faster_than_a_smaller_one_is_left_out() -> None:
-    assert worth_joining({1: 10.0, 2: 9.9, 4: 9.0, 8: 6.0, 16: 5.9, 32: 5.0}) == (4, 8, 32)
-    assert worth_joining({1: 10.0, 2: 12.0, 8: 9.0}) == (8,)
+def test_what_is_hardly_faster_is_left_out_unless_it_is_known_to_be() -> None:
+    assert worth_joining({1: 10.0, 2: 9.9, 3: 9.0, 4: 12.0, 8: 6.0}) == (3, 4, 8)
+    assert worth_joining({1: 10.0, 2: 12.0}) == ()
     assert worth_joining({}) == ()
 
 

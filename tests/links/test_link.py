@@ -125,6 +125,20 @@ async def test_messages_and_bodies_arrive_in_order_in_both_directions() -> None:
     assert one.messages == [word(100 + number) for number in range(50)]
 
 
+async def test_its_user_hears_when_all_that_came_together_was_read() -> None:
+    user = Recorder()
+    async with greeted(user) as (_, far, _):
+        user.read_at.clear()
+        records = [far.sealed(each) for each in (word(0), word(1), Pong(number=99))]
+        await far.stream.send_all(b"".join(records))
+        await user.heard(2)
+        await trio.testing.wait_all_tasks_blocked()
+        assert user.read_at == [2]
+        await far.send(word(2))
+        await user.heard(3)
+        assert user.read_at[-1] == 3
+
+
 async def test_silence_closes_the_link(autojump_clock: trio.testing.MockClock) -> None:
     user = Recorder()
     async with greeted(user) as (link, _, _):

@@ -124,3 +124,66 @@ async def test_a_connection_that_the_system_gives_up_is_met_by_the_writer_only()
         outbox.put(b"frame")
         with pytest.raises(trio.BrokenResourceError):
             await outbox.write_forever()
+
+
+async def test_what_is_held_goes_out_at_once_and_in_order() -> None:
+    keys = new_keys()
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(keys.dialer_to_acceptor), "far")
+    opener = Opener(keys.dialer_to_acceptor)
+    async with near, far:
+        outbox.hold()
+        for number in range(5):
+            outbox.put(bytes([number]))
+        with trio.move_on_after(0):  # it is a socket: what was written is there
+            await far.receive_some(1000)
+            raise AssertionError("something was written")
+        outbox.release()
+        outbox.put(b"later")  # no writer runs
+        records = RecordReader().feed(await far.receive_some(1000))
+        assert [opener.open(record) for record in records] == [*map(bytes, zip(range(5))), b"later"]
+        outbox.release()  # nothing was held
+
+
+async def test_what_is_held_waits_its_turn_behind_what_waits_already() -> None:
+    keys = new_keys()
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(keys.dialer_to_acceptor), "far")
+    opener, reader = Opener(keys.dialer_to_acceptor), RecordReader()
+    frames = [bytes([number]) * 1_000_000 for number in range(6)]
+    found: list[bytes] = []
+    async with near, far, trio.open_nursery() as nursery:
+        for frame in frames[:3]:
+            outbox.put(frame)
+        outbox.hold()
+        for frame in frames[3:5]:
+            outbox.put(frame)
+        outbox.release()
+        outbox.hold()
+        nursery.start_soon(outbox.write_forever)
+        while len(found) < 5:
+            found += [opener.open(r) for r in reader.feed(await far.receive_some(65536))]
+        outbox.put(frames[5])
+        outbox.release()
+        while len(found) < 6:
+            found += [opener.open(r) for r in reader.feed(await far.receive_some(65536))]
+        nursery.cancel_scope.cancel()
+    assert found == frames
+
+
+async def test_what_is_held_counts_as_waiting_and_is_not_written_once_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox_module, "LINK_QUEUE_FRAMES_MAX", 3)
+    near, far = socket_streams()
+    outbox = Outbox(near, Sealer(new_keys().dialer_to_acceptor), "far")
+    async with near, far:
+        outbox.hold()
+        for _ in range(3):
+            outbox.put(b"x")
+        with pytest.raises(BusyError):
+            outbox.put(b"x")
+        outbox.close()
+        outbox.release()
+        await near.aclose()
+        assert await far.receive_some(1000) == b""

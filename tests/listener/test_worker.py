@@ -38,6 +38,7 @@ async def test_each_micro_batch_wakes_it_and_is_computed_once_in_order() -> None
         for number in range(N_ROUNDS):
             done = trio.Event()
             worker.add(SESSION, 1, number)
+            worker.wake()
             with trio.fail_after(10):
                 await done.wait()
         nursery.cancel_scope.cancel()
@@ -55,9 +56,11 @@ async def test_jobs_and_micro_batches_in_any_mixture() -> None:
             worker.do(lambda number=number: seen.append(f"job {number}"))  # type: ignore[misc]
             if number % 3 == 0:
                 worker.add(bytes([number]), 1, number)
+                worker.wake()
             if number % 7 == 0:
                 await trio.lowlevel.checkpoint()
         worker.add(SESSION, 1, N_ROUNDS)
+        worker.wake()
         worker.do(lambda: worker.do(lambda: token.run_sync_soon(ended.set)))
         with trio.fail_after(10):
             await ended.wait()
@@ -82,6 +85,7 @@ async def test_the_loop_does_not_wait_for_a_thread_that_is_busy() -> None:
         nursery.start_soon(worker.run)
         for number in range(5):
             worker.add(SESSION, 1, number)
+            worker.wake()
         assert computed == []
         goes_on.set()
         nursery.cancel_scope.cancel()  # waits for the pass under way only

@@ -31,6 +31,7 @@ class Recorder:
         self.errors: list[ShardmeshError] = []
         self.refuse: ShardmeshError | None = None
         self.n_suspicions = 0
+        self.read_at: list[int] = []  # after how many messages all that had arrived was read
         self.closed = trio.Event()
         self._changed = trio.Event()
 
@@ -41,6 +42,9 @@ class Recorder:
         self.bodies.append(bytes(body))
         self._changed.set()
         self._changed = trio.Event()
+
+    def on_all_read(self, link: Link) -> None:
+        self.read_at.append(len(self.messages))
 
     def on_suspected(self, link: Link) -> None:
         self.n_suspicions += 1

@@ -29,6 +29,9 @@ class LoopWorker:
         self._scheduler.add(session, n_tokens, item)
         self._changed.set()
 
+    def wake(self) -> None:
+        """It has been woken already."""
+
     def forget(self, session: bytes, is_void: Callable[[Work], bool] | None = None) -> None:
         self._scheduler.remove(session, is_void)
 
