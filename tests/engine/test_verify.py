@@ -140,7 +140,7 @@ def test_output_for_a_person(model: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_run_is_a_sentence(model: Path, arguments: list[str], sentence: str) -> None:
     result = run(model, *arguments, "--json")
     assert result.exit_code == 2
-    assert set(answer := json.loads(result.stdout)) == {"error"}
+    assert set(answer := json.loads(result.stdout)) == {"error", "code", "next_step"}
     assert sentence in answer["error"]
     result = run(model, *arguments)
     assert result.exit_code == 2
