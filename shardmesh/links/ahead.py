@@ -1,8 +1,8 @@
 """Links that are brought up before anybody needs them.
 
-Agreeing on a link and dialing it takes a tenth of a second, on a busy machine several: time that a
-first session would wait for, or one that a replica has just been lost to.  It also tells what the
-way to a node costs before anything was sent there.
+Agreeing on a link and dialing it takes several exchanges, and half a second on a busy machine:
+time that a first session would wait for, or one that has just lost a replica.  It also tells what
+the way to a node costs before anything was sent there.
 """
 
 from __future__ import annotations

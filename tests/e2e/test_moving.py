@@ -9,7 +9,7 @@ from support.asking import wait_status
 from support.processes import START_TIMEOUT_S, Mesh, Workspace, start_bootstrap
 from support.reference import N_TOKENS, PROMPT, Reference
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.recovery]
 
 N_SHARDS = 3
 QUICKLY = ("--rebalance-interval", "2", "--refresh-interval", "2")
