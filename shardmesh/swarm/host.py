@@ -362,6 +362,8 @@ class Host:
                 is_usual = isinstance(error, MomentError | RefusedError)
                 level = logging.DEBUG if is_usual else logging.INFO
                 _log.log(level, "%s from %s: %s [%s]", protocol, peer_id, error, error.code)
+            except trio.TooSlowError:
+                _log.debug("%s from %s: not over in time", protocol, peer_id)
             except Exception:  # noqa: BLE001 - raised into libp2p, it would end the whole host
                 _log.exception("the handler of %s failed", protocol)
             finally:

@@ -104,6 +104,18 @@ async def test_failing_handler_does_not_end_the_host(caplog: pytest.LogCaptureFi
     assert "the handler of" in caplog.text
 
 
+async def test_a_handler_that_waited_in_vain_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+    async def wait(stream: ByteStream, peer_id: str) -> None:
+        raise trio.TooSlowError
+
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        answerer.serve(ECHO, wait)
+        await asker.connect(answerer.addresses(), 5)
+        with pytest.raises(UnreachableError):
+            await ask(asker, answerer.peer_id, b"hello")
+    assert "the handler of" not in caplog.text
+
+
 async def test_unknown_protocol_is_refused() -> None:
     async with host_on_loopback() as asker, host_on_loopback() as answerer:
         await asker.connect(answerer.addresses(), 5)
