@@ -33,6 +33,9 @@ from shardmesh.wire.sealing import LINK_ID_BYTES
 
 logger = logging.getLogger(__name__)
 
+UNHURRIED_S = 0.5
+"""How long whoever needs a link waits for a dial that was begun before anybody needed it."""
+
 EXPECTED_LIFETIME_S = 2 * HANDSHAKE_TIMEOUT_S
 
 _Connected = tuple[trio.SocketStream, LinkKind]
@@ -225,12 +228,19 @@ class LinkPool:
         self._links: dict[str, Link] = {}
         self._silent: dict[str, Link] = {}  # those that a newer one took the place of
         self._dialing: dict[str, trio.Lock] = {}
+        self._unhurried: dict[str, trio.CancelScope] = {}  # dials that nobody waited for at first
 
     async def get(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> Link:
         """The open link to a node, made if there is none that is well.
 
         Raises what agreeing and dialing raise, and UnreachableError after `timeout_s`.
         """
+        unhurried = self._unhurried.get(peer_id)
+        if unhurried is not None:  # it may hang, where a new one gets on
+            unhurried.deadline = min(unhurried.deadline, trio.current_time() + UNHURRIED_S)
+        return await self._shared(peer_id, addresses, timeout_s)
+
+    async def _shared(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> Link:
         lock = self._dialing.setdefault(peer_id, trio.Lock())
         try:
             with trio.fail_after(timeout_s):
@@ -296,10 +306,14 @@ class LinkPool:
         self._nursery.start_soon(self._carry, link)
 
     async def _try_to_get(self, peer_id: str, addresses: tuple[str, ...], timeout_s: float) -> None:
+        self._unhurried[peer_id] = scope = trio.CancelScope()
         try:
-            await self.get(peer_id, addresses, timeout_s)
+            with scope:
+                await self._shared(peer_id, addresses, timeout_s)
         except ShardmeshError as error:
             logger.debug("no link to %s yet: %s", peer_id, error)
+        finally:
+            self._unhurried.pop(peer_id, None)
 
     async def _carry(self, link: Link) -> None:
         try:

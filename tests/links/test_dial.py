@@ -342,6 +342,18 @@ async def test_a_node_is_dialed_soon_unless_it_is_linked() -> None:
         assert pool.open_link("far") is link
 
 
+async def test_whoever_needs_a_link_does_not_wait_long_for_a_dial_that_hangs() -> None:
+    async with pooled() as (pool, agreements, _):
+        agreements.may_go = trio.Event()
+        pool.dial_soon("far", (), 60)
+        await trio.testing.wait_all_tasks_blocked()
+        agreements.may_go = trio.Event()  # the next one does not hang
+        agreements.may_go.set()
+        with trio.fail_after(30):
+            link = await pool.get("far", (), 20)
+        assert (link.is_open, agreements.n_asked) == (True, 2)
+
+
 async def test_a_silent_node_is_dialed_while_nobody_waits_once_at_a_time() -> None:
     async with pooled() as (pool, agreements, _):
         first = await pool.get("far", (), 5)
