@@ -182,7 +182,7 @@ class Coordinator:
                 open_draft_model(request.draft_model, model.tokenizer, n_drafts) as ask_model,
                 self._router.session(chain, linked.links, settings, finder) as session,
             ):
-                self._chains.link_spares(chain, self._replicas, wish)
+                self._chains.link_spares(linked)
                 if session.standbys is not None:
                     self._nursery.start_soon(session.standbys.run)
                 items = generate(

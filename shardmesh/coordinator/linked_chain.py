@@ -38,11 +38,15 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class LinkedChain:
-    """A chain, the links to its stages in order, and why it was chosen."""
+    """A chain, the links to its stages in order, why it was chosen, and out of what.
+
+    `replicas` are all that may serve the request, also where it names others to begin with.
+    """
 
     chain: Chain
     links: list[Link]
     explanation: Explanation
+    replicas: Sequence[Replica]
 
 
 class _UnlinkedError(Exception):
@@ -85,19 +89,19 @@ class ChainLinker:
                 first_error = first_error or error
                 self._health.failed(error.stage, error.cause, trio.current_time())
             else:
-                return LinkedChain(chain, links, explain(chain.stages, allowed, costs))
+                explanation = explain(chain.stages, allowed, costs)
+                return LinkedChain(chain, links, explanation, pinned(trusted, avoid=wish.avoid))
 
-    def link_spares(self, chain: Chain, replicas: Sequence[Replica], wish: Wish) -> None:
+    def link_spares(self, linked: LinkedChain) -> None:
         """Has some of those dialed that could replace a stage of the chain; not waited for.
 
         Those that have a link already count first, the others come as they fall, so that
         coordinators differ.
         """
         now_s = trio.current_time()
-        allowed = pinned(replicas, avoid=wish.avoid)
-        well = [replica for replica in allowed if not self._health.is_aside(replica, now_s)]
+        well = [r for r in linked.replicas if not self._health.is_aside(r, now_s)]
         well.sort(key=lambda r: (self._pool.open_link(r.peer_id) is None, random.random()))
-        for spare in spares(chain, well):
+        for spare in spares(linked.chain, well):
             self._pool.dial_soon(spare.peer_id, spare.addresses, LINK_TIMEOUT_S)
 
     def distrust(self, peer_id: str) -> None:

@@ -146,15 +146,15 @@ async def test_spares_are_dialed_those_that_are_linked_first(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     asking = Asking()
-    chain = Chain((FIRST, SECOND))
     further = [replica(f"further {i}", 1) for i in range(5)]
-    asking.linker.link_spares(chain, [*ALL, *further], Wish())
+    linked = await asking.linker.link([*ALL, *further], Wish())
+    asking.linker.link_spares(linked)
     assert len(set(asking.pool.dialed_soon)) == SPARES_PER_STAGE
     for _ in range(20):
         asking.pool.linked = dict.fromkeys(asking.pool.dialed_soon, object())
         before = set(asking.pool.dialed_soon)
         asking.pool.dialed_soon.clear()
-        asking.linker.link_spares(chain, [*ALL, *further], Wish())
+        asking.linker.link_spares(linked)
         assert set(asking.pool.dialed_soon) == before
 
 
@@ -162,8 +162,9 @@ async def test_no_spare_that_failed_or_that_nobody_wants(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     asking = Asking()
-    chain = Chain((FIRST, SECOND))
-    asking.linker.link_spares(chain, ALL, Wish(avoid=("other second",)))
+    linked = await asking.linker.link(ALL, Wish(avoid=("other second",)))
+    asking.linker.link_spares(linked)
+    linked = await asking.linker.link([FIRST, SECOND], Wish())
     asking.finder.set_aside(OTHER, FULL)
-    asking.linker.link_spares(chain, ALL, Wish())
+    asking.linker.link_spares(dataclasses.replace(linked, replicas=ALL))
     assert asking.pool.dialed_soon == []
