@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardmesh.cli.admission import missing_secret
-from shardmesh.cli.command import matching_peer
 from shardmesh.cli.config_file import config_option
 from shardmesh.cli.options import cluster_option, state_dir_option
 from shardmesh.cli.visit import Visit, visit_options
@@ -121,7 +120,7 @@ async def _remove(
     from shardmesh.swarm.cluster import hand_over
     from shardmesh.wire.cluster_secret import new_secret, owner_of
     from shardmesh.wire.cluster_update import ClusterUpdate, sign_update
-    from shardmesh.wire.peer_id import is_peer_id
+    from shardmesh.wire.peer_id import is_peer_id, matching_peer
 
     owner = files.owner()
     old = client.host.admission.secret

@@ -13,6 +13,7 @@ from shardmesh.cli.numbers import SECONDS_MAX, FiniteRange
 from shardmesh.cli.options import shards_dir_option
 from shardmesh.cli.visit import Visit, visit_options
 from shardmesh.errors import InputError, ProtocolError
+from shardmesh.wire.peer_id import matching_peer
 
 if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
@@ -73,16 +74,3 @@ async def peer_of(client: Client, text: str, timeout_s: float) -> str:
         return await client.host.connect([text], timeout_s)
     found = await client.membership.find_listeners()
     return matching_peer(text, [a.peer_id for a in found])
-
-
-def matching_peer(text: str, known: list[str]) -> str:
-    """The one known peer id that begins or ends with `text`; InputError (theirs) otherwise."""
-    found = [peer_id for peer_id in known if peer_id.startswith(text) or peer_id.endswith(text)]
-    if len(found) == 1:
-        return found[0]
-    who = f"{len(found)} nodes in this mesh have" if found else "no node in this mesh has"
-    raise InputError(
-        f"{who} a peer id that begins or ends with {text!r}",
-        code="UNKNOWN_PEER",
-        next_step="`shardmesh status` shows the ends of the peer ids",
-    )

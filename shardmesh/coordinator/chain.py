@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from shardmesh.errors import IncompleteError, InputError
+from shardmesh.wire.peer_id import matching_peer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,8 @@ def pinned(
     or not a single one.
     """
     found = list(replicas)
-    wanted = {_named(found, name).peer_id for name in via}
-    unwanted = {_named(found, name).peer_id for name in avoid}
+    wanted = {_named(found, name) for name in via}
+    unwanted = {_named(found, name) for name in avoid}
     fixed = [r for r in found if r.peer_id in wanted]
     return [
         r
@@ -138,16 +139,9 @@ def pinned(
     ]
 
 
-def _named(replicas: Sequence[Replica], name: str) -> Replica:
-    found = [r for r in replicas if r.peer_id.startswith(name) or r.peer_id.endswith(name)]
-    if len(found) != 1:
-        who = f"{len(found)} nodes that serve have" if found else "no node that serves has"
-        raise InputError(
-            f"{who} a peer id that begins or ends with {name!r}",
-            code="UNKNOWN_PEER",
-            next_step="`shardmesh status` shows the ends of the peer ids",
-        )
-    return found[0]
+def _named(replicas: Sequence[Replica], name: str) -> str:
+    peer_ids = [replica.peer_id for replica in replicas]
+    return matching_peer(name, peer_ids, one="node that serves", several="nodes that serve")
 
 
 def choose_model(replicas: Iterable[Replica], model_name: str | None) -> list[Replica]:

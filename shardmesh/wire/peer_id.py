@@ -6,12 +6,13 @@ specification of peer ids), so the key can be taken out of it again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from shardmesh.errors import ProtocolError
+from shardmesh.errors import InputError, ProtocolError
 
 PUBLIC_KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
@@ -49,6 +50,28 @@ def is_peer_id(text: str) -> bool:
     except ProtocolError:
         return False
     return True
+
+
+def matching_peer(
+    text: str,
+    known: Sequence[str],
+    *,
+    one: str = "node in this mesh",
+    several: str = "nodes in this mesh",
+) -> str:
+    """The one known peer id that begins or ends with `text`; InputError (theirs) otherwise.
+
+    `one` and `several` say for a person who is known.
+    """
+    found = [peer_id for peer_id in known if peer_id.startswith(text) or peer_id.endswith(text)]
+    if len(found) == 1:
+        return found[0]
+    who = f"{len(found)} {several} have" if found else f"no {one} has"
+    raise InputError(
+        f"{who} a peer id that begins or ends with {text!r}",
+        code="UNKNOWN_PEER",
+        next_step="`shardmesh status` shows the ends of the peer ids",
+    )
 
 
 def verify_signature(public_key: bytes, signature: bytes, data: bytes) -> bool:
