@@ -15,7 +15,7 @@ import trio
 
 from shardmesh.confinement import without_settings
 from shardmesh.engine import grammar_prover as prover
-from shardmesh.engine.grammar import BAD_GRAMMAR, check_grammar
+from shardmesh.engine.grammar import BAD_GRAMMAR, SIMPLER, check_grammar
 from shardmesh.errors import BusyError, EngineError, InputError
 from shardmesh.wire.limits import GRAMMAR_WORK_TIMEOUT_S
 
@@ -132,5 +132,5 @@ def _raise_refusal(verdict: int) -> None:
             f"the grammar takes too much memory, or more than {GRAMMAR_WORK_TIMEOUT_S:.0f} s, "
             "before the first words are written",
             code=BAD_GRAMMAR,
-            next_step="write it with fewer parts that may be left out or mean the same",
+            next_step=SIMPLER,
         )

@@ -16,6 +16,9 @@ from shardmesh.wire.limits import (
 
 BAD_GRAMMAR: Final = "BAD_GRAMMAR"
 BAD_SCHEMA: Final = "BAD_SCHEMA"
+SIMPLER: Final = "write it with fewer parts that may be left out or mean the same"
+"""The next step for a grammar that takes llama.cpp too long."""
+
 _SCHEMAS_KEPT = 64
 
 

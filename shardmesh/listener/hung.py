@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardmesh.engine.grammar import BAD_GRAMMAR
+from shardmesh.engine.grammar import BAD_GRAMMAR, SIMPLER
 from shardmesh.engine.watchdog import Call
 from shardmesh.errors import EngineError, InputError, ShardmeshError
 from shardmesh.listener.stage_session import StageSession
@@ -26,6 +26,6 @@ def why_hung(call: Call, session: StageSession) -> ShardmeshError:
             f"the last stage could not follow the grammar: a step took more than "
             f"{call.limit_s:.0f} s",
             code=BAD_GRAMMAR,
-            next_step="write it with fewer parts that may be left out or mean the same",
+            next_step=SIMPLER,
         )
     return engine_hung(call)
