@@ -78,8 +78,9 @@ class _Trial:
     def run(self) -> tuple[int, ...]:
         ends_s = self._clock() + TRIAL_TIMEOUT_S
         self._advance(1, 1)  # the first computation of all warms up
-        alone = [self._advance(1, self._n_steps(2), text) for text in range(_N_TEXTS)]
-        row_s = {1: min(spent_s for _, spent_s in alone)}
+        trials = [self._advance(1, self._n_steps(2), text) for text in range(_N_TEXTS)]
+        alone = [digests for (digests,), _ in trials]
+        row_s = {1: min(spent_s for _, spent_s in trials)}
         n_max = self._engine.info.n_parallel
         numbers = [number for number in _NUMBERS_TRIED if number <= n_max]
         for number in numbers:
@@ -87,7 +88,7 @@ class _Trial:
                 continue
             n_steps = self._n_steps(number)
             together, spent_s = self._advance(number, n_steps)
-            if together == [alone[i % _N_TEXTS][0][0][:n_steps] for i in range(number)]:
+            if together == [alone[i % _N_TEXTS][:n_steps] for i in range(number)]:
                 row_s[number] = spent_s
             else:
                 n_max = number - 1  # more rows change bits as well
