@@ -9,19 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.grammars import OPENS_FOR_EVER, SAMPLES_FOR_EVER
 from support.mesh import GREEDY
-from support.models import BUILT_IN, write_model
 
 import shardmesh.listener.data_child as data_child_module
-from shardmesh.errors import UnreachableError
 from shardmesh.links.dial import dial
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.supervisor import ShardStatus, Supervisor
-from shardmesh.shards.layers import ranges_of_counts
-from shardmesh.shards.split import split_model
-from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
+from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
 from shardmesh.wire.messages import HiddenBatch, OpenSession, SessionFailed, SessionOpened
 
 TIMEOUT_S = 60.0
@@ -41,26 +38,8 @@ sys.exit(data_process.main())
 def last(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """What serves the second of two shards of a tiny model, with its vocabulary."""
     directory = tmp_path_factory.mktemp("shards")
-    model = write_model(directory / "model.gguf", n_layer=2, n_embd=N_EMBD, vocabulary=BUILT_IN)
-    manifest = split_model(model, ranges_of_counts([1, 1]), directory, name="tiny")
-    return Start(
-        shard_path=str(directory / "shard-1.gguf"),
-        vocabulary_path=str(directory / "tokenizer.gguf"),
-        manifest_digest=manifest.digest(),
-        layer_start=1,
-        layer_end=2,
-        listen_hosts=("127.0.0.1",),
-        data_port=0,
-        n_ctx=64,
-        n_parallel=2,
-        n_threads=1,
-        n_gpu_layers=0,
-        cache_type_k="f16",
-        cache_type_v="f16",
-        flash_attention=None,
-        log_format="pretty",
-        log_verbosity=0,
-    )
+    start = start_of_tiny_shard(directory, 1, n_embd=N_EMBD)
+    return msgspec.structs.replace(start, vocabulary_path=str(directory / "tokenizer.gguf"))
 
 
 @pytest.fixture
@@ -110,10 +89,6 @@ def one_row(number: int) -> HiddenBatch:
         scored=(),
         hand=False,
     )
-
-
-async def no_agreement(peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
-    raise UnreachableError("nobody is to be reached here")
 
 
 @pytest.mark.processes

@@ -20,9 +20,9 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.mesh import GREEDY
-from support.models import BUILT_IN, write_model
 
 import shardmesh.listener.data_child as data_child_module
 import shardmesh.listener.supervisor as supervisor_module
@@ -47,8 +47,6 @@ from shardmesh.listener.supervisor import (
     Supervisor,
     restart_pause_s,
 )
-from shardmesh.shards.layers import ranges_of_counts
-from shardmesh.shards.split import split_model
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
 from shardmesh.wire.messages import NextStage, OpenSession
@@ -75,26 +73,7 @@ def test_many_deaths_in_a_row_are_no_restart_storm() -> None:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """What serves the first of two shards of a tiny model."""
-    directory = tmp_path_factory.mktemp("shards")
-    model = write_model(directory / "model.gguf", n_layer=2, vocabulary=BUILT_IN)
-    manifest = split_model(model, ranges_of_counts([1, 1]), directory, name="tiny")
-    return Start(
-        shard_path=str(directory / "shard-0.gguf"),
-        manifest_digest=manifest.digest(),
-        layer_start=0,
-        layer_end=1,
-        listen_hosts=("127.0.0.1",),
-        data_port=0,
-        n_ctx=64,
-        n_parallel=2,
-        n_threads=1,
-        n_gpu_layers=0,
-        cache_type_k="f16",
-        cache_type_v="f16",
-        flash_attention=None,
-        log_format="pretty",
-        log_verbosity=0,
-    )
+    return start_of_tiny_shard(tmp_path_factory.mktemp("shards"), 0)
 
 
 @pytest.fixture
@@ -102,10 +81,6 @@ def broken_shard(start: Start, tmp_path: Path) -> Path:
     broken = tmp_path / "shard-0.gguf"
     broken.write_bytes(Path(start.shard_path).read_bytes()[:1000])
     return broken
-
-
-async def no_agreement(peer_id: str, addresses: tuple[str, ...]) -> LinkGrant:
-    raise UnreachableError("nobody is to be reached here")
 
 
 class Watched(Supervisor):
