@@ -29,6 +29,7 @@ class Connection(TCPServer):
 
     async def run(self) -> None:
         self.idle_task = IdleWatch(self.config.keep_alive_timeout)
+        self._unsent = bytearray()  # the beginning of it may have been sent
         await super().run()
 
     async def _read_data(self) -> None:
@@ -54,16 +55,25 @@ class Connection(TCPServer):
             await self.protocol.handle(Closed())
 
     async def _write(self, data: bytes) -> None:
-        """Hands over what the system takes at once, and waits only if that is not all."""
-        if not self.send_lock.locked():
-            data = data[write_at_once(self.stream, data) :]
-        if data:
-            async with self.send_lock:
-                with trio.fail_after(WRITE_TIMEOUT_S):
-                    await self.stream.send_all(data)
+        """Hands over what the system takes at once, and waits only if that is not all.
+
+        Cancelled, the rest goes out ahead of what is written next: the client has its beginning.
+        """
+        self._unsent += data
+        if not self.send_lock.locked() and not self._hand_over():
+            return
+        async with self.send_lock:
+            with trio.fail_after(WRITE_TIMEOUT_S):
+                while self._hand_over():
+                    await trio.lowlevel.wait_writable(self.stream.socket.fileno())
+
+    def _hand_over(self) -> int:
+        """Gives the system what it takes at once; how many bytes are left."""
+        del self._unsent[: write_at_once(self.stream, self._unsent)]
+        return len(self._unsent)
 
 
-def write_at_once(stream: trio.SocketStream, data: bytes) -> int:
+def write_at_once(stream: trio.SocketStream, data: bytes | bytearray) -> int:
     """Bytes that the system has taken; raises BrokenResourceError or ClosedResourceError."""
     if not data:
         return 0
