@@ -101,6 +101,7 @@ _REFUSALS = {
     401: "A token is needed, or is not known.",
     403: "This Host or Origin is not admitted.",
     404: "There is no such thing.",
+    408: "The request did not arrive in time.",
     413: "The request is too large.",
     429: "Too many requests with this token; `Retry-After` says when to come again.",
     500: "A defect of the gateway, or of a node.",

@@ -41,8 +41,14 @@ _STATUS_BY_CODE = {
     "UNKNOWN_PEER": 404,
     "NO_API_TOKEN": 401,
     "RATE_LIMITED": 429,
+    "BODY_TOO_SLOW": 408,
     "BODY_TOO_LARGE": 413,
     "NO_EMBEDDINGS": 501,
+}
+
+_HEADERS_BY_CODE = {
+    "NO_API_TOKEN": {"WWW-Authenticate": "Bearer"},
+    "BODY_TOO_SLOW": {"Connection": "close"},  # what is left of it must not be taken for a request
 }
 
 
@@ -116,7 +122,7 @@ def headers_of(error: ShardmeshError) -> dict[str, str]:
             return {"Retry-After": str(RETRY_INCOMPLETE_S)}
         case BusyError() | MomentError():
             return {"Retry-After": str(RETRY_BUSY_S)}
-    return {"WWW-Authenticate": "Bearer"} if error.code == "NO_API_TOKEN" else {}
+    return _HEADERS_BY_CODE.get(error.code, {})
 
 
 def response_of(error: ShardmeshError) -> JSONResponse:

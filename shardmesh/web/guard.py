@@ -245,23 +245,30 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ShardmeshEr
 
 
 async def _whole_body(receive: Receive) -> bytes | None:
-    """A request's body, whatever its headers said; None if it does not come, or not in time.
+    """A request's body, whatever its headers said; None if the client goes away before its end.
 
     Read before any route runs: the connection waits until what it has read is taken, and a route
     that takes nothing would wait for the connection in the end, for ever.  Raises InputError
-    (theirs) for one that is too large.
+    (theirs) for one that is too large or does not come in time.
     """
     body, has_more = bytearray(), True
-    with trio.move_on_after(HTTP_BODY_TIMEOUT_S) as scope:
-        while has_more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > HTTP_BODY_BYTES_MAX:
-                raise _too_large()
-            has_more = message.get("more_body", False)
-    return None if scope.cancelled_caught else bytes(body)
+    try:
+        with trio.fail_after(HTTP_BODY_TIMEOUT_S):
+            while has_more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                if len(body) > HTTP_BODY_BYTES_MAX:
+                    raise _too_large()
+                has_more = message.get("more_body", False)
+    except trio.TooSlowError:
+        raise InputError(
+            f"the body of the request did not arrive within {HTTP_BODY_TIMEOUT_S:.0f} s",
+            code="BODY_TOO_SLOW",
+            next_step="send it over a faster line, or make it shorter",
+        ) from None
+    return bytes(body)
 
 
 def _behind(body: bytes, receive: Receive) -> Receive:

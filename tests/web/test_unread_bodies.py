@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from shardmesh.web import server
+from shardmesh.web import guard, server
 from shardmesh.web.guard import Guard, GuardSettings
 from shardmesh.web.server import bind_sockets, serve_app
 from shardmesh.web.tokens import ApiTokens
@@ -73,3 +74,19 @@ async def test_an_unread_body_holds_no_connection(
                 async with await connect() as stream:
                     if await _ask(stream) == b"HTTP/1.1 200":
                         break
+
+
+async def test_a_body_that_comes_too_slowly_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HTTP_BODY_TIMEOUT_S", 0.2)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
+    answer = b""
+    with trio.fail_after(20):
+        async with served_once() as connect, await connect() as stream:
+            await stream.send_all(head)
+            async for data in stream:  # to its end: what comes late must not be the next request
+                answer += data
+    first, _, body = answer.partition(b"\r\n\r\n")
+    assert first.startswith(b"HTTP/1.1 408")
+    assert b"connection: close" in first.lower()
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "BODY_TOO_SLOW")
