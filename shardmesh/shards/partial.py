@@ -81,6 +81,10 @@ class PartialFile:
             else:
                 self.final.replace(self.final.with_name(self.final.name + ASIDE_SUFFIX))
 
+    def is_begun(self) -> bool:
+        """Whether something is here that the next start can go on from."""
+        return (self.folder / ".torrent").exists() or self.path.exists()
+
     def n_bytes_missing(self) -> int:
         """Bytes that the disk still has to find room for."""
         try:

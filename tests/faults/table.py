@@ -111,8 +111,8 @@ ROWS = (
         "disk full, kill during rename",
         "typed error, nothing half-written visible, serving goes on",
         (
-            "swarm/test_torrents.py::test_no_room_before_anything_is_fetched",
-            "swarm/test_torrents.py::test_the_disk_becomes_full",
+            "swarm/test_disk_room.py::test_no_room_before_anything_is_fetched",
+            "swarm/test_disk_room.py::test_the_disk_becomes_full",
             "shards/test_split.py::test_a_disk_that_fills_up_is_the_persons_to_solve",
             "shards/test_split.py::test_a_rename_that_fails_takes_the_others_back",
             "shards/test_atomic.py",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from shardmesh.wire.cluster_secret import ClusterSecret
 from shardmesh.wire.torrent_file import TorrentFile
 
 MB = 1_000_000
+DEADLINE_S = 60.0
 
 
 class TableDht:
@@ -160,6 +162,33 @@ def make_model(
     write_manifest(manifest, folder / "manifest.json")
     write_publication(folder, signed)
     return open_publication(signed, manifest_digest=manifest.digest())
+
+
+async def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end_s = trio.current_time() + DEADLINE_S
+    while not condition():
+        assert trio.current_time() < end_s, f"never: {what}"
+        await trio.sleep(0.02)
+
+
+async def fetch(node: FileNode, model: OpenPublication, shard_id: int = 0) -> Path:
+    """The file of a shard, fetched by a node."""
+    file = model.publication.shard(shard_id)
+    with trio.fail_after(DEADLINE_S):
+        await node.files.fetch(model, file, node.folder)
+    return node.folder / file.name
+
+
+def is_right(path: Path, model: OpenPublication, shard_id: int = 0) -> bool:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest == model.manifest.shards[shard_id].sha256
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What lies in a folder that is neither a model's file nor a memory of it."""
+    kept = (".checked.json", ".torrents", "manifest.json", "publication.cbor")
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in kept and not name.endswith(".gguf")]
 
 
 class Stranger:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
-import subprocess
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +12,18 @@ import libtorrent as lt
 import psutil
 import pytest
 import trio
-from support.torrents import MB, FileMesh, FileNode, Miser, Poisoner, make_model
+from support.torrents import (
+    DEADLINE_S,
+    MB,
+    FileMesh,
+    Miser,
+    Poisoner,
+    fetch,
+    is_right,
+    leftovers,
+    make_model,
+    wait_until,
+)
 
 from shardmesh.errors import InputError, ShardmeshError
 from shardmesh.shards.hashing import hash_file
@@ -31,36 +39,6 @@ from shardmesh.swarm.torrents.settings import session_settings
 from shardmesh.swarm.torrents.sources import file_key
 
 pytestmark = pytest.mark.processes
-
-DEADLINE_S = 60.0
-
-
-async def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end_s = trio.current_time() + DEADLINE_S
-    while not condition():
-        assert trio.current_time() < end_s, f"never: {what}"
-        await trio.sleep(0.02)
-
-
-async def fetch(node: FileNode, model: OpenPublication, shard_id: int = 0) -> Path:
-    """The file of a shard, fetched by a node."""
-    file = model.publication.shard(shard_id)
-    with trio.fail_after(DEADLINE_S):
-        await node.files.fetch(model, file, node.folder)
-    return node.folder / file.name
-
-
-def is_right(path: Path, model: OpenPublication, shard_id: int = 0) -> bool:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digest == model.manifest.shards[shard_id].sha256
-
-
-def leftovers(folder: Path) -> list[str]:
-    """What lies in a folder that is neither a model's file nor a memory of it."""
-    kept = (".checked.json", ".torrents", "manifest.json", "publication.cbor")
-    names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name not in kept and not name.endswith(".gguf")]
-
 
 # -- what should happen ------------------------------------------------------------------------
 
@@ -409,54 +387,6 @@ async def test_a_publisher_whose_hashes_contradict_each_other(tmp_path: Path) ->
         assert caught.value.code == "BAD_SHARD"
         assert not (node.folder / "shard-0.gguf").exists()
         assert leftovers(node.folder) == []
-
-
-async def test_no_room_before_anything_is_fetched(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "a", 3 * MB)
-    mesh = FileMesh(tmp_path)
-    async with mesh.node("a"), mesh.node("b", max_disk_bytes=2 * MB) as node:
-        with pytest.raises(InputError) as caught:
-            await fetch(node, model)
-        assert caught.value.code == "NO_ROOM"
-        assert leftovers(node.folder) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A folder on a disk of 32 MB, where that can be made."""
-    folder = tmp_path / "b"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs a disk of its own, which only root can make")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-async def test_the_disk_becomes_full(tmp_path: Path, small_disk: Path) -> None:
-    """Somebody else fills it meanwhile: a typed error, the room is free again, the node goes on."""
-    model = make_model(tmp_path / "a", 10 * MB, 1 * MB)
-    mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=6 * MB), mesh.node("b") as node:
-        caught: list[ShardmeshError] = []
-
-        async def fetch_and_fail() -> None:
-            try:
-                await fetch(node, model)
-            except ShardmeshError as error:
-                caught.append(error)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(fetch_and_fail)
-            await wait_until(
-                lambda: any(d.n_bytes_done > 1 * MB for d in node.files.downloads()), "it begins"
-            )
-            with pytest.raises(OSError, match="No space"):
-                (small_disk / "other").write_bytes(bytes(40 * MB))
-        assert [error.code for error in caught] == ["NO_ROOM"]
-        assert not (small_disk / ".partial").exists()
-        (small_disk / "other").unlink()
-        assert is_right(await fetch(node, model, 1), model, 1)
 
 
 async def test_what_was_fetched_is_checked_once_more_when_the_disk_has_spoiled_it(

@@ -125,15 +125,18 @@ class Download:
             try:
                 await trio.to_thread.run_sync(check_room, self._partial)
                 await self._fetch(host, torrents, sources)
-            except InputError:  # no room, or not what the publisher says: nothing worth keeping
-                await torrents.remove(self.file.info_hash)
-                await trio.to_thread.run_sync(self._partial.discard)
-                raise
-            except BaseException:
+            except BaseException as error:
                 with trio.CancelScope(shield=True):
                     await torrents.remove(self.file.info_hash)
+                    await trio.to_thread.run_sync(self._keep_or_discard, error)
                 raise
         return True
+
+    def _keep_or_discard(self, error: BaseException) -> None:
+        """Keeps pieces for the next attempt, unless they are not what the publisher says."""
+        is_wrong = isinstance(error, InputError) and error.code != "NO_ROOM"
+        if is_wrong or not self._partial.is_begun():
+            self._partial.discard()
 
     async def _fetch(self, host: Host, torrents: TorrentSession, sources: Sources) -> None:
         with ungrouped():

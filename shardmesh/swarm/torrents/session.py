@@ -346,7 +346,7 @@ class TorrentSession:
 def storage_error(name: str, number: int, message: str) -> ShardmeshError:
     """What the disk said about a file, as one of our errors; `number` is an errno."""
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return no_room(f"the disk became full while {name} was fetched")
+        return no_room(f"the disk became full while {name} was fetched; what is here of it is kept")
     return StorageError(
         f"{name} cannot be kept: {message}",
         next_step="check the folder's permissions and the disk",
