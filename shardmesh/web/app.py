@@ -20,6 +20,7 @@ from shardmesh.web import (
 from shardmesh.web.answers import ERROR_ANSWERS
 from shardmesh.web.errors import handle_errors
 from shardmesh.web.gateway import Gateway
+from shardmesh.web.head import HeadAsGet
 from shardmesh.web.openapi import documented
 
 
@@ -49,5 +50,6 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(docs_page.router)
     app.include_router(console_routes.page)
     handle_errors(app)
+    app.add_middleware(HeadAsGet)
     app.openapi = documented(app)  # type: ignore[method-assign]
     return app

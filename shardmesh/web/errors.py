@@ -171,14 +171,16 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: no such path, no such method, a body that is no JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = error.headers if isinstance(error, HTTPException) else None
+    headers = dict((error.headers if isinstance(error, HTTPException) else None) or {})
+    if headers.get("Allow") == "GET":  # the routes do not know that
+        headers["Allow"] = "GET, HEAD"
     sentence = {404: "there is nothing at this path", 405: "this path does not take that method"}
     detail = ErrorDetail(
         message=sentence.get(status, str(getattr(error, "detail", error))),
         type=_type_of(status),
         code=None,
     )
-    return JSONResponse({"error": detail.model_dump()}, status, dict(headers or {}))
+    return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 
 def _place(error: Mapping[str, Any]) -> str:

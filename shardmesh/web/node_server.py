@@ -18,6 +18,7 @@ from shardmesh.web.answers import ERROR_ANSWERS
 from shardmesh.web.errors import handle_errors
 from shardmesh.web.events import EventHub
 from shardmesh.web.guard import Guard, GuardSettings
+from shardmesh.web.head import HeadAsGet
 from shardmesh.web.node_facts import NodeFacts
 from shardmesh.web.openapi import documented
 from shardmesh.web.server import bind_sockets, serve_app
@@ -35,6 +36,7 @@ def create_node_app(facts: NodeFacts) -> FastAPI:
     app.state.node = facts
     app.include_router(node_routes.router, responses=ERROR_ANSWERS)
     handle_errors(app)
+    app.add_middleware(HeadAsGet)
     app.openapi = documented(app)  # type: ignore[method-assign]
     return app
 

@@ -278,6 +278,17 @@ def test_pages_and_the_document(url: str) -> None:
     assert httpx.get(f"{url}/health", timeout=TIMEOUT_S).json()["status"] == "ok"
 
 
+def test_head_where_there_is_get(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as asker:
+        for path, known in asker.get("/openapi.json").json()["paths"].items():
+            if "get" in known and "{" not in path:
+                answer = asker.head(path)
+                assert (answer.status_code, answer.content) == (200, b""), path
+        for path in ("/", "/docs", "/static/index.html"):
+            length = asker.head(path).headers["content-length"]
+            assert length == asker.get(path).headers["content-length"]
+
+
 def test_who_goes_away_frees_its_sessions(url: str) -> None:
     """Both kinds of answer, on all stages: the model's only sequences are free again at once."""
     body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "n": 4, "stream": True}
