@@ -166,6 +166,7 @@ class Coordinator:
                 n_ctx=n_ctx,
                 sampling=sampling,
                 piece_tokens=model.manifest.piece_tokens,
+                n_vocab=model.tokenizer.n_vocab,
                 history=tuple(prompt[-n_history:] if n_history else ()),
                 adapter=request.adapter,
                 wire=request.wire,

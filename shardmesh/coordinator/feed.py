@@ -25,7 +25,8 @@ TOKENS_KEPT_BYTES_MAX = 1 << 40
 class Feed:
     """The micro-batches of one session, and the results that are due for them."""
 
-    def __init__(self, session_id: bytes) -> None:
+    def __init__(self, session_id: bytes, n_vocab: int | None = None) -> None:
+        """A result that names a token from `n_vocab` on is refused."""
         self.draft_key = secrets.token_bytes(DRAFT_KEY_BYTES)
         self.outgoing = Outgoing(0, n_bytes_max=TOKENS_KEPT_BYTES_MAX)
         self.n_sent = 0  # the next position
@@ -34,6 +35,7 @@ class Feed:
         self._given: dict[int, int | None] = {}  # the token sampled behind a position's micro-batch
         self._is_comparable = True
         self._session_id = session_id
+        self._n_vocab = n_vocab
         self._due: deque[TokenBatch] = deque()  # sent, and no result has come
         self._guesses: deque[int] = deque()  # the last positions of what was sent
         self._branch = 0
@@ -114,7 +116,7 @@ class Feed:
         self.outgoing.forget_from(self.n_sent)
 
     def accept(self, done: BatchDone) -> None:
-        """A result; raises ProtocolError (theirs) unless it is the one that is due."""
+        """A result; raises ProtocolError (theirs) unless it is the one due, with known tokens."""
         asked = self._due[0] if len(self._due) > len(self._guesses) else None
         fits = (
             asked is not None
@@ -125,6 +127,8 @@ class Feed:
         )
         if not fits:
             raise ProtocolError("a result is not the one that was asked for")
+        if self._n_vocab is not None and _highest_token(done) >= self._n_vocab:
+            raise ProtocolError(f"a result names a token outside the vocabulary of {self._n_vocab}")
         self._due.popleft()
         self._given[done.position] = _token(done)
         self.n_done += done.n_tokens
@@ -199,3 +203,10 @@ class Feed:
 
 def _token(done: BatchDone) -> int | None:
     return done.sampled.token if done.sampled is not None else None
+
+
+def _highest_token(done: BatchDone) -> int:
+    """Of those that a last stage may name by itself; -1 if there are none."""
+    told = done.scores if done.sampled is None else (done.sampled, *done.scores)
+    named = [token for each in told for token, _ in each.top_logprobs]
+    return max([-1 if done.sampled is None else done.sampled.token, *named])

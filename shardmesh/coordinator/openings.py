@@ -17,6 +17,7 @@ class SessionSettings:
     n_ctx: int
     sampling: Sampling
     piece_tokens: int  # of the prompt, in one micro-batch
+    n_vocab: int | None = None  # tokens of the model; None where it is not known
     history: tuple[int, ...] = ()
     adapter: str = ""  # a LoRA adapter of the manifest
     wire: WireType = EXACT  # how hidden states travel from stage to stage

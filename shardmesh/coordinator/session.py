@@ -60,7 +60,7 @@ class Session:
         self._hands_on = settings.hands_on
         self._is_open = False
         self._is_steady = False  # open, and all stages know what to send
-        self._feed = Feed(stages.session_id)
+        self._feed = Feed(stages.session_id, settings.n_vocab)
         self._held: list[Held] = [EMPTY] * len(stages.links)
         self._longest_step_s = 0.0
         self._stepped_s = trio.current_time()

@@ -17,14 +17,18 @@ class HandedTokens:
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}  # by position
 
-    def take(self, message: TokenBatch, *, n_received: int, branch: int, n_ctx: int) -> bool:
+    def take(
+        self, message: TokenBatch, *, n_received: int, branch: int, n_ctx: int, n_vocab: int
+    ) -> bool:
         """Whether to compute a token that the last stage handed on.
 
-        Not if another is there already, or begins a branch, or the coordinator is far behind.
+        Not if another is there already, or begins a branch, or the coordinator is far behind, or
+        if there is no such token.
         """
         is_next = message.position == n_received < n_ctx and message.branch == branch
         is_one = len(message.tokens) == 1 and not (message.check or message.embed or message.scored)
-        if not (is_next and is_one) or len(self._tokens) >= HANDED_AHEAD_MAX:
+        is_token = message.tokens[0] < n_vocab
+        if not (is_next and is_one and is_token) or len(self._tokens) >= HANDED_AHEAD_MAX:
             return False
         self._tokens[message.position] = message.tokens[0]
         return True

@@ -39,7 +39,7 @@ class Intake:
         )
         try:
             if is_handed:
-                if not session.takes_handed(message):
+                if not session.takes_handed(message, self._engine.info.n_vocab):
                     return
                 self._sessions.counters.n_tokens_handed += 1
             elif session.handed.is_copy(message, branch=session.branch):

@@ -103,13 +103,14 @@ class StageSession:
             n_computed = min(n_computed, self.n_before_repair)
         return held_of(self.opened_by.prefix, n_computed)
 
-    def takes_handed(self, message: TokenBatch) -> bool:
+    def takes_handed(self, message: TokenBatch, n_vocab: int) -> bool:
         """Whether to compute a token that the last stage handed on to this first one."""
         return self.may_be_handed and self.handed.take(
             message,
             n_received=self.n_received,
             branch=self.branch,
             n_ctx=self.opened_by.n_ctx,
+            n_vocab=n_vocab,
         )
 
     def acknowledge(self) -> None:

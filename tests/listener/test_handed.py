@@ -13,6 +13,7 @@ from shardmesh.wire.limits import HANDED_AHEAD_MAX
 from shardmesh.wire.messages import TokenBatch
 
 N_CTX = 40
+N_VOCAB = 64
 NEXT = 10
 TOKEN = TokenBatch(
     session=bytes(16),
@@ -29,7 +30,7 @@ TOKEN = TokenBatch(
 
 
 def take(handed: HandedTokens, message: TokenBatch, n_received: int = NEXT) -> bool:
-    return handed.take(message, n_received=n_received, branch=3, n_ctx=N_CTX)
+    return handed.take(message, n_received=n_received, branch=3, n_ctx=N_CTX, n_vocab=N_VOCAB)
 
 
 def changed(**fields: object) -> TokenBatch:
@@ -50,8 +51,9 @@ def test_the_next_token_is_taken() -> None:
         changed(tokens=(5, 6)),
         changed(check=bytes(8)),
         changed(embed=True),
+        changed(tokens=(N_VOCAB,)),
     ],
-    ids=["late", "early", "old branch", "new branch", "two tokens", "a guess", "to embed"],
+    ids=["late", "early", "old branch", "new branch", "two tokens", "a guess", "to embed", "none"],
 )
 def test_what_is_not_just_the_next_token_is_left_out(message: TokenBatch) -> None:
     assert not take(HandedTokens(), message)
@@ -92,7 +94,11 @@ def test_so_many_are_ahead_of_the_coordinator_at_most_and_no_more(steps: list[st
     for step in steps:
         if step == "handed":
             is_taken = handed.take(
-                changed(position=n_received), n_received=n_received, branch=3, n_ctx=1000
+                changed(position=n_received),
+                n_received=n_received,
+                branch=3,
+                n_ctx=1000,
+                n_vocab=N_VOCAB,
             )
             assert is_taken == (n_received - n_sent < HANDED_AHEAD_MAX)
             n_received += is_taken
