@@ -27,7 +27,6 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
     from rich.table import Table
 
     from shardmesh.shards.library import Library
-    from shardmesh.shards.plan import readable_size
 
     stores = Library(shards_dir, models_dir).stores()
     models = [model for store in stores if (model := describe(store))]
@@ -45,7 +44,7 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
             model["model_name"],
             model["manifest_digest"][:8],
             f"{_ranges(model['shards_here'])} of {model['n_shards']}",
-            readable_size(model["n_bytes"]),
+            _sizes(model["n_bytes"], model["n_bytes_set_aside"]),
             "yes" if model["publisher"] else "no",
             model["folder"],
         )
@@ -55,7 +54,7 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
 def describe(store: ShardStore) -> dict[str, Any] | None:
     """What a model folder holds, as plain values; None if it has no good manifest."""
     from shardmesh.errors import ShardmeshError
-    from shardmesh.shards.library import manifest_or_none
+    from shardmesh.shards.library import manifest_or_none, set_aside_in
     from shardmesh.shards.partial import PARTIAL_NAME
     from shardmesh.shards.publication import read_publication
 
@@ -66,6 +65,7 @@ def describe(store: ShardStore) -> dict[str, Any] | None:
         opened = read_publication(store.directory, manifest)
     except ShardmeshError:
         opened = None
+    aside = set_aside_in(store.directory)
     return {
         "model_name": manifest.model_name,
         "manifest_digest": manifest.digest(),
@@ -77,9 +77,19 @@ def describe(store: ShardStore) -> dict[str, Any] | None:
         "unfinished": sorted(
             path.name for path in (store.directory / PARTIAL_NAME).glob("*/*.gguf")
         ),
+        "set_aside": [path.name for path in aside],
+        "n_bytes_set_aside": sum(path.stat().st_size for path in aside),
         "publisher": opened.publisher.hex() if opened else None,
         "folder": str(store.directory),
     }
+
+
+def _sizes(n_bytes: int, n_bytes_set_aside: int) -> str:
+    """The size of what is here, and of wrong files that only take room."""
+    from shardmesh.shards.plan import readable_size
+
+    aside = f" + {readable_size(n_bytes_set_aside)} set aside" if n_bytes_set_aside else ""
+    return readable_size(n_bytes) + aside
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -29,13 +29,20 @@ def command(
 ) -> None:
     """Remove MODEL: its name, its folder's name, or at least 8 letters of its digest.
 
-    Only what Shardmesh has put there is removed: shards, tokenizer, manifest, unfinished files.
+    Only what Shardmesh has put there is removed: shards, tokenizer, manifest, and files that are
+    unfinished or were set aside.
     """
-    from shardmesh.shards.library import Library, remove_model, remove_shards
+    from shardmesh.shards.library import (
+        Library,
+        remove_model,
+        remove_shards,
+        require_shards,
+    )
     from shardmesh.shards.plan import readable_size
 
     library = Library(shards_dir, models_dir)
     store = library.by_name(model)
+    require_shards(store, shard_ids)
     what = ", ".join(f"shard {i}" for i in shard_ids) if shard_ids else "all files"
     if not yes:
         click.confirm(f"Remove {what} of {model} in {store.directory}?", abort=True)

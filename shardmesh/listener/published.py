@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from shardmesh.coordinator.client import open_client
-from shardmesh.errors import GgufError, InputError, ShardmeshError, UnreachableError, ungrouped
+from shardmesh.errors import GgufError, InputError, ShardmeshError, UnreachableError
 from shardmesh.shards.library import Library
 from shardmesh.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from shardmesh.shards.model_link import ModelLink
@@ -70,15 +70,12 @@ async def provide_shard(
 async def fetch_files(
     files: FileService, opened: OpenPublication, folder: Path, shard_ids: list[int]
 ) -> None:
-    """Fetches shards, their adapters and the tokenizer at once; raises the first error."""
+    """Fetches shards, their adapters and the tokenizer at once; raises as `fetch_all`."""
     publication = opened.publication
     wanted = [publication.tokenizer()]
     for shard_id in shard_ids:
         wanted += publication.shard_files(shard_id)
-    with ungrouped():
-        async with trio.open_nursery() as nursery:
-            for file in wanted:
-                nursery.start_soon(files.fetch, opened, file, folder)
+    await files.fetch_all(opened, wanted, folder)
 
 
 async def _publication(

@@ -17,7 +17,7 @@ from shardmesh.errors import InputError, ShardmeshError, StorageError
 from shardmesh.shards.checked import CHECKED_NAME, TORRENTS_NAME
 from shardmesh.shards.manifest import MANIFEST_NAME, Manifest
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
-from shardmesh.shards.partial import PARTIAL_NAME
+from shardmesh.shards.partial import ASIDE_SUFFIX, PARTIAL_NAME, disk_bytes
 from shardmesh.shards.publication import PUBLICATION_NAME, OpenPublication, read_publication
 from shardmesh.shards.store import ShardStore
 from shardmesh.wire.limits import MODEL_FOLDERS_MAX
@@ -111,17 +111,30 @@ class Library:
         return sum(len(store.scan()) for store in self.stores())
 
     def n_bytes(self) -> int:
-        """Bytes that all files of all models take on the disk, unfinished ones included."""
-        return sum(_disk_bytes(path) for store in self.stores() for path in _files(store.directory))
+        """Bytes that all files take on the disk, with those unfinished and those set aside."""
+        return sum(disk_bytes(path) for store in self.stores() for path in _files(store.directory))
+
+    def set_aside(self) -> list[Path]:
+        """Files of all models that were set aside, oldest first."""
+        found = [path for store in self.stores() for path in set_aside_in(store.directory)]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def require_shards(store: ShardStore, shard_ids: Sequence[int]) -> None:
+    """Raises InputError (theirs, SHARD_NOT_FOUND) unless there is something of each shard."""
+    lacking = [i for i in sorted(set(shard_ids)) if not _named(store, _shard_names(store, [i]))]
+    if lacking:
+        which = ", ".join(f"shard {shard_id}" for shard_id in lacking)
+        raise InputError(
+            f"{store.directory} does not have {which}",
+            code="SHARD_NOT_FOUND",
+            next_step="`shardmesh ls` shows which shards are here",
+        )
 
 
 def remove_shards(store: ShardStore, shard_ids: Sequence[int]) -> int:
-    """Removes these shards, whole or unfinished, and gives the bytes that are free now."""
-    manifest = store.manifest()
-    n_adapters = len(manifest.adapters) if manifest is not None else 0
-    names = {store.shard_path(shard_id).name for shard_id in shard_ids}
-    names |= {adapter_name(n, shard_id) for n in range(n_adapters) for shard_id in shard_ids}
-    return _remove(path for path in _files(store.directory) if path.name in names)
+    """Removes these shards, whole, unfinished or set aside; gives the bytes that are free now."""
+    return _remove(_named(store, _shard_names(store, shard_ids)))
 
 
 def remove_model(store: ShardStore) -> int:
@@ -131,10 +144,8 @@ def remove_model(store: ShardStore) -> int:
     """
     manifest = store.manifest()
     n_shards = len(manifest.shards) if manifest is not None else 0
-    n_adapters = len(manifest.adapters) if manifest is not None else 0
-    names = {shard_name(shard_id) for shard_id in range(n_shards)} | {TOKENIZER_NAME}
-    names |= {adapter_name(n, i) for n in range(n_adapters) for i in range(n_shards)}
-    n_bytes = _remove(path for path in _files(store.directory) if path.name in names)
+    names = _shard_names(store, range(n_shards)) | {TOKENIZER_NAME}
+    n_bytes = _remove(_named(store, names))
     for name in (MANIFEST_NAME, PUBLICATION_NAME, CHECKED_NAME):
         (store.directory / name).unlink(missing_ok=True)
     for folder in (TORRENTS_NAME, PARTIAL_NAME):
@@ -144,10 +155,24 @@ def remove_model(store: ShardStore) -> int:
     return n_bytes
 
 
+def _shard_names(store: ShardStore, shard_ids: Iterable[int]) -> set[str]:
+    """Names of these shards, and of the adapters' parts for them."""
+    manifest = store.manifest()
+    n_adapters = len(manifest.adapters) if manifest is not None else 0
+    ids = list(shard_ids)
+    parts = {adapter_name(number, shard_id) for number in range(n_adapters) for shard_id in ids}
+    return parts | {shard_name(shard_id) for shard_id in ids}
+
+
+def _named(store: ShardStore, names: set[str]) -> list[Path]:
+    """What there is of files with these names."""
+    return [f for f in _files(store.directory) if f.name.removesuffix(ASIDE_SUFFIX) in names]
+
+
 def _remove(paths: Iterable[Path]) -> int:
     n_bytes = 0
     for path in paths:
-        n_bytes += _disk_bytes(path)
+        n_bytes += disk_bytes(path)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -170,16 +195,13 @@ def manifest_or_none(store: ShardStore) -> Manifest | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Model files of a folder, whole and unfinished ones."""
+    """Model files of a folder: whole, unfinished and set aside."""
     if not folder.is_dir():
         return []
     found = [*folder.glob("*.gguf"), *(folder / PARTIAL_NAME).glob("*/*.gguf")]
-    return [path for path in found if path.is_file()]
+    return [path for path in (*found, *set_aside_in(folder)) if path.is_file()]
 
 
-def _disk_bytes(path: Path) -> int:
-    """What a file really takes: one that is being fetched has holes."""
-    try:
-        return path.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
+def set_aside_in(folder: Path) -> list[Path]:
+    """Files that were set aside in a folder, by name."""
+    return sorted(folder.glob(f"*.gguf{ASIDE_SUFFIX}"))

@@ -23,8 +23,6 @@ from shardmesh.wire.torrent_file import TorrentFile, decode_torrent
 
 PARTIAL_NAME: Final = ".partial"
 ASIDE_SUFFIX: Final = ".set-aside"
-ROOM_TO_SPARE_BYTES: Final = 16 * 1024 * 1024
-"""Free space left to others beyond what is fetched."""
 
 
 class PartialFile:
@@ -86,16 +84,12 @@ class PartialFile:
         return (self.folder / ".torrent").exists() or self.path.exists()
 
     def n_bytes_missing(self) -> int:
-        """Bytes that the disk still has to find room for."""
-        try:
-            return max(0, self._file.n_bytes - self.path.stat().st_blocks * 512)
-        except FileNotFoundError:
-            return self._file.n_bytes
-
-    def n_bytes_free(self) -> int:
-        """Bytes that the disk has room for, less what is left to others."""
+        """Bytes that the disk still has to find room for; what is there is not read."""
         with storage_errors(self.folder):
-            return max(0, shutil.disk_usage(self.folder).free - ROOM_TO_SPARE_BYTES)
+            if self.final.exists() and self.final.stat().st_size == self._file.n_bytes:
+                return 0  # if it is wrong it is mended where it lies
+            n_here = disk_bytes(self.path) + disk_bytes(self.final)  # a wrong one can go for it
+            return max(0, self._file.n_bytes - n_here)
 
     def torrent(self) -> TorrentFile | None:
         """The torrent of an earlier start, if it is still the right one."""
@@ -136,3 +130,11 @@ class PartialFile:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: another file is being fetched
             self.folder.parent.rmdir()
+
+
+def disk_bytes(path: Path) -> int:
+    """What a file really takes: one that is being fetched has holes."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0

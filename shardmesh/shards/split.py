@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
@@ -37,13 +35,11 @@ from shardmesh.shards.manifest import (
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.shards.piece_tokens import AUTO, choose_piece_tokens
 from shardmesh.shards.publication import PUBLICATION_NAME
+from shardmesh.shards.room import n_bytes_free
 from shardmesh.shards.row_width import row_bytes_of
 from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
 from shardmesh.shards.staging import publish, staging_folder
 from shardmesh.wire.limits import ADAPTERS_MAX
-
-ROOM_TO_SPARE_BYTES: Final = 16 * 1024 * 1024
-"""Free space asked for beyond the shards: folders, the manifest, what others write meanwhile."""
 
 Progress = Callable[[int], None]
 
@@ -280,8 +276,7 @@ def _remove_older_split(out_dir: Path) -> None:
 
 
 def _check_room(out_dir: Path, n_bytes: int) -> None:
-    existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
-    n_free = max(0, shutil.disk_usage(existing).free - ROOM_TO_SPARE_BYTES)
+    n_free = n_bytes_free(out_dir)
     if n_bytes > n_free:
         raise _no_room(out_dir, f": {n_bytes:,} bytes are needed, {n_free:,} are free")
 

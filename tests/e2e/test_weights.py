@@ -175,9 +175,21 @@ def test_pull_ls_and_rm(weights: Weights) -> None:
     assert [(m["shards_here"], m["n_shards"], m["unfinished"]) for m in listed] == [([3], 4, [])]
     name = weights.manifest.model_name
     assert name.split()[0] in weights.space.run("ls", *where).out
+    absent = weights.space.run("rm", name, "--shard", "3", "--shard", "2", "-y", *where)
+    assert absent.code == 2
+    assert "does not have shard 2\n" in absent.err
     assert weights.space.run("rm", name, "-y", *where).code == 0
     assert list((weights.space.folder / "puller" / "models").iterdir()) == []
     assert weights.space.run("rm", name, "-y", *where).code == 2
+
+
+def test_what_has_no_room_is_not_begun(weights: Weights) -> None:
+    limit = ("--max-disk", "100000")
+    done = weights.space.run("pull", weights.link, *limit, *weights.options("small"), timeout_s=60)
+    assert done.code == 2
+    n_bytes = sum(f.n_bytes for f in (*weights.manifest.shards, weights.manifest.tokenizer))
+    assert f"{n_bytes:,} bytes are needed, --max-disk of 100,000 bytes leaves 100,000" in done.err
+    assert not list((weights.space.folder / "small").rglob("*.gguf"))
 
 
 def test_a_terminal_shows_bars_and_a_log_lines(weights: Weights) -> None:

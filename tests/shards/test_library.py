@@ -8,7 +8,13 @@ import pytest
 from support.torrents import make_model
 
 from shardmesh.errors import InputError
-from shardmesh.shards.library import Library, folder_name, remove_model, remove_shards
+from shardmesh.shards.library import (
+    Library,
+    folder_name,
+    remove_model,
+    remove_shards,
+    require_shards,
+)
 from shardmesh.shards.store import ShardStore
 
 
@@ -56,11 +62,24 @@ def test_a_folders_name_is_plain_whatever_the_model_is_called(name: str) -> None
 def test_a_shard_or_all_is_removed_and_nothing_else(library: Library) -> None:
     store = library.by_name("flat")
     (store.directory / "notes.txt").write_text("mine")
+    for shard_id in (0, 1):
+        (store.directory / f"shard-{shard_id}.gguf.set-aside").write_bytes(b"wrong")
     before = library.n_bytes()
     assert remove_shards(store, [1]) > 0
     assert library.n_bytes() < before
     assert [file.name for file in store.scan()] == ["shard-0.gguf", "tokenizer.gguf"]
+    assert [path.name for path in library.set_aside()] == ["shard-0.gguf.set-aside"]
     remove_model(store)
     assert [path.name for path in store.directory.iterdir()] == ["notes.txt"]
     remove_model(ShardStore(library.by_name("two").directory, create=False))
     assert library.by_name("one").directory.name == "one"
+
+
+def test_shards_that_are_not_here_are_named(library: Library) -> None:
+    store = library.by_name("flat")
+    require_shards(store, [0, 1])
+    with pytest.raises(InputError, match=r"does not have shard 2, shard 7$") as caught:
+        require_shards(store, [7, 0, 2, 7])
+    assert caught.value.code == "SHARD_NOT_FOUND"
+    (store.directory / "shard-1.gguf").replace(store.directory / "shard-1.gguf.set-aside")
+    require_shards(store, [1])  # there is something to remove

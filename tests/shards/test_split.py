@@ -28,7 +28,8 @@ from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.manifest import ShardEntry, TokenizerEntry, read_manifest
 from shardmesh.shards.publication import PUBLICATION_NAME
-from shardmesh.shards.split import ROOM_TO_SPARE_BYTES, quantization_of, split_model
+from shardmesh.shards.room import ROOM_TO_SPARE_BYTES
+from shardmesh.shards.split import quantization_of, split_model
 
 HALVES = ranges_of_counts([2, 2])
 

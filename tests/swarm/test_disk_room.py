@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import trio
-from support.torrents import MB, FileMesh, fetch, is_right, leftovers, make_model, wait_until
+from support.torrents import (
+    DEADLINE_S,
+    MB,
+    FileMesh,
+    fetch,
+    is_right,
+    leftovers,
+    make_model,
+    wait_until,
+)
 
 from shardmesh.errors import InputError, ShardmeshError
+from shardmesh.listener.published import fetch_files
 
 pytestmark = pytest.mark.processes
 
@@ -23,6 +33,23 @@ async def test_no_room_before_anything_is_fetched(tmp_path: Path) -> None:
             await fetch(node, model)
         assert caught.value.code == "NO_ROOM"
         assert leftovers(node.folder) == []
+
+
+async def test_no_room_for_all_files_is_said_before_the_first_byte(tmp_path: Path) -> None:
+    """Each of them would find room."""
+    model = make_model(tmp_path / "a", 2 * MB, 2 * MB, 2 * MB, n_bytes_tokenizer=1000)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a") as source, mesh.node("b", max_disk_bytes=5 * MB) as node:
+        with pytest.raises(InputError) as caught, trio.fail_after(DEADLINE_S):
+            await fetch_files(node.files, model, node.folder, [0, 1, 2])
+        assert caught.value.code == "NO_ROOM"
+        assert "6,001,000 bytes are needed" in str(caught.value)
+        assert "--max-disk of 5,000,000 bytes" in str(caught.value)
+        assert source.n_bytes_given == 0
+        assert node.files.downloads() == []
+        await fetch_files(node.files, model, node.folder, [0, 1])
+        with pytest.raises(InputError, match="2,000,000 bytes are needed"):  # what is here is here
+            await fetch_files(node.files, model, node.folder, [0, 1, 2])
 
 
 @pytest.fixture
@@ -48,6 +75,16 @@ def fill(disk: Path) -> Path:
     with pytest.raises(OSError, match="No space"):
         other.write_bytes(bytes(40 * MB))
     return other
+
+
+async def test_a_disk_without_room_for_all_files(tmp_path: Path, small_disk: Path) -> None:
+    model = make_model(tmp_path / "a", 10 * MB, 10 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a") as source, mesh.node("b") as node:
+        with pytest.raises(InputError, match="20,010,000 bytes are needed") as caught:
+            await fetch_files(node.files, model, small_disk, [0, 1])
+        assert caught.value.code == "NO_ROOM"
+        assert source.n_bytes_given == 0
 
 
 async def test_the_disk_becomes_full(tmp_path: Path, small_disk: Path) -> None:

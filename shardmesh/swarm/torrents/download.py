@@ -53,7 +53,7 @@ class Download:
         self._state: DownloadState = "checking"
         self._model_name = model_name
         self._manifest_digest = manifest_digest
-        self._partial = PartialFile(folder, file)
+        self.partial = PartialFile(folder, file)
         self._torrent: Torrent | None = None
         self._found: dict[str, Source] = {}
 
@@ -113,17 +113,17 @@ class Download:
         self, host: Host, torrents: TorrentSession, sources: Sources, check_room: CheckRoom
     ) -> bool:
         """Whether the file is there now; False while another process fetches it."""
-        if await trio.to_thread.run_sync(self._partial.is_final_right):
+        if await trio.to_thread.run_sync(self.partial.is_final_right):
             return True
-        with self._partial.locked() as is_ours:
+        with self.partial.locked() as is_ours:
             if not is_ours:
                 return False
-            if await trio.to_thread.run_sync(self._partial.is_final_right):
+            if await trio.to_thread.run_sync(self.partial.is_final_right):
                 return True  # the other process was done in between
             await torrents.remove(self.file.info_hash)  # a damaged file may be given at present
-            await trio.to_thread.run_sync(self._partial.take_back)
+            await trio.to_thread.run_sync(self.partial.take_back)
             try:
-                await trio.to_thread.run_sync(check_room, self._partial)
+                await trio.to_thread.run_sync(check_room, self.partial)
                 await self._fetch(host, torrents, sources)
             except BaseException as error:
                 with trio.CancelScope(shield=True):
@@ -135,16 +135,16 @@ class Download:
     def _keep_or_discard(self, error: BaseException) -> None:
         """Keeps pieces for the next attempt, unless they are not what the publisher says."""
         is_wrong = isinstance(error, InputError) and error.code != "NO_ROOM"
-        if is_wrong or not self._partial.is_begun():
-            self._partial.discard()
+        if is_wrong or not self.partial.is_begun():
+            self.partial.discard()
 
     async def _fetch(self, host: Host, torrents: TorrentSession, sources: Sources) -> None:
         with ungrouped():
             found = await self._fetch_grouped(host, torrents, sources)
         self._state = "verifying"
-        await trio.to_thread.run_sync(self._partial.publish, found)
+        await trio.to_thread.run_sync(self.partial.publish, found)
         if self._torrent is not None:
-            torrents.moved(self._torrent, self._partial.final.parent)
+            torrents.moved(self._torrent, self.partial.final.parent)
         logger.info("[TORRENT] ✓ %s is here, whole and right", self.file.name)
 
     async def _fetch_grouped(
@@ -154,7 +154,7 @@ class Download:
             found = await self._find_torrent(torrents, sources)
             known = [e for source in self._found.values() for e in take_in(host, torrents, source)]
             self._torrent = await torrents.add(
-                found, self._partial.folder, is_whole=False, sources=known
+                found, self.partial.folder, is_whole=False, sources=known
             )
             self._state = "downloading"
             _progress_logger.info(
@@ -172,7 +172,7 @@ class Download:
 
     async def _find_torrent(self, torrents: TorrentSession, sources: Sources) -> TorrentFile:
         """The torrent of an earlier start, or from the first node that has it; asks for ever."""
-        kept = await trio.to_thread.run_sync(self._partial.torrent)
+        kept = await trio.to_thread.run_sync(self.partial.torrent)
         if kept is not None:
             return kept
         self._state = "looking"
@@ -189,7 +189,7 @@ class Download:
 
             await self._ask(torrents, sources, wants_torrent=True, on_source=take)
             if found:
-                await trio.to_thread.run_sync(self._partial.keep_torrent, found[0])
+                await trio.to_thread.run_sync(self.partial.keep_torrent, found[0])
                 return found[0]
             if trio.current_time() - reported_s >= _LOOKING_REPORT_INTERVAL_S:
                 reported_s = trio.current_time()
@@ -249,7 +249,7 @@ class Download:
             torrent.raise_error()
             self._state = "verifying"
             await torrents.flush(torrent)
-            if await trio.to_thread.run_sync(self._partial.is_right):
+            if await trio.to_thread.run_sync(self.partial.is_right):
                 return
             if attempt == 0:
                 logger.warning("[TORRENT] %s is checked piece by piece again", self.file.name)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from shardmesh.errors import ungrouped
 from shardmesh.shards.hashing import HashedFile
 from shardmesh.shards.library import Library
 from shardmesh.shards.partial import PartialFile
 from shardmesh.shards.publication import OpenPublication, PublishedFile
+from shardmesh.shards.room import make_room
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
@@ -22,7 +24,7 @@ from shardmesh.swarm.torrents.download import Download
 from shardmesh.swarm.torrents.exchange import serve_torrents
 from shardmesh.swarm.torrents.progress import DownloadProgress, SeedingReport
 from shardmesh.swarm.torrents.seeding import Seeder
-from shardmesh.swarm.torrents.session import TorrentSession, no_room, open_torrents
+from shardmesh.swarm.torrents.session import TorrentSession, open_torrents
 from shardmesh.swarm.torrents.sources import Sources
 
 logger = logging.getLogger("shardmesh")
@@ -145,6 +147,26 @@ class FileService:
                 return opened
         return await self._sources.find_publication(manifest_digest, publisher)
 
+    async def fetch_all(
+        self, opened: OpenPublication, files: Sequence[PublishedFile], folder: Path
+    ) -> None:
+        """Fetches files of a published model at once, if there is room for all of them.
+
+        Raises the first error, and the errors of `fetch`.
+        """
+        wanted = {folder / file.name: PartialFile(folder, file) for file in files}
+        under_way = [
+            download.partial
+            for path, download in self._downloads.items()
+            if path not in wanted and not download.done.is_set()
+        ]
+        what = f"{len(wanted)} files of {opened.manifest.model_name}"
+        await trio.to_thread.run_sync(self._make_room, what, folder, wanted.values(), under_way)
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                for file in files:
+                    nursery.start_soon(self.fetch, opened, file, folder)
+
     async def fetch(self, opened: OpenPublication, file: PublishedFile, folder: Path) -> None:
         """Returns when the file of a published model lies whole and right in the folder.
 
@@ -188,17 +210,24 @@ class FileService:
         )
 
     def _check_room(self, partial: PartialFile) -> None:
-        n_missing, n_free = partial.n_bytes_missing(), partial.n_bytes_free()
-        name = partial.final.name
-        if n_missing > n_free:
-            raise no_room(
-                f"there is no room for {name}: {n_missing:,} bytes are needed, {n_free:,} are free"
-            )
-        allowed = self._options.max_disk_bytes
-        if allowed and self._library.n_bytes() + n_missing > allowed:
-            raise no_room(
-                f"{name} would take the models of this node beyond --max-disk of {allowed:,} bytes"
-            )
+        """For one file; what else is under way had its room checked before it began."""
+        self._make_room(partial.final.name, partial.final.parent, [partial], [])
+
+    def _make_room(
+        self,
+        what: str,
+        folder: Path,
+        wanted: Collection[PartialFile],
+        under_way: Collection[PartialFile],
+    ) -> None:
+        make_room(
+            what,
+            sum(partial.n_bytes_missing() for partial in wanted),
+            folder,
+            self._library,
+            max_bytes=self._options.max_disk_bytes,
+            n_promised=sum(partial.n_bytes_missing() for partial in under_way),
+        )
 
     # -- giving --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import libtorrent as lt
 import trio
 
 from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
+from shardmesh.shards.room import no_room
 from shardmesh.swarm.torrents.gate import Gate
 from shardmesh.swarm.torrents.progress import RateMeter
 from shardmesh.swarm.torrents.settings import (
@@ -350,14 +351,6 @@ def storage_error(name: str, number: int, message: str) -> ShardmeshError:
     return StorageError(
         f"{name} cannot be kept: {message}",
         next_step="check the folder's permissions and the disk",
-    )
-
-
-def no_room(sentence: str) -> InputError:
-    return InputError(
-        sentence,
-        code="NO_ROOM",
-        next_step="free some space with `shardmesh rm`, or give a larger --max-disk",
     )
 
 
