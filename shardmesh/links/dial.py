@@ -38,86 +38,77 @@ UNHURRIED_S = 0.5
 
 EXPECTED_LIFETIME_S = 2 * HANDSHAKE_TIMEOUT_S
 
-_Connected = tuple[trio.SocketStream, LinkKind]
-
 
 async def dial(grant: LinkGrant, user: LinkUser) -> Link:
     """A greeted link to the first endpoint that answers; the caller runs it.
 
-    All endpoints are connected to, each with a head start on the next: a machine has addresses
-    that lead nowhere from here.  The libp2p stream comes last, since it costs more on every hop.
+    All endpoints are tried, each with a head start on the next: a machine has addresses that lead
+    nowhere from here, or to something else that says nothing.  The libp2p stream comes last, since
+    it costs more on every hop.  Of several ways to the node the one that names the link first wins,
+    for a link is only taken once.
     Raises UnreachableError (the moment's) when none will do.  A cancellation leaves no connection.
     """
-    found: Link | None = None
-    error: Exception | None = None
-    connected, streams = trio.open_memory_channel[_Connected](len(grant.endpoints) + 1)
+    race = _Race(grant, user)
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_connect_all, grant, connected)
-            async for stream, kind in streams:
-                try:
-                    found = await _greeted(stream, grant, user)
-                    found.kind = kind
-                except (OSError, trio.BrokenResourceError, ShardmeshError) as failure:
-                    error = failure  # something else listens there
-                else:
-                    nursery.cancel_scope.cancel()
-                    break
+        await race.run()
     except BaseException:
-        if found is not None:  # cancelled between the greeting and the return
-            await trio.aclose_forcefully(stream)
+        if race.stream is not None:  # cancelled between the greeting and the return
+            await trio.aclose_forcefully(race.stream)
         raise
-    finally:
-        await _close_all(streams)
-    if found is not None:
-        return found
+    if race.link is not None:
+        return race.link
     tried = [f"{e.host}:{e.port}" for e in grant.endpoints]
     tried += ["a libp2p stream"] if grant.stream is not None else []
     raise UnreachableError(
         f"no link to {grant.peer_id}: tried {', '.join(tried) or 'nothing, as it offers nothing'}",
         code="NO_LINK",
         next_step="open the data port of that machine in its firewall (--data-port fixes it)",
-    ) from error
+    ) from race.error
 
 
-async def _connect_all(grant: LinkGrant, connected: trio.MemorySendChannel[_Connected]) -> None:
-    """Hands over each stream that could be connected in time; then closes the channel."""
-    n_failed = 0
-    none_left = trio.Event()
+class _Race:
+    """Attempts at one link; no more at once than a grant has endpoints, and the stream."""
 
-    async def connect(endpoint: Endpoint, kind: LinkKind) -> None:
-        nonlocal n_failed
+    def __init__(self, grant: LinkGrant, user: LinkUser) -> None:
+        self.link: Link | None = None
+        self.stream: trio.SocketStream | None = None  # of that link
+        self.error: Exception | None = None
+        self._grant = grant
+        self._user = user
+        self._scope = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Until there is a link, or all have failed."""
+        grant = self._grant
+        attempts = [trio.Event() for _ in grant.endpoints]
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                for endpoint, is_over in zip(grant.endpoints, attempts, strict=True):
+                    nursery.start_soon(self._attempt, endpoint, "direct", is_over)
+                    with trio.move_on_after(DIAL_STAGGER_S):
+                        await is_over.wait()
+                if grant.stream is not None:
+                    with trio.move_on_after(LINK_STREAM_DELAY_S):
+                        for is_over in attempts:
+                            await is_over.wait()
+                    await self._attempt(grant.stream, "stream", trio.Event())
+
+    async def _attempt(self, endpoint: Endpoint, kind: LinkKind, is_over: trio.Event) -> None:
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
-        except (OSError, trio.TooSlowError) as error:
-            logger.debug("%s:%d cannot be reached: %s", endpoint.host, endpoint.port, error)
-            n_failed += 1
-            if n_failed == len(grant.endpoints):
-                none_left.set()
-        else:
-            connected.send_nowait((stream, kind))  # there is room for all
-
-    async with connected, trio.open_nursery() as nursery:
-        for endpoint in grant.endpoints:
-            nursery.start_soon(connect, endpoint, "direct")
-            await trio.sleep(DIAL_STAGGER_S)
-        if grant.stream is not None:
-            with trio.move_on_after(LINK_STREAM_DELAY_S if grant.endpoints else 0):
-                await none_left.wait()
-            await connect(grant.stream, "stream")
-
-
-async def _close_all(streams: trio.MemoryReceiveChannel[_Connected]) -> None:
-    """Closes what was connected and is not needed, and the channel."""
-    with trio.CancelScope(shield=True):
-        while True:
-            try:
-                stream, _ = streams.receive_nowait()
-            except (trio.WouldBlock, trio.EndOfChannel):
-                break
+            link = await _greeted(stream, self._grant, self._user)
+        except (OSError, trio.TooSlowError, trio.BrokenResourceError, ShardmeshError) as error:
+            logger.debug("%s:%d gives no link: %s", endpoint.host, endpoint.port, error)
+            self.error = error
+            is_over.set()
+            return
+        if self.link is not None:  # one that takes a link twice
             await trio.aclose_forcefully(stream)
-        streams.close()
+            return
+        link.kind = kind
+        self.link, self.stream = link, stream
+        self._scope.cancel()
 
 
 async def _greeted(stream: trio.SocketStream, grant: LinkGrant, user: LinkUser) -> Link:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -26,6 +26,7 @@ from shardmesh.links.dial import (
 from shardmesh.links.link import Link, LinkUser
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
+    DIAL_STAGGER_S,
     EXPECTED_LINKS_MAX,
     EXPECTED_LINKS_PER_NODE_MAX,
     HANDSHAKE_TIMEOUT_S,
@@ -125,17 +126,49 @@ async def test_a_dial_that_is_cancelled_just_after_the_greeting_leaves_no_connec
         assert (await far_user.end()).code == "LINK_LOST"
 
 
-async def test_an_endpoint_that_only_accepts_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.3)
+@pytest.mark.parametrize("n_silent", [1, 3])
+async def test_an_endpoint_that_only_accepts_holds_up_nobody(n_silent: int) -> None:
     far_user = Recorder()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_silent)
+        ]
         async with accepting(far_user) as (acceptor, endpoints):
-            dead = Endpoint(host="127.0.0.1", port=silent.getsockname()[1])
-            grant, expected = new_grants((dead, *endpoints))
+            dead = (Endpoint(host="127.0.0.1", port=each.getsockname()[1]) for each in silent)
+            grant, expected = new_grants((*dead, *endpoints))
             acceptor.expect(expected)
-            await hears_word(await dial(grant, Recorder()), far_user)
+            with trio.fail_after(n_silent * DIAL_STAGGER_S + HANDSHAKE_TIMEOUT_S / 2):
+                link = await dial(grant, Recorder())
+            await hears_word(link, far_user)
+
+
+async def test_an_endpoint_that_only_accepts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HANDSHAKE_TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        grant, _ = new_grants((Endpoint(host="127.0.0.1", port=silent.getsockname()[1]),))
+        with pytest.raises(UnreachableError) as caught:
+            await dial(grant, Recorder())
+    assert caught.value.code == "NO_LINK"
+
+
+async def test_after_a_failure_the_next_endpoint_is_dialed_at_once() -> None:
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        dead = [Endpoint(host="127.0.0.1", port=unused_port()) for _ in range(15)]
+        grant, expected = new_grants((*dead, *endpoints))
+        acceptor.expect(expected)
+        with trio.fail_after(10 * DIAL_STAGGER_S):
+            link = await dial(grant, Recorder())
+        await hears_word(link, far_user)
+
+
+async def test_of_two_ways_to_one_node_one_is_taken_and_the_other_closed() -> None:
+    far_user = Recorder()
+    async with accepting(far_user) as (acceptor, endpoints):
+        grant, expected = new_grants((*endpoints, *endpoints, *endpoints))
+        acceptor.expect(expected)
+        await hears_word(await dial(grant, Recorder()), far_user)
+        await far_user.end()
 
 
 async def _reads(stream: trio.SocketStream) -> bytes:
