@@ -48,10 +48,11 @@ class GrammarProofs:
         takes too long or too much memory; BusyError (the moment's) if too many are being tried;
         EngineError (ours) without a vocabulary.  A cancellation kills the process.
         """
-        await trio.to_thread.run_sync(check_grammar, grammar)
-        key = hashlib.sha256(os.fsencode(vocabulary) + b"\0" + grammar.encode()).digest()
+        data = grammar.encode("utf-8", "surrogatepass")  # what is no text is refused below
+        key = hashlib.sha256(os.fsencode(vocabulary) + b"\0" + data).digest()
         verdict = self._known(key)
         if verdict is None:
+            await trio.to_thread.run_sync(check_grammar, grammar)
             async with self._place():
                 verdict = self._known(key)  # another request may have brought the same
                 if verdict is None:

@@ -94,6 +94,27 @@ async def test_a_refusal_is_looked_at_again_later_and_the_oldest_is_forgotten(
 
 
 @pytest.mark.processes
+async def test_what_is_known_is_not_read_again(
+    vocabulary: Path, n_tried: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long grammar takes 10 ms to read, beside all the answers that are streamed meanwhile."""
+    read: list[str] = []
+    check = proofs_module.check_grammar
+
+    def counted(grammar: str) -> None:
+        read.append(grammar)
+        check(grammar)
+
+    monkeypatch.setattr(proofs_module, "check_grammar", counted)
+    proofs = GrammarProofs()
+    for _ in range(3):
+        await proofs.prove(GOOD, vocabulary)
+        await refusal(proofs, NO_ROOT, vocabulary)
+    assert read == [GOOD, NO_ROOT]
+    await refusal(proofs, GOOD + "\ud800", vocabulary)
+
+
+@pytest.mark.processes
 async def test_without_a_vocabulary_nothing_is_said_of_the_grammar(tmp_path: Path) -> None:
     proofs = GrammarProofs()
     for _ in range(2):
