@@ -13,7 +13,8 @@ import trio
 
 from benchmarks.child import Answer, serve_requests
 from shardmesh.shards.checked import sha256_of
-from shardmesh.swarm.torrents.session import Torrent, TorrentSession, open_torrents
+from shardmesh.swarm.torrents.opening import open_torrents
+from shardmesh.swarm.torrents.session import Torrent, TorrentSession
 from shardmesh.wire.torrent_file import TorrentFile, decode_torrent
 
 START_TIMEOUT_S = 30.0

@@ -32,9 +32,9 @@ from shardmesh.shards.publication import OpenPublication
 from shardmesh.swarm.addresses import default_hosts
 from shardmesh.swarm.torrents import download as download_module
 from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
+from shardmesh.swarm.torrents.opening import open_torrents
 from shardmesh.swarm.torrents.progress import eta_s
 from shardmesh.swarm.torrents.service import BUSY_RATE_BYTES_PER_S, backed_off
-from shardmesh.swarm.torrents.session import open_torrents
 from shardmesh.swarm.torrents.settings import session_settings
 from shardmesh.swarm.torrents.sources import file_key
 

@@ -22,9 +22,10 @@ from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.torrents.download import Download
 from shardmesh.swarm.torrents.exchange import serve_torrents
+from shardmesh.swarm.torrents.opening import open_torrents
 from shardmesh.swarm.torrents.progress import DownloadProgress, SeedingReport
 from shardmesh.swarm.torrents.seeding import Seeder
-from shardmesh.swarm.torrents.session import TorrentSession, open_torrents
+from shardmesh.swarm.torrents.session import TorrentSession
 from shardmesh.swarm.torrents.sources import Sources
 
 logger = logging.getLogger("shardmesh")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import socket
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import libtorrent as lt
 import trio
 
-from shardmesh.errors import InputError, OurError, ShardmeshError, StorageError
+from shardmesh.errors import OurError, ShardmeshError, StorageError
 from shardmesh.shards.room import no_room
 from shardmesh.swarm.torrents.gate import Gate
 from shardmesh.swarm.torrents.progress import RateMeter
@@ -23,8 +21,6 @@ from shardmesh.swarm.torrents.settings import (
     REST_TICK_MS,
     TICK_MS,
     let_in,
-    limit_all_addresses,
-    session_settings,
 )
 from shardmesh.wire.limits import TORRENT_SOURCES_MAX
 from shardmesh.wire.torrent_file import TorrentFile
@@ -37,8 +33,6 @@ _REST_INTERVAL_S: Final = 5.0
 
 _ADD_TIMEOUT_S: Final = 30.0
 _FLUSH_TIMEOUT_S: Final = 60.0
-_CLOSE_TIMEOUT_S: Final = 1.5
-_PORT_ATTEMPTS: Final = 5  # somebody else may be quicker to take the port that was free
 _PEER_FLAGS: Final = (
     lt.torrent_flags.update_subscribe
     | lt.torrent_flags.apply_ip_filter
@@ -76,6 +70,7 @@ class Torrent:
         self.n_bytes_refused = 0
         """Bytes that did not have their hash: a source sends rubbish, or the disk is damaged."""
         self._added = trio.Event()
+        self._is_leaving = False
         self._removed = trio.Event()
         self._flushed = trio.Event()
         self._handle: lt.torrent_handle | None = None
@@ -93,7 +88,7 @@ class Torrent:
 
 
 class TorrentSession:
-    """libtorrent's session; made by `open_torrents`.  All methods return quickly."""
+    """libtorrent's session; made by `opening.open_torrents`.  All methods return quickly."""
 
     def __init__(self, session: lt.session, port: int, gate: Gate | None) -> None:
         self.port = port
@@ -103,6 +98,7 @@ class TorrentSession:
         self._let_in: frozenset[str] | None = None
         self._stirred_s = time.monotonic()
         self._stirred = trio.Event()
+        self._listening = trio.CancelScope(shield=True)
         self._apply_gate()
 
     def admit(self, peer_id: str, hosts: Collection[str]) -> None:
@@ -143,10 +139,13 @@ class TorrentSession:
 
         One that `is_whole` was just hashed and is only given, never written.  Another one is
         checked, as far as there, and completed; from the `sources` that are known already, at once.
-        Raises OurError or StorageError (ours).  After a cancellation the torrent is in the session
-        or not; `remove` it.
+        Raises OurError or StorageError (ours).  After a cancellation the torrent is in the session,
+        or soon; `remove` it.
         """
         info_hash = file.info_hash()
+        before = self._torrents.get(info_hash)
+        if before is not None and before._is_leaving:
+            await self.remove(info_hash)
         if info_hash in self._torrents:
             raise OurError(f"{file.name} is in the session twice")
         params = lt.load_torrent_buffer(file.encode())
@@ -163,8 +162,7 @@ class TorrentSession:
             await torrent._added.wait()
         if torrent._handle is None and torrent.error is None:
             torrent.fail(OurError(f"libtorrent did not take {file.name} in time"))
-        if torrent.error is not None:
-            self._torrents.pop(info_hash, None)
+            self._leave(torrent)
         torrent.raise_error()
         if sources:
             self._begin_with(torrent, sources)
@@ -218,14 +216,27 @@ class TorrentSession:
         await trio.lowlevel.checkpoint()
 
     async def remove(self, info_hash: bytes) -> None:
-        """Leaves a torrent; its file stays."""
-        torrent = self._torrents.pop(info_hash, None)
-        if torrent is not None and torrent._handle is not None:
-            self._torrents[info_hash] = torrent  # until its end is reported
-            self._session.remove_torrent(torrent._handle)
+        """Leaves a torrent, also if cancelled; its file stays."""
+        torrent = self._torrents.get(info_hash)
+        if torrent is not None:
+            self._leave(torrent)
             with trio.move_on_after(_ADD_TIMEOUT_S):
                 await torrent._removed.wait()
-            self._torrents.pop(info_hash, None)
+            self._forget(torrent)
+
+    def _leave(self, torrent: Torrent) -> None:
+        """Begins to leave; one that libtorrent has not taken yet as soon as it has."""
+        if not torrent._is_leaving:
+            torrent._is_leaving = True
+            if torrent._handle is not None:
+                self._session.remove_torrent(torrent._handle)
+
+    def _forget(self, torrent: Torrent) -> None:
+        """Libtorrent does not have it, or says nothing of it any more."""
+        torrent._removed.set()
+        info_hash = torrent.file.info_hash()
+        if self._torrents.get(info_hash) is torrent:
+            del self._torrents[info_hash]
 
     def set_rates(self, *, upload_rate: int, download_rate: int) -> None:
         """Limits in bytes per second from now on, 0 for none."""
@@ -244,7 +255,18 @@ class TorrentSession:
     # -- what libtorrent says ------------------------------------------------------------------
 
     async def run(self, alerts: trio.socket.SocketType) -> None:
-        """Takes in libtorrent's alerts for ever."""
+        """Takes in libtorrent's alerts until told to `stop`.
+
+        Whoever is cancelled together with it may still wait for a torrent's end.
+        """
+        with self._listening:
+            await self._listen(alerts)
+
+    def stop(self) -> None:
+        """Nobody waits for anything any more."""
+        self._listening.cancel()
+
+    async def _listen(self, alerts: trio.socket.SocketType) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_updating)
             while True:
@@ -291,15 +313,18 @@ class TorrentSession:
             case lt.add_torrent_alert():
                 if alert.error.value():
                     torrent.fail(OurError(f"libtorrent refuses the torrent: {alert.message()}"))
+                    self._forget(torrent)
                 else:
                     torrent._handle = alert.handle
                     torrent._added.set()
+                    if torrent._is_leaving:
+                        self._session.remove_torrent(alert.handle)
             case lt.torrent_finished_alert():
                 torrent.finished.set()
             case lt.cache_flushed_alert():
                 torrent._flushed.set()
             case lt.torrent_removed_alert():
-                torrent._removed.set()
+                self._forget(torrent)
             case lt.hash_failed_alert():
                 _log.warning(
                     "[TORRENT] ✗ A piece of %s was not what it should be and is refused",
@@ -352,87 +377,3 @@ def storage_error(name: str, number: int, message: str) -> ShardmeshError:
         f"{name} cannot be kept: {message}",
         next_step="check the folder's permissions and the disk",
     )
-
-
-@asynccontextmanager
-async def open_torrents(
-    *,
-    listen_hosts: Sequence[str],
-    port: int = 0,
-    upload_rate: int = 0,
-    download_rate: int = 0,
-    members_only: bool = False,
-) -> AsyncIterator[TorrentSession]:
-    """A session that listens until the block is left; rates in bytes per second, 0 for no limit.
-
-    With `members_only` it refuses connections with addresses that were not admitted.
-    Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
-    """
-    session, own_port = await trio.to_thread.run_sync(
-        _start, listen_hosts, port, upload_rate, download_rate
-    )
-    sessions = [session]
-    torrents = TorrentSession(session, own_port, Gate() if members_only else None)
-    here, there = socket.socketpair()
-    failure: Exception | None = None
-    try:
-        if not own_port:
-            raise InputError(
-                f"port {port} on {', '.join(listen_hosts)} is not free for torrents",
-                code="PORT_TAKEN",
-                next_step="end the process that uses it, or choose another with --torrent-port",
-            )
-        there.setblocking(False)
-        here.setblocking(False)
-        session.set_alert_fd(there.fileno())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(torrents.run, trio.socket.from_stdlib_socket(here))
-            try:
-                yield torrents
-            except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
-                failure = error
-            nursery.cancel_scope.cancel()
-    finally:
-        session.set_alert_fd(-1)
-        torrents.forget_session()
-        del session  # what is left in `sessions` is the last reference: closing blocks
-        with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_TIMEOUT_S):
-            await trio.to_thread.run_sync(sessions.clear, abandon_on_cancel=True)  # type: ignore[call-arg]
-        here.close()
-        there.close()
-    if failure is not None:
-        raise failure
-
-
-def _start(
-    listen_hosts: Sequence[str], port: int, upload_rate: int, download_rate: int
-) -> tuple[lt.session, int]:
-    """A session, and the port that it listens on, 0 if it could not."""
-    for _ in range(_PORT_ATTEMPTS):
-        chosen = port or _free_port(listen_hosts)
-        settings = session_settings(
-            listen_hosts, chosen, upload_rate=upload_rate, download_rate=download_rate
-        )
-        session: lt.session = lt.session(settings)  # type: ignore[call-overload]
-        limit_all_addresses(session)
-        if port or (chosen and session.is_listening()):
-            break
-    return session, chosen if session.is_listening() else 0
-
-
-def _free_port(hosts: Sequence[str]) -> int:
-    """A port for all addresses of the machine; libtorrent would choose one for each of them.
-
-    0 if a host is no address of this machine, or somebody else has the port there.
-    """
-    port = 0
-    for host in hosts:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            if ":" in host:  # else :: is all addresses of IPv4 as well
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                return 0
-            port = int(probe.getsockname()[1])
-    return port
