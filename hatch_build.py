@@ -1,11 +1,14 @@
-"""Builds the one small C function of Shardmesh along with the package, where there is a compiler.
+"""Builds the C of Shardmesh along with the package, where there is a compiler.
 
-Without one the package does the same in Python: see `shardmesh/engine/native_tap.py`.
+Without one the package does without: Python does the same (`shardmesh/engine/native_tap.py`), or
+llama.cpp does (`shardmesh/engine/kernels.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import platform
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,29 +16,54 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = "shardmesh/engine/tap_callback.c"
-TARGET = "shardmesh/engine/_tap_callback.so"
+FOLDER = "shardmesh/engine"
 COMPILE_TIMEOUT_S = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A C file, what it becomes, and the compiler's options for it."""
+
+    source: str
+    target: str
+    options: tuple[str, ...]
+    machines: tuple[str, ...] = ()  # as Python names them; none: all
+
+
+_AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512bw", "-mavx512vl", "-mavx512vnni")
+_X86 = ("x86_64", "AMD64")
+
+LIBRARIES = (
+    Library("tap_callback.c", "_tap_callback.so", ("-O2",)),
+    Library("q8_matmul.c", "_q8_matmul_avx2.so", _AVX2, _X86),
+    Library("q8_matmul.c", "_q8_matmul_avxvnni.so", (*_AVX2, "-mavxvnni"), _X86),
+    Library("q8_matmul.c", "_q8_matmul_avx512.so", (*_AVX2, *_AVX512), _X86),
+)
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
     """Called by hatchling for wheels and for editable installations."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles SOURCE to TARGET; a failure is told and nothing more."""
-        target = Path(self.root, TARGET)
-        if not self._compile(Path(self.root, SOURCE), target):
-            target.unlink(missing_ok=True)
-            return
-        build_data["artifacts"].append(TARGET)
-        build_data["pure_python"] = False
-        build_data["infer_tag"] = True
+        """Compiles what suits this machine; a failure is told and nothing more."""
+        folder = Path(self.root, FOLDER)
+        for library in LIBRARIES:
+            suits = not library.machines or platform.machine() in library.machines
+            if not suits or not self._compile(folder, library):
+                (folder / library.target).unlink(missing_ok=True)
+                continue
+            build_data["artifacts"].append(f"{FOLDER}/{library.target}")
+            build_data["pure_python"] = False
+            build_data["infer_tag"] = True
 
-    def _compile(self, source: Path, target: Path) -> bool:
+    def _compile(self, folder: Path, library: Library) -> bool:
+        target = folder / library.target
         unfinished = target.with_suffix(".unfinished")
         failures = []
         for compiler in compilers():
-            command = [*compiler, "-O2", "-shared", "-fPIC", "-o", unfinished, source]
+            files = ["-o", unfinished, folder / library.source]
+            command = [*compiler, *library.options, "-shared", "-fPIC", *files]
             try:
                 subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)
                 unfinished.replace(target)
@@ -45,7 +73,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
             else:
                 return True
         why = "; ".join(failures)
-        self.app.display_warning(f"{SOURCE} was not compiled, Python does its work: {why}")
+        self.app.display_warning(f"{library.target} was not compiled, it goes without: {why}")
         return False
 
 

@@ -46,7 +46,7 @@ def _main(model: Path, tokenizer_path: Path) -> None:
     from shardmesh.engine.llama import load_engine
     from shardmesh.engine.tokenizer import Tokenizer
 
-    engine = load_engine(model, EngineOptions(n_threads=N_THREADS))
+    engine = load_engine(model, EngineOptions(n_threads=N_THREADS, own_kernels=False))
 
     def answer(request: Answer) -> Answer:
         if not request:

@@ -16,7 +16,8 @@ from shardmesh.engine.tokenizer import Tokenizer
 
 def main(model: Path, tokenizer_path: Path, n_threads: int) -> None:
     """Answers each request of prompts with the seconds that all of them took."""
-    engine = load_engine(model, EngineOptions(n_threads=n_threads, n_parallel=N_SESSIONS))
+    options = EngineOptions(n_threads=n_threads, n_parallel=N_SESSIONS, own_kernels=False)
+    engine = load_engine(model, options)
     engine.join_sequences([N_SESSIONS])
 
     def answer(request: Answer) -> Answer:

@@ -260,7 +260,9 @@ class Demo:
 
         with Tokenizer.open(self.folder / "shards" / "tokenizer.gguf") as tokenizer:
             prompt = tokenizer.encode(self.request.prompt or "")
-        options = EngineOptions(n_parallel=1, n_threads=threads_per_node(self.n_shards))
+        options = EngineOptions(
+            n_parallel=1, n_threads=threads_per_node(self.n_shards), own_kernels=False
+        )
         engine = load_engine(self.model, options)
         try:
             whole = reference_tokens(

@@ -177,6 +177,13 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     help="Must be the same on all stages.  [default: chosen alike everywhere]",
 )
 @click.option(
+    "--own-kernels/--no-own-kernels",
+    default=True,
+    show_default=True,
+    envvar="LLAMA_OWN_KERNELS",
+    help="Compute Q8_0 weights by Shardmesh's kernel where it can be used: the same bits, sooner.",
+)
+@click.option(
     "--model",
     "link",
     type=LinkType(),
@@ -221,6 +228,7 @@ def command(
     cache_type_k: str,
     cache_type_v: str,
     flash_attention: bool | None,
+    own_kernels: bool,
     link: ModelLink | None,
     http_port: int | None,
     node_name: str,
@@ -273,6 +281,7 @@ def command(
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
         flash_attention=flash_attention,
+        own_kernels=own_kernels,
     )
     check_options(engine)  # a listener would try for ever to load its shard with it
     options = NodeOptions(

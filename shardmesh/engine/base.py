@@ -36,6 +36,7 @@ class EngineOptions:
     cache_type_v: str = "f16"
     flash_attention: bool | None = None
     vocabulary_path: str = ""  # a GGUF file with the vocabulary, for grammars on the last stage
+    own_kernels: bool = True  # where they can be used: see `engine.kernels`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

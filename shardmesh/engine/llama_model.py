@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from typing import Any
 
@@ -12,12 +13,15 @@ from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import EngineOptions
 from shardmesh.engine.graph_constants import Factors, factors_of
+from shardmesh.engine.kernels import use_own_kernels
 from shardmesh.engine.llama_log import route_log
 from shardmesh.engine.options import KvShape, choose_flash_attention
 from shardmesh.errors import EngineError
 from shardmesh.shards.architectures import PLAIN, RULES
 from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.row_width import n_streams_of
+
+logger = logging.getLogger(__name__)
 
 _MROPE_TYPES = (8, 40)
 """LLAMA_ROPE_TYPE_MROPE and _IMROPE: several positions for a token."""
@@ -86,6 +90,8 @@ def load_model(
     """Loads the weights; raises EngineError (ours) if llama.cpp refuses the file."""
     route_log()
     api.llama_backend_init()
+    if use_own_kernels(options.own_kernels):
+        logger.info("products of Q8_0 weights are computed by Shardmesh's own kernel")
     params = api.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     n_ctx_total = n_ctx * options.n_parallel

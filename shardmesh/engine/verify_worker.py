@@ -77,7 +77,8 @@ def compute_task(task: VerifyTask) -> None:
     else:
         inputs = np.array(_prompt_tokens(task), dtype=np.int32)
         lengths = step_lengths(len(inputs), task.n_greedy, task.piece_tokens)
-    engine = _load(task.model_path, sum(lengths))
+    is_whole = not task.inputs_path
+    engine = _load(task.model_path, sum(lengths), own_kernels=not is_whole)
     try:
         engine.open_sequence(0)
         outputs = _compute_steps(engine, inputs, lengths, task.tokens_path)
@@ -86,10 +87,12 @@ def compute_task(task: VerifyTask) -> None:
     np.save(task.outputs_path, outputs, allow_pickle=False)
 
 
-def _load(path: str, n_tokens: int) -> Engine:
+def _load(path: str, n_tokens: int, *, own_kernels: bool) -> Engine:
+    """Shards as listeners have them, held against llama.cpp as it is."""
     from shardmesh.engine.llama import load_engine
 
-    return load_engine(Path(path), EngineOptions(n_ctx=n_tokens, n_parallel=1))
+    options = EngineOptions(n_ctx=n_tokens, n_parallel=1, own_kernels=own_kernels)
+    return load_engine(Path(path), options)
 
 
 def _compute_steps(

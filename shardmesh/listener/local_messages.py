@@ -61,6 +61,7 @@ class Start(_Message, frozen=True, tag="start"):
     nice: int = 0  # how far it stands back behind the machine's other work, 0 to 19
     is_draining: bool = False  # it takes no sessions: what it was before it died
     vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
+    own_kernels: bool = True
     following: tuple[NextStage, ...] = ()  # see `Following`
 
 

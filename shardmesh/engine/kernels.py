@@ -1,0 +1,205 @@
+"""Shardmesh's own kernel for Q8_0 weights (q8_matmul.c): the same bits as ggml's, sooner.
+
+It takes the place of a function of ggml, so it has to be loaded before llama.cpp (`preload`, when
+this package is imported), and it is used only where all of this is so: Linux with glibc on x86, a
+CPU with the instructions that it was built for, a version of ggml whose function is known, and
+products of the same bits when an engine is loaded.  Everywhere else ggml computes, as it does
+without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import sys
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+logger = logging.getLogger(__name__)
+
+INSTRUCTION_SETS: Final = (
+    ("avx512", ("avx2", "fma", "f16c", "avx512bw", "avx512vl", "avx512_vnni")),
+    ("avxvnni", ("avx2", "fma", "f16c", "avx_vnni")),
+    ("avx2", ("avx2", "fma", "f16c")),
+)
+"""What the C file is built for, the best first: its name, and the flags of a CPU that has it."""
+
+GGML_VERSIONS: Final = ("0.25",)
+"""Those whose `llamafile_sgemm` was read and takes what q8_matmul.c takes; an unknown one might
+crash instead of being slow."""
+
+Q8_0: Final = 8
+"""ggml's number of the type."""
+
+_BLOCK: Final = np.dtype([("scale", np.float16), ("quants", np.int8, 32)])
+_SEED = 8
+
+_CHECKED: Final = (
+    (19, 1, 5),
+    (19, 2, 40),
+    (7, 3, 400),
+    (5, 8, 500),
+    (5, 17, 33),
+    (3, 9, 3000),
+)
+"""Weights' rows, activations' rows, blocks of a row: one for each way through q8_matmul.c."""
+
+
+def choose_instruction_set(cpu_flags: Collection[str]) -> str | None:
+    """The best that a CPU with these flags has; None if there is none.  Pure."""
+    for name, needed in INSTRUCTION_SETS:
+        if all(flag in cpu_flags for flag in needed):
+            return name
+    return None
+
+
+@cache
+def preload() -> Any | None:
+    """The compiled library, found by llama.cpp before its own function; None where it is no use."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":  # others: stacks too small
+        return None
+    name = choose_instruction_set(_cpu_flags())
+    if name is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(library_path(name)), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    library.shardmesh_q8_use.argtypes = (ctypes.c_bool, ctypes.c_void_p)
+    library.shardmesh_q8_use.restype = None
+    library.shardmesh_q8_count.restype = ctypes.c_uint64
+    return library
+
+
+def library_path(instruction_set: str) -> Path:
+    """Where the package has what was built for an instruction set."""
+    return Path(__file__).with_name(f"_q8_matmul_{instruction_set}.so")
+
+
+def use_own_kernels(wanted: bool) -> bool:
+    """Whether products of Q8_0 weights are computed by Shardmesh from now on, in this process."""
+    library = preload()
+    if library is None:
+        return False
+    original = _function_of_ggml()
+    is_used = wanted and original is not None and _gives_the_same_bits(library)
+    library.shardmesh_q8_use(is_used, original)
+    return is_used
+
+
+def n_products() -> int:
+    """Products of matrices that Shardmesh's kernel computed in this process."""
+    library = preload()
+    return 0 if library is None else int(library.shardmesh_q8_count())
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Of the first core: those of a hybrid CPU have the same."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as cpuinfo:
+            line = next((line for line in cpuinfo if line.startswith("flags")), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
+
+
+@cache
+def _function_of_ggml() -> int | None:
+    """The address of what q8_matmul.c stands in for; None if this ggml is not known."""
+    from llama_cpp import _ggml
+
+    try:
+        version = _ggml.libggml.ggml_version
+        function = _ggml.libggml.llamafile_sgemm
+    except AttributeError:
+        return None
+    version.restype = ctypes.c_char_p
+    found = version().decode("ascii", "replace")
+    if found.rpartition(".")[0] not in GGML_VERSIONS:
+        logger.info("ggml %s is not known to Shardmesh: its own kernels are used", found)
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits_cpu` of ggml-cpu.h."""
+
+    _fields_ = (
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("n_rows", ctypes.c_int64),
+    )
+
+
+@cache
+def _gives_the_same_bits(library: Any) -> bool:
+    """Compares products of made-up numbers with those of ggml: some ten milliseconds, once."""
+    library.shardmesh_q8_use(True, None)
+    generator = np.random.default_rng(_SEED)
+    for n_weights, n_activations, n_blocks in _CHECKED:
+        weights = _random_blocks(generator, n_weights, n_blocks)
+        activations = _random_blocks(generator, n_activations, n_blocks)
+        own = own_products(library, weights, activations)
+        if own.tobytes() != ggml_products(weights, activations).tobytes():
+            logger.warning("Shardmesh's kernel differs from ggml's on this CPU: it is not used")
+            return False
+    return True
+
+
+def own_products(
+    library: Any, weights: npt.NDArray[Any], activations: npt.NDArray[Any], n_threads: int = 1
+) -> npt.NDArray[np.float32]:
+    """(n, m) of weights (m, k) and activations (n, k), arrays of blocks; NaN where nothing came.
+
+    Each part of `n_threads` is computed, one after the other.
+    """
+    n, m = len(activations), len(weights)
+    products = np.full((n, m), np.nan, dtype=np.float32)
+    int64 = ctypes.c_int64
+    for thread in range(n_threads):
+        library.llamafile_sgemm(
+            (ctypes.c_int * 2)(thread, n_threads),
+            *(int64(m), int64(n), int64(weights.shape[1])),
+            *(ctypes.c_void_p(weights.ctypes.data), int64(weights.shape[1])),
+            *(ctypes.c_void_p(activations.ctypes.data), int64(activations.shape[1])),
+            *(ctypes.c_void_p(products.ctypes.data), int64(m)),
+            *(Q8_0, Q8_0, 0),
+        )
+    return products
+
+
+def ggml_products(
+    weights: npt.NDArray[Any], activations: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """The same by ggml's own product of two rows."""
+    from llama_cpp import _ggml
+
+    _ggml.libggml.ggml_cpu_init()  # fills its table of scales
+    traits = _ggml.libggml.ggml_get_type_traits_cpu
+    traits.restype = ctypes.POINTER(_Traits)
+    size, void = ctypes.c_size_t, ctypes.c_void_p
+    signature = ctypes.CFUNCTYPE(
+        None, ctypes.c_int, void, size, void, size, void, size, ctypes.c_int
+    )
+    vec_dot = signature(traits(Q8_0).contents.vec_dot)
+    products = np.empty((len(activations), len(weights)), dtype=np.float32)
+    n_values = 32 * weights.shape[1]
+    for i, activation in enumerate(activations):
+        for j, weight in enumerate(weights):
+            place = products[i, j:].ctypes.data
+            vec_dot(n_values, place, 0, weight.ctypes.data, 0, activation.ctypes.data, 0, 1)
+    return products
+
+
+def _random_blocks(generator: np.random.Generator, n_rows: int, n_blocks: int) -> npt.NDArray[Any]:
+    blocks = np.empty((n_rows, n_blocks), dtype=_BLOCK)
+    blocks["scale"] = generator.standard_normal((n_rows, n_blocks)).astype(np.float16)
+    blocks["quants"] = generator.integers(-127, 128, (n_rows, n_blocks, 32))
+    return blocks
