@@ -102,7 +102,7 @@ def n_products() -> int:
 def _cpu_flags() -> frozenset[str]:
     """Of the first core: those of a hybrid CPU have the same."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as cpuinfo:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as cpuinfo:
             line = next((line for line in cpuinfo if line.startswith("flags")), "")
     except OSError:
         return frozenset()
@@ -184,17 +184,15 @@ def ggml_products(
     _ggml.libggml.ggml_cpu_init()  # fills its table of scales
     traits = _ggml.libggml.ggml_get_type_traits_cpu
     traits.restype = ctypes.POINTER(_Traits)
-    size, void = ctypes.c_size_t, ctypes.c_void_p
-    signature = ctypes.CFUNCTYPE(
-        None, ctypes.c_int, void, size, void, size, void, size, ctypes.c_int
-    )
-    vec_dot = signature(traits(Q8_0).contents.vec_dot)
+    number, size, place = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
+    arguments = (number, place, size, place, size, place, size, number)
+    vec_dot = ctypes.CFUNCTYPE(None, *arguments)(traits(Q8_0).contents.vec_dot)
     products = np.empty((len(activations), len(weights)), dtype=np.float32)
     n_values = 32 * weights.shape[1]
     for i, activation in enumerate(activations):
         for j, weight in enumerate(weights):
-            place = products[i, j:].ctypes.data
-            vec_dot(n_values, place, 0, weight.ctypes.data, 0, activation.ctypes.data, 0, 1)
+            result = products[i, j:].ctypes.data
+            vec_dot(n_values, result, 0, weight.ctypes.data, 0, activation.ctypes.data, 0, 1)
     return products
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import write_model
 
@@ -60,6 +60,7 @@ def blocks(seed: int, n_rows: int, n_blocks: int, lowest: int) -> npt.NDArray[An
 
 
 @pytest.mark.hypothesis
+@settings(deadline=None)  # the products of ggml are asked for one by one, by Python
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_weights=st.integers(1, 40),
