@@ -12,6 +12,7 @@ from benchmarks.far import measure_drafts, measure_latency
 from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
 from benchmarks.hop import measure_hops
 from benchmarks.idle import measure_waiting
+from benchmarks.kernels import measure_kernels
 from benchmarks.load_shard import measure_load_shard
 from benchmarks.many import measure_aggregate
 from benchmarks.pieces import measure_pieces
@@ -62,6 +63,10 @@ async def _pieces(to: Setting) -> list[Result]:
         runs=to.runs,
         progress=to.progress,
     )
+
+
+async def _kernels(to: Setting) -> list[Result]:
+    return await measure_kernels(to.model, runs=to.runs, progress=to.progress)
 
 
 async def _prefix(to: Setting) -> list[Result]:
@@ -136,6 +141,7 @@ BENCHMARKS: Final[dict[str, Measure]] = {
     "aggregate": _aggregate,
     "prefill": _prefill,
     "pieces": _pieces,
+    "kernels": _kernels,
     "prefix": _prefix,
     "drafts": _drafts,
     "latency": _latency,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from benchmarks.results import Result
 
 NAMES = (
-    *("decode", "aggregate", "prefill", "pieces", "prefix", "drafts", "latency", "hop"),
-    *("idle", "recovery", "torrent", "swarm", "load-shard", "seeding"),
+    *("decode", "aggregate", "prefill", "pieces", "kernels", "prefix", "drafts", "latency"),
+    *("hop", "idle", "recovery", "torrent", "swarm", "load-shard", "seeding"),
     *("gateway", "gateway-idle", "gateway-p99"),
 )
 """Those of `catalogue`, which would take a second to import for --help."""

@@ -74,6 +74,7 @@ def preload() -> Any | None:
     library.shardmesh_q8_use.argtypes = (ctypes.c_bool, ctypes.c_void_p)
     library.shardmesh_q8_use.restype = None
     library.shardmesh_q8_count.restype = ctypes.c_uint64
+    library.shardmesh_q8_multiply.restype = ctypes.c_bool
     return library
 
 
@@ -141,7 +142,6 @@ class _Traits(ctypes.Structure):
 @cache
 def _gives_the_same_bits(library: Any) -> bool:
     """Compares products of made-up numbers with those of ggml: some ten milliseconds, once."""
-    library.shardmesh_q8_use(True, None)
     generator = np.random.default_rng(_SEED)
     for n_weights, n_activations, n_blocks in _CHECKED:
         weights = _random_blocks(generator, n_weights, n_blocks)
@@ -156,7 +156,7 @@ def _gives_the_same_bits(library: Any) -> bool:
 def own_products(
     library: Any, weights: npt.NDArray[Any], activations: npt.NDArray[Any], n_threads: int = 1
 ) -> npt.NDArray[np.float32]:
-    """(n, m) of weights (m, k) and activations (n, k), arrays of blocks; NaN where nothing came.
+    """(n, m) of weights (m, k) and activations (n, k), arrays of blocks; NaN if it cannot be done.
 
     Each part of `n_threads` is computed, one after the other.
     """
@@ -164,13 +164,12 @@ def own_products(
     products = np.full((n, m), np.nan, dtype=np.float32)
     int64 = ctypes.c_int64
     for thread in range(n_threads):
-        library.llamafile_sgemm(
+        library.shardmesh_q8_multiply(
             (ctypes.c_int * 2)(thread, n_threads),
             *(int64(m), int64(n), int64(weights.shape[1])),
             *(ctypes.c_void_p(weights.ctypes.data), int64(weights.shape[1])),
             *(ctypes.c_void_p(activations.ctypes.data), int64(activations.shape[1])),
             *(ctypes.c_void_p(products.ctypes.data), int64(m)),
-            *(Q8_0, Q8_0, 0),
         )
     return products
 

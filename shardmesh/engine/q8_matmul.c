@@ -22,6 +22,7 @@
 
 enum { TYPE_F32 = 0, TYPE_Q8_0 = 8 }; /* enum ggml_type */
 enum { BLOCK = 32, LANES = 8 };
+enum { BLOCK_BYTES = BLOCK + LANES * sizeof(float) }; /* of one block of activations, laid out */
 enum { TILE = 8 };      /* rows of activations that meet a row of weights at once */
 enum { TILES_MAX = 8 }; /* that are laid out before the weights are gone through */
 enum { ROWS_NEAR = 16 }; /* rows of weights that stay in the cache for all these tiles */
@@ -153,7 +154,7 @@ static inline __attribute__((always_inline)) void multiply_rows(const int width,
                                                                 const tile *tile, float *c,
                                                                 int64_t ldc) {
     int64_t row = 0;
-    if (width > 1 && k * width * (BLOCK + LANES * (int64_t)sizeof(float)) > NEAR) {
+    if (width > 1 && k * width * BLOCK_BYTES > NEAR) {
         for (; row + 2 <= n_rows; row += 2) {
             multiply(2, width, weights + row * lda, lda, k, tile, c + row, ldc);
         }
@@ -191,7 +192,7 @@ static void lay_out(tile *tile, const block_q8_0 *b, int64_t ldb, int64_t k) {
 /* Lays out as many of n rows as there is room for; returns how many. */
 static int64_t lay_out_tiles(tile *tiles, int *n_tiles, uint8_t *room, const block_q8_0 *b,
                              int64_t ldb, int64_t n, int64_t k) {
-    const int64_t row_bytes = k * (BLOCK + LANES * (int64_t)sizeof(float));
+    const int64_t row_bytes = k * BLOCK_BYTES;
     int64_t done = 0;
     uint8_t *end = room + ROOM;
     for (*n_tiles = 0; *n_tiles < TILES_MAX && done < n; (*n_tiles)++) {
@@ -215,10 +216,13 @@ static int64_t lay_out_tiles(tile *tiles, int *n_tiles, uint8_t *room, const blo
 }
 
 /* c (n, m) = rows of activations b (n, k blocks) times rows of weights a (m, k blocks); a thread
- * computes its part of the rows of weights. */
-static void multiply_all(const ggml_compute_params *params, int64_t m, int64_t n, int64_t k,
-                         const block_q8_0 *a, int64_t lda, const block_q8_0 *b, int64_t ldb,
-                         float *c, int64_t ldc) {
+ * computes its part of the rows of weights.  False, for all threads, if there is no room. */
+bool shardmesh_q8_multiply(const ggml_compute_params *params, int64_t m, int64_t n, int64_t k,
+                           const block_q8_0 *a, int64_t lda, const block_q8_0 *b, int64_t ldb,
+                           float *c, int64_t ldc) {
+    if (k * BLOCK_BYTES > ROOM) {
+        return false;
+    }
     uint8_t room[ROOM] __attribute__((aligned(64)));
     tile tiles[TILES_MAX];
     int n_tiles;
@@ -235,6 +239,7 @@ static void multiply_all(const ggml_compute_params *params, int64_t m, int64_t n
         }
         done += n_laid_out;
     }
+    return true;
 }
 
 /* Called by ggml: every thread of a computation, with the same arguments. */
@@ -242,8 +247,7 @@ bool llamafile_sgemm(const ggml_compute_params *params, int64_t m, int64_t n, in
                      const void *a, int64_t lda, const void *b, int64_t ldb, void *c, int64_t ldc,
                      int a_type, int b_type, int c_type) {
     bool is_q8_0 = a_type == TYPE_Q8_0 && b_type == TYPE_Q8_0 && c_type == TYPE_F32;
-    if (is_on && is_q8_0 && k * (BLOCK + LANES * (int64_t)sizeof(float)) <= ROOM) {
-        multiply_all(params, m, n, k, a, lda, b, ldb, c, ldc);
+    if (is_on && is_q8_0 && shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
         n_products += params->ith == 0;
         return true;
     }
