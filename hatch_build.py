@@ -6,13 +6,12 @@ llama.cpp does (`shardmesh/engine/kernels.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
@@ -20,8 +19,7 @@ FOLDER = "shardmesh/engine"
 COMPILE_TIMEOUT_S = 60
 
 
-@dataclasses.dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):  # hatchling runs this file in a way that dataclasses do not survive
     """A C file, what it becomes, and the compiler's options for it."""
 
     source: str
