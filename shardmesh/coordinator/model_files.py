@@ -38,7 +38,7 @@ from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.wire.codec import decode_cbor, decode_json, encode_cbor
-from shardmesh.wire.limits import REQUEST_READ_TIMEOUT_S
+from shardmesh.wire.limits import REQUEST_READ_TIMEOUT_S, WRITE_TIMEOUT_S
 from shardmesh.wire.model_info import (
     MODEL_INFO_BYTES_MAX,
     MODEL_INFO_PROTOCOL,
@@ -46,13 +46,17 @@ from shardmesh.wire.model_info import (
     ModelInfo,
     ModelInfoRequest,
 )
+from shardmesh.wire.patience import write_timeout_s
 
 logger = logging.getLogger(__name__)
 
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
-FETCH_TIMEOUT_S = 60.0
-"""For a tokenizer of some MB over a slow line."""
+FETCH_TIMEOUT_S: Final = write_timeout_s(MODEL_INFO_BYTES_MAX)
+"""As long as the other side may take to send the largest tokenizer: over a slow line, minutes."""
+
+FETCH_SILENCE_TIMEOUT_S: Final = WRITE_TIMEOUT_S
+"""Nothing more came for so long: another node is asked."""
 
 N_SOURCES_MAX = 3
 """Nodes that are asked, one after the other."""
@@ -181,6 +185,7 @@ class ModelFiles:
             MODEL_INFO_PROTOCOL,
             encode_cbor(ModelInfoRequest(manifest_digest=digest)),
             timeout_s=FETCH_TIMEOUT_S,
+            silence_timeout_s=FETCH_SILENCE_TIMEOUT_S,
             response_bytes_max=MODEL_INFO_BYTES_MAX,
         )
         return await trio.to_thread.run_sync(decode_cbor, answer, ModelInfo)
@@ -213,8 +218,8 @@ def serve_model_info(host: Host, models: LocalModels) -> None:
                 await receive_message(stream, MODEL_INFO_REQUEST_BYTES_MAX), ModelInfoRequest
             )
         info = await trio.to_thread.run_sync(_read_info, models, request.manifest_digest)
-        with trio.fail_after(FETCH_TIMEOUT_S):
-            await send_message(stream, await trio.to_thread.run_sync(encode_cbor, info))
+        payload = await trio.to_thread.run_sync(encode_cbor, info)
+        await send_message(stream, payload)  # the stream gives up who takes too long
 
     host.serve(MODEL_INFO_PROTOCOL, serve)
 

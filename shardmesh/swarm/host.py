@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -281,18 +282,22 @@ class Host:
         *,
         timeout_s: float,
         response_bytes_max: int,
+        silence_timeout_s: float = math.inf,
     ) -> bytes:
         """Sends one message on a stream of its own and gives the answer.
 
+        A long answer may take its time, as long as more of it comes: `silence_timeout_s`.
         Raises UnreachableError (the moment's), RefusedError (theirs) if the protocol is not
         spoken, ProtocolError (theirs) for an answer that is too long or cut off.  A cancellation
         resets the stream, which the other side sees.
         """
         with trio.move_on_after(timeout_s):
-            stream = await self.open_stream(peer_id, protocol, timeout_s)
+            stream = await self.open_stream(peer_id, protocol, min(timeout_s, silence_timeout_s))
             try:
                 await send_message(stream, payload)
-                answer = await receive_message(stream, response_bytes_max)
+                answer = await receive_message(
+                    stream, response_bytes_max, silence_timeout_s=silence_timeout_s
+                )
                 await stream.aclose()
                 return answer
             finally:

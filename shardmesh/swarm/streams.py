@@ -9,6 +9,7 @@ memory channels.
 from __future__ import annotations
 
 import logging
+import math
 import struct
 from typing import Final, Protocol, cast
 
@@ -186,15 +187,25 @@ async def send_message(stream: ByteStream, payload: bytes) -> None:
     await stream.send_all(_LENGTH.pack(len(payload)) + payload)
 
 
-async def receive_message(stream: ByteStream, n_bytes_max: int) -> bytes:
+async def receive_message(
+    stream: ByteStream, n_bytes_max: int, *, silence_timeout_s: float = math.inf
+) -> bytes:
     """Receives one message; a longer one than allowed is refused before it is read.
 
     Raises ProtocolError (theirs) for a length beyond `n_bytes_max` or a stream that ends early,
-    UnreachableError if the stream broke.
+    UnreachableError if the stream broke, or if the beginning or any further STREAM_CHUNK_BYTES
+    were not here after `silence_timeout_s`.
     """
-    (n_bytes,) = _LENGTH.unpack(await stream.receive_exactly(_LENGTH.size))
+
+    async def receive(n_bytes: int) -> bytes:
+        with trio.move_on_after(silence_timeout_s):
+            return await stream.receive_exactly(n_bytes)
+        raise UnreachableError(f"nothing more came for {silence_timeout_s:g} s")
+
+    (n_bytes,) = _LENGTH.unpack(await receive(_LENGTH.size))
     if n_bytes > n_bytes_max:
         raise ProtocolError(
             f"a message of {n_bytes} bytes; at most {n_bytes_max} are allowed", code="TOO_LARGE"
         )
-    return await stream.receive_exactly(n_bytes)
+    starts = range(0, n_bytes, STREAM_CHUNK_BYTES)
+    return b"".join([await receive(min(STREAM_CHUNK_BYTES, n_bytes - start)) for start in starts])

@@ -251,6 +251,22 @@ async def test_a_node_hands_over_what_it_has(
     assert found == (info if is_known else ModelInfo(manifest=None, tokenizer=None))
 
 
+async def test_who_takes_a_tokenizer_over_a_slow_line_gets_it(
+    split_dir: Path, info: ModelInfo, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Slow(OneRequest):
+        async def send_all(self, data: bytes) -> None:
+            await trio.sleep(200)  # which the stream allows for some MB
+            await super().send_all(data)
+
+    host = FakeHost({})
+    serve_model_info(host, ShardStore(split_dir))  # type: ignore[arg-type]
+    digest = manifest_of(split_dir).digest()
+    stream = Slow(encode_cbor(ModelInfoRequest(manifest_digest=digest)))
+    await host.served[MODEL_INFO_PROTOCOL](stream, "somebody")
+    assert decode_cbor(stream.sent[4:], ModelInfo) == info
+
+
 async def test_a_model_that_nobody_hands_over_holds_up_no_other(
     split_dir: Path, tmp_path: Path
 ) -> None:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import pytest
 import trio
 import trio.testing
 from libp2p.abc import INetStream
+from support.byte_streams import MemoryByteStream, byte_stream_pair
 from support.far_end import new_keys
 
+from shardmesh.coordinator.chain import Replica
+from shardmesh.coordinator.model_files import ModelFiles
 from shardmesh.errors import UnreachableError
 from shardmesh.links.outbox import Outbox
-from shardmesh.swarm.streams import Libp2pStream, send_message
+from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.host import Host
+from shardmesh.swarm.streams import Libp2pStream, receive_message, send_message
+from shardmesh.wire.codec import encode_cbor
 from shardmesh.wire.limits import MIB, WRITE_BYTES_PER_S_MIN, WRITE_TIMEOUT_S
+from shardmesh.wire.model_info import ModelInfo
 from shardmesh.wire.sealing import Sealer
+
+REPLICA = Replica(
+    peer_id="far",
+    addresses=("/ip4/192.0.2.1/tcp/1",),
+    model_name="tiny",
+    manifest_digest="0" * 64,
+    shard_id=0,
+    layer_start=0,
+    layer_end=2,
+    n_layer=2,
+    n_ctx=64,
+    shard_loaded=True,
+    fingerprint="f",
+)
 
 
 class SlowLine(trio.abc.SendStream):
@@ -59,6 +81,51 @@ async def test_a_long_message(
             with pytest.raises(UnreachableError):
                 await send_message(stream, bytes(8 * MIB))
         nursery.cancel_scope.cancel()
+
+
+class HostOfOneStream(Host):
+    """Every stream that it opens is this one."""
+
+    def __init__(self, stream: MemoryByteStream) -> None:
+        self._one_stream = stream
+
+    def learn(self, peer_id: str, addresses: object) -> None:
+        pass
+
+    async def open_stream(self, *asked: object) -> MemoryByteStream:  # type: ignore[override]
+        await trio.lowlevel.checkpoint()
+        return self._one_stream
+
+
+@pytest.mark.parametrize(
+    ("n_bytes_given", "is_there"), [(20_000_000, True), (10_000_000, False), (0, False)]
+)
+async def test_a_tokenizer_comes_as_long_as_more_of_it_comes(
+    autojump_clock: trio.testing.MockClock, n_bytes_given: int, is_there: bool, tmp_path: Path
+) -> None:
+    """20 MB at 100 kB/s; or the line breaks without a word, and another node can be asked."""
+    info = ModelInfo(manifest=b"{}", tokenizer=bytes(20_000_000))
+    here, there = byte_stream_pair()
+    files = ModelFiles(HostOfOneStream(here), ShardStore(tmp_path), tmp_path)
+
+    async def give() -> None:
+        await receive_message(there, 1024)
+        payload = encode_cbor(info)
+        message = (len(payload).to_bytes(4, "big") + payload)[: n_bytes_given * 2]
+        for start in range(0, n_bytes_given, 50_000):
+            await trio.sleep(0.5)
+            end = len(message) if start + 50_000 >= 20_000_000 else start + 50_000
+            await there.send_all(message[start:end])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(give)
+        if is_there:
+            assert await files._ask(REPLICA, "0" * 64) == info
+            assert trio.current_time() > 190
+        else:
+            with pytest.raises(UnreachableError):
+                await files._ask(REPLICA, "0" * 64)
+            assert trio.current_time() < n_bytes_given / 100_000 + 31
 
 
 @pytest.mark.parametrize(("n_times", "arrives"), [(1.01, True), (0.5, False)])
