@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
+from support.hidden import hidden_batch
 from support.mesh import COORDINATOR, GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     TOKEN_S,
@@ -26,7 +27,7 @@ from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.wire.messages import HiddenBatch, Sampling
+from shardmesh.wire.messages import Sampling
 
 SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 PROMPT = [i % 60 for i in range(3 * PIECE_TOKENS + 5)]
@@ -272,20 +273,11 @@ async def test_frames_that_cannot_be_right_do_not_change_the_text(
 
             def forge() -> None:
                 n_embd = 9 if how == "wide" else 8
-                forged = HiddenBatch(
+                forged = hidden_batch(
                     session=session.session_id,
                     epoch=session.epoch,
                     position=session.n_sent + (5 if how == "early" else -1),
-                    n_tokens=1,
                     n_embd=n_embd,
-                    dtype="f32",
-                    sample=True,
-                    timings=(),
-                    embed=False,
-                    branch=0,
-                    check=b"",
-                    scored=(),
-                    hand=False,
                 )
                 mesh.link_between(0).send(forged, bytes(4 * n_embd))
 

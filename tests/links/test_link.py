@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 from support.far_end import FarEnd, Recorder, new_keys
+from support.hidden import hidden_batch
 from support.mesh import linked_pair
 
 import shardmesh.links.outbox as outbox_module
@@ -26,28 +27,13 @@ from shardmesh.wire.limits import (
 from shardmesh.wire.messages import (
     CloseSession,
     Hello,
-    HiddenBatch,
     Message,
     Ping,
     Pong,
     TrimSession,
 )
 
-HIDDEN = HiddenBatch(
-    session=bytes(16),
-    epoch=0,
-    position=0,
-    n_tokens=2,
-    n_embd=3,
-    dtype="f32",
-    sample=False,
-    embed=False,
-    branch=0,
-    check=b"",
-    scored=(),
-    hand=False,
-    timings=(),
-)
+HIDDEN = hidden_batch(n_tokens=2, n_embd=3, sample=False)
 
 
 def word(number: int) -> Message:

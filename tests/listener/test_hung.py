@@ -12,6 +12,7 @@ import trio
 from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.grammars import OPENS_FOR_EVER, SAMPLES_FOR_EVER
+from support.hidden import hidden_batch
 from support.mesh import GREEDY
 
 import shardmesh.listener.data_child as data_child_module
@@ -74,21 +75,7 @@ def opening(start: Start, number: int, grammar: str) -> OpenSession:
 
 
 def one_row(number: int) -> HiddenBatch:
-    return HiddenBatch(
-        session=bytes([number] * 16),
-        epoch=1,
-        position=0,
-        n_tokens=1,
-        n_embd=N_EMBD,
-        dtype="f32",
-        sample=True,
-        timings=(),
-        embed=False,
-        branch=0,
-        check=b"",
-        scored=(),
-        hand=False,
-    )
+    return hidden_batch(session=bytes([number] * 16), epoch=1, n_embd=N_EMBD)
 
 
 @pytest.mark.processes

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
+from support.hidden import hidden_batch
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.generate import prefill
@@ -17,7 +18,7 @@ from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettin
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
-from shardmesh.wire.messages import HiddenBatch, NextStage, RepairSession, TokenBatch
+from shardmesh.wire.messages import NextStage, RepairSession, TokenBatch
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 
@@ -203,21 +204,7 @@ async def test_two_repairs_that_are_read_at_once_leave_the_stage_well() -> None:
 async def test_hidden_states_from_a_stranger_close_the_link() -> None:
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            forged = HiddenBatch(
-                session=session.session_id,
-                epoch=0,
-                position=0,
-                n_tokens=1,
-                n_embd=8,
-                dtype="f32",
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
-                hand=False,
-                timings=(),
-            )
+            forged = hidden_batch(session=session.session_id)
             mesh.links[1].send(forged, bytes(4 * 8))
             with pytest.raises(UnreachableError) as caught:
                 await session.receive()
@@ -229,21 +216,7 @@ async def test_hidden_states_that_are_not_finite_end_the_session() -> None:
 
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            poisoned = HiddenBatch(
-                session=session.session_id,
-                epoch=0,
-                position=0,
-                n_tokens=1,
-                n_embd=8,
-                dtype="f32",
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
-                hand=False,
-                timings=(),
-            )
+            poisoned = hidden_batch(session=session.session_id)
             body = np.full((1, 8), np.nan, dtype="<f4").tobytes()
             mesh.link_between(0).send(poisoned, body)
             with pytest.raises(ShardmeshError) as caught:

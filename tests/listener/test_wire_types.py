@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chains import opened_chain
+from support.hidden import hidden_batch
 from support.mesh import GREEDY, PIECE_TOKENS, memory_mesh
 from support.models import write_model
 
@@ -19,7 +20,6 @@ from shardmesh.engine.base import Hidden, MicroBatch, Output
 from shardmesh.engine.fake import fake_chain
 from shardmesh.errors import ShardmeshError
 from shardmesh.wire.hidden_states import WireType, hidden_to_body
-from shardmesh.wire.messages import HiddenBatch
 
 PROMPT = list(range(1, 41))
 EXACT_SETTINGS = SessionSettings(n_ctx=100, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
@@ -64,21 +64,7 @@ async def test_an_exact_session_takes_no_short_numbers() -> None:
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, EXACT_SETTINGS) as session:
             body, dtype = hidden_to_body(np.ones((1, 8), dtype=np.float32), "f16")
-            short = HiddenBatch(
-                session=session.session_id,
-                epoch=0,
-                position=0,
-                n_tokens=1,
-                n_embd=8,
-                dtype=dtype,
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
-                hand=False,
-                timings=(),
-            )
+            short = hidden_batch(session=session.session_id, dtype=dtype)
             mesh.link_between(0).send(short, body)
             with pytest.raises(ShardmeshError, match="exact ones were asked for"):
                 await session.receive()

@@ -16,6 +16,7 @@ import numpy as np
 import trio
 from sim.network import Network
 from sim.plan import node_name
+from support.hidden import hidden_batch
 from support.loop_worker import LoopWorker
 from support.mesh import DIGEST, link_ends
 
@@ -29,7 +30,7 @@ from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
 from shardmesh.listener.worker import Calculation
-from shardmesh.wire.messages import HiddenBatch, NextStage, TokenBatch
+from shardmesh.wire.messages import NextStage, TokenBatch
 
 BOUNDARIES = (0, 1, 3, 4)
 N_CTX = 256
@@ -291,19 +292,11 @@ class World:
             if link is None or session.next_stage is None or n_sent == 0:
                 continue
             n_embd = node.engine.info.n_embd + (how == "wide frame")
-            wrong = HiddenBatch(
+            wrong = hidden_batch(
                 session=session.session_id,
                 epoch=session.epoch,
                 position=n_sent + (5 if how == "early frame" else -1),
-                n_tokens=1,
                 n_embd=n_embd,
-                dtype="f32",
-                sample=True,
-                timings=(),
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
                 hand=True,
             )
             link.send(wrong, bytes(4 * n_embd))
