@@ -18,12 +18,8 @@ import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
 
+from shardmesh.confinement import confine
 from shardmesh.wire.limits import CHAT_PROCESS_BYTES_MAX, CHAT_RENDERED_CHARS_MAX
-
-try:
-    import resource
-except ImportError:  # Windows: time is bounded all the same
-    resource = None  # type: ignore[assignment]
 
 
 class TemplateError(Exception):
@@ -32,9 +28,7 @@ class TemplateError(Exception):
 
 def main() -> None:
     """Answers requests from standard input until it ends."""
-    if resource is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (CHAT_PROCESS_BYTES_MAX, CHAT_PROCESS_BYTES_MAX))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(CHAT_PROCESS_BYTES_MAX)
     for line in sys.stdin:
         answer = json.dumps(_answer(json.loads(line)))
         sys.stdout.write(answer + "\n")

@@ -6,19 +6,13 @@ import sys
 
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 
+from shardmesh.confinement import confine
 from shardmesh.wire.limits import CHAT_PROCESS_BYTES_MAX, GRAMMAR_BYTES_MAX
-
-try:
-    import resource
-except ImportError:  # Windows: time is bounded all the same
-    resource = None  # type: ignore[assignment]
 
 
 def main() -> None:
     """Reads a schema, writes its grammar, or too much of it; any failure is an exit code."""
-    if resource is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (CHAT_PROCESS_BYTES_MAX, CHAT_PROCESS_BYTES_MAX))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(CHAT_PROCESS_BYTES_MAX)
     grammar = json_schema_to_gbnf(sys.stdin.buffer.read(GRAMMAR_BYTES_MAX + 1).decode())
     sys.stdout.buffer.write(grammar.encode()[: GRAMMAR_BYTES_MAX + 1])
 

@@ -506,7 +506,7 @@ CHAT_RENDER_TIMEOUT_S: Final = 5.0
 """For the start of the process and one template; a usual one takes a few milliseconds."""
 
 CHAT_PROCESS_BYTES_MAX: Final = 1024 * MIB
-"""Address space of the process that runs templates; Python itself takes a tenth of it."""
+"""Memory of the process that runs templates; Python itself takes a tenth of it."""
 
 # -- the gateway -------------------------------------------------------------------------------
 
