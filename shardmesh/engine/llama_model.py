@@ -91,7 +91,7 @@ def load_model(
     route_log()
     api.llama_backend_init()
     if use_own_kernels(options.own_kernels):
-        logger.info("products of Q8_0 weights are computed by Shardmesh's own kernel")
+        logger.debug("products of Q8_0 weights are computed by Shardmesh's own kernel")
     params = api.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
     n_ctx_total = n_ctx * options.n_parallel

@@ -2,8 +2,7 @@
  *
  * ggml looks the scale of each block up in a table of 256 KB, which has to share the cache with the
  * weights, and reads each row of weights anew for every four rows of activations.  Here scales are
- * converted, a row of weights meets up to eight rows of activations at once, and one row takes
- * hardly longer than reading the weights from memory.
+ * converted, and a row of weights meets up to eight rows of activations at once.
  *
  * The bits are ggml's because nothing of its arithmetic is changed: the products within a block are
  * whole numbers, whose order cannot matter; each of eight lanes takes four neighbours of a block,
@@ -28,7 +27,7 @@ enum { TILES_MAX = 8 }; /* that are laid out before the weights are gone through
 enum { ROWS_NEAR = 16 }; /* rows of weights that stay in the cache for all these tiles */
 enum { ROOM = 256 * 1024 }; /* bytes of the stack, for activations; threads have megabytes */
 enum { NEAR = 24 * 1024 };  /* bytes of a tile that leave room in the first cache for weights */
-enum { AHEAD = 2048 };      /* bytes that weights are fetched ahead of their use */
+enum { AHEAD = 4096 };      /* bytes that weights are fetched ahead of their use */
 
 typedef struct {
     uint16_t scale; /* half precision */
@@ -247,7 +246,8 @@ bool llamafile_sgemm(const ggml_compute_params *params, int64_t m, int64_t n, in
                      const void *a, int64_t lda, const void *b, int64_t ldb, void *c, int64_t ldc,
                      int a_type, int b_type, int c_type) {
     bool is_q8_0 = a_type == TYPE_Q8_0 && b_type == TYPE_Q8_0 && c_type == TYPE_F32;
-    if (is_on && is_q8_0 && shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
+    /* A single row waits for the weights to come from memory, ggml's as well as this one. */
+    if (is_on && is_q8_0 && n > 1 && shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
         n_products += params->ith == 0;
         return true;
     }

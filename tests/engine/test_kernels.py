@@ -151,7 +151,7 @@ engine.join_sequences([8])
 before, logits = kernels.n_products(), []
 for sequence in range(8):
     engine.open_sequence(sequence)
-for lengths in ([23, 1, 1, 1, 1, 1, 1, 1], [1] * 8, [1], [1] * 3):
+for lengths in ([23, 1, 1, 1, 1, 1, 1, 2], [1] * 8, [1], [1] * 3):
     batch = []
     for sequence, length in enumerate(lengths):
         position = engine.n_held(sequence)
