@@ -1,16 +1,17 @@
 """Shardmesh's own kernel for Q8_0 weights (q8_matmul.c): the same bits as ggml's, sooner.
 
 It takes the place of a function of ggml, so it has to be loaded before llama.cpp (`preload`, when
-this package is imported), and it is used only where all of this is so: Linux with glibc on x86, a
-CPU with the instructions that it was built for, a version of ggml whose function is known, and
-products of the same bits when an engine is loaded.  Everywhere else ggml computes, as it does
-without it.
+this package is imported).  That is done only on Linux with glibc on x86, on a CPU with the
+instructions that it was built for, and with a ggml whose function is known; and it computes only if
+its products are those of ggml when an engine is loaded.  Otherwise ggml does, as without it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
+import os
 import platform
 import sys
 from collections.abc import Collection
@@ -31,8 +32,8 @@ INSTRUCTION_SETS: Final = (
 """What the C file is built for, the best first: its name, and the flags of a CPU that has it."""
 
 GGML_VERSIONS: Final = ("0.25",)
-"""Those whose `llamafile_sgemm` was read and takes what q8_matmul.c takes; an unknown one might
-crash instead of being slow."""
+"""Those whose `llamafile_sgemm` was read and takes what q8_matmul.c takes: in front of that of
+another one it could do harm."""
 
 Q8_0: Final = 8
 """ggml's number of the type."""
@@ -65,7 +66,7 @@ def preload() -> Any | None:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":  # others: stacks too small
         return None
     name = choose_instruction_set(_cpu_flags())
-    if name is None:
+    if name is None or _ggml_version().rpartition(".")[0] not in GGML_VERSIONS:
         return None
     try:
         library = ctypes.CDLL(str(library_path(name)), mode=ctypes.RTLD_GLOBAL)
@@ -110,20 +111,27 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-@cache
+def _ggml_version() -> str:
+    """Of the library that llama.cpp is going to load, which is not loaded by this; or nothing."""
+    package = importlib.util.find_spec("llama_cpp")
+    if package is None or package.origin is None or "LLAMA_CPP_LIB_PATH" in os.environ:
+        return ""
+    try:
+        base = ctypes.CDLL(str(Path(package.origin).with_name("lib") / "libggml-base.so"))
+        base.ggml_version.restype = ctypes.c_char_p
+        version: bytes = base.ggml_version()
+    except (OSError, AttributeError):
+        return ""
+    return version.decode("ascii", "replace")
+
+
 def _function_of_ggml() -> int | None:
-    """The address of what q8_matmul.c stands in for; None if this ggml is not known."""
+    """The address of what q8_matmul.c stands in for; None if this ggml was built without it."""
     from llama_cpp import _ggml
 
     try:
-        version = _ggml.libggml.ggml_version
         function = _ggml.libggml.llamafile_sgemm
     except AttributeError:
-        return None
-    version.restype = ctypes.c_char_p
-    found = version().decode("ascii", "replace")
-    if found.rpartition(".")[0] not in GGML_VERSIONS:
-        logger.info("ggml %s is not known to Shardmesh: its own kernels are used", found)
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
 

@@ -1,7 +1,7 @@
 /* Products of Q8_0 weights with rows of activations: the bits of ggml's own, in half of the time.
  *
  * ggml looks the scale of each block up in a table of 256 KB, which has to share the cache with the
- * weights, and reads each row of weights anew for every four rows of activations.  Here scales are
+ * weights, and reads each row of weights anew for every few rows of activations.  Here scales are
  * converted, and a row of weights meets up to eight rows of activations at once.
  *
  * The bits are ggml's because nothing of its arithmetic is changed: the products within a block are
@@ -17,7 +17,6 @@
 #include <immintrin.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <string.h>
 
 enum { TYPE_F32 = 0, TYPE_Q8_0 = 8 }; /* enum ggml_type */
 enum { BLOCK = 32, LANES = 8 };
@@ -247,7 +246,8 @@ bool llamafile_sgemm(const ggml_compute_params *params, int64_t m, int64_t n, in
                      int a_type, int b_type, int c_type) {
     bool is_q8_0 = a_type == TYPE_Q8_0 && b_type == TYPE_Q8_0 && c_type == TYPE_F32;
     /* A single row waits for the weights to come from memory, ggml's as well as this one. */
-    if (is_on && is_q8_0 && n > 1 && shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
+    if (is_on && is_q8_0 && n > 1 &&
+        shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
         n_products += params->ith == 0;
         return true;
     }

@@ -107,19 +107,17 @@ def test_the_best_that_a_cpu_has(missing: tuple[str, ...], expected: str | None)
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was found out about this process is found out again, before and after the test."""
-    caches = (kernels._function_of_ggml, kernels._gives_the_same_bits)
-    for cached in caches:
-        cached.cache_clear()
+    """What was found out about the kernel is found out again, in the test and after it."""
+    kernels._gives_the_same_bits.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    kernels._gives_the_same_bits.cache_clear()
 
 
-@pytest.mark.usefixtures("forgotten")
-def test_an_unknown_ggml_computes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_put_in_front_of_an_unknown_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.preload() is None:
+        pytest.skip("it cannot be used on this machine")
     monkeypatch.setattr(kernels, "GGML_VERSIONS", ("0.1",))
-    assert not kernels.use_own_kernels(True)
+    assert kernels.preload.__wrapped__() is None
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -177,6 +175,6 @@ def test_an_engine_computes_the_same_bits_with_it(tmp_path: Path) -> None:
     (n_own, own), (n_other, other) = results["own"], results["llama.cpp"]
     assert own == other
     assert n_other == 0
-    if kernels.preload() is None or kernels._function_of_ggml() is None:
+    if kernels.preload() is None:
         pytest.skip("Shardmesh's kernel cannot be used here: ggml computed both")
     assert n_own > 0
