@@ -1,4 +1,4 @@
-/* Products of Q8_0 weights with rows of activations: the bits of ggml's own, in half of the time.
+/* Products of Q8_0 weights with rows of activations: the bits of ggml's own, in less time.
  *
  * ggml looks the scale of each block up in a table of 256 KB, which has to share the cache with the
  * weights, and reads each row of weights anew for every few rows of activations.  Here scales are
