@@ -79,7 +79,7 @@ def _main(model: Path) -> None:
         for sequence in range(len(lengths)):
             engine.open_sequence(sequence)
         digest, times_s = hashlib.sha256(), []
-        for step in range(STEPS if not is_piece else STEPS // 4):
+        for step in range(STEPS // 4 if is_piece else STEPS):
             batch = [
                 MicroBatch(
                     sequence=sequence,

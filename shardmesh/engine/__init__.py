@@ -1,5 +1,5 @@
 """Computing: the only place that knows llama.cpp."""
 
-from shardmesh.engine import kernels
+from shardmesh.engine.kernel_library import preload
 
-kernels.preload()  # before anything here imports llama.cpp
+preload()  # before anything here imports llama.cpp

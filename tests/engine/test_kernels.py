@@ -19,18 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import write_model
 
-from shardmesh.engine import kernels
+from shardmesh.engine import kernel_library, kernels
 
 SOURCE = Path(kernels.__file__).with_name("q8_matmul.c")
-FLAGS = {flag for _, needed in kernels.INSTRUCTION_SETS for flag in needed}
+FLAGS = {flag for _, needed in kernel_library.INSTRUCTION_SETS for flag in needed}
 EDGE_SCALES = (0.0, -0.0, 6e-8, -3e-5, 65504.0, float("inf"))
 
 
 def library_of(name: str, folder: Path) -> Any:
     """The C file compiled for an instruction set; skips where that cannot be run."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    needed = dict(kernels.INSTRUCTION_SETS)[name]
-    if compiler is None or not kernels._cpu_flags().issuperset(needed):
+    needed = dict(kernel_library.INSTRUCTION_SETS)[name]
+    if compiler is None or not kernel_library._cpu_flags().issuperset(needed):
         pytest.skip(f"no C compiler, or a CPU without {name}")
     target = folder / f"{name}.so"
     options = ["-O3", *(f"-m{flag.replace('_', '')}" for flag in needed)]
@@ -40,7 +40,7 @@ def library_of(name: str, folder: Path) -> Any:
     return ctypes.CDLL(str(target))
 
 
-@pytest.fixture(scope="module", params=[name for name, _ in kernels.INSTRUCTION_SETS])
+@pytest.fixture(scope="module", params=[name for name, _ in kernel_library.INSTRUCTION_SETS])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return library_of(request.param, tmp_path_factory.mktemp("kernel"))
 
@@ -102,7 +102,7 @@ def test_rows_that_have_no_room_are_left_to_ggml(library: Any) -> None:
     ],
 )
 def test_the_best_that_a_cpu_has(missing: tuple[str, ...], expected: str | None) -> None:
-    assert kernels.choose_instruction_set(FLAGS - set(missing)) == expected
+    assert kernel_library.choose_instruction_set(FLAGS - set(missing)) == expected
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def forgotten() -> Iterator[None]:
 
 
 def test_nothing_is_put_in_front_of_an_unknown_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.preload() is None:
+    if kernel_library.preload() is None:
         pytest.skip("it cannot be used on this machine")
-    monkeypatch.setattr(kernels, "GGML_VERSIONS", ("0.1",))
-    assert kernels.preload.__wrapped__() is None
+    monkeypatch.setattr(kernel_library, "GGML_VERSIONS", ("0.1",))
+    assert kernel_library.preload.__wrapped__() is None
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -129,7 +129,9 @@ def test_a_kernel_that_differs_is_not_used(
     kernels._gives_the_same_bits.cache_clear()
 
     def other_bits(*arguments: Any) -> npt.NDArray[np.float32]:
-        return np.nextafter(kernels.own_products(kernels.preload(), *arguments), np.float32(1e9))
+        return np.nextafter(
+            kernels.own_products(kernel_library.preload(), *arguments), np.float32(1e9)
+        )
 
     monkeypatch.setattr(kernels, "ggml_products", other_bits)
     assert not kernels.use_own_kernels(True)
@@ -175,6 +177,6 @@ def test_an_engine_computes_the_same_bits_with_it(tmp_path: Path) -> None:
     (n_own, own), (n_other, other) = results["own"], results["llama.cpp"]
     assert own == other
     assert n_other == 0
-    if kernels.preload() is None:
+    if kernel_library.preload() is None:
         pytest.skip("Shardmesh's kernel cannot be used here: ggml computed both")
     assert n_own > 0
