@@ -20,8 +20,8 @@ Each carries a stable `code` for the wire, a sentence for a person and the next 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Final, Literal
 
 Blame = Literal["ours", "theirs", "moment"]
@@ -169,3 +169,32 @@ def ungrouped() -> Iterator[None]:
         if known is None:
             raise
         raise known from group
+
+
+@contextmanager
+def carried_past() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Carries what a block raises past the nurseries around it, which would put it into a group.
+
+        with carried_past() as block:
+            async with trio.open_nursery():
+                with block():
+                    yield something
+
+    To the nurseries the block ends without an error.  Its own comes out behind them, in the place
+    of whatever they raise: that of a cancellation would hide it.
+    """
+    failure: Exception | None = None
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        nonlocal failure
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised below
+            failure = error
+
+    try:
+        yield block
+    finally:
+        if failure is not None:
+            raise failure

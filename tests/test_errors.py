@@ -14,6 +14,7 @@ from shardmesh.errors import (
     ProtocolError,
     ShardmeshError,
     TheirError,
+    carried_past,
     error_from_wire,
     known_error,
     ungrouped,
@@ -66,3 +67,30 @@ def test_ctrl_c_is_never_taken_for_an_error() -> None:
     with pytest.raises(BaseExceptionGroup), ungrouped():
         raise group
     assert isinstance(known_error(group), BusyError)
+
+
+async def fail_while_cancelled(error: Exception) -> None:
+    with trio.CancelScope() as scope, carried_past() as block:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            with block():
+                scope.cancel()
+                raise error
+
+
+async def test_an_error_is_carried_past_a_nursery_that_is_cancelled_meanwhile() -> None:
+    with pytest.raises(KeyError, match="lost"):
+        await fail_while_cancelled(KeyError("lost"))
+
+
+async def fail_beside_the_block(error: Exception) -> None:
+    with carried_past() as block:
+        async with trio.open_nursery():
+            with block():
+                await trio.lowlevel.checkpoint()
+            raise error
+
+
+async def test_what_fails_beside_the_block_comes_out_as_it_is() -> None:
+    with pytest.raises(ExceptionGroup):
+        await fail_beside_the_block(KeyError("in the nursery"))

@@ -27,7 +27,7 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 
-from shardmesh.errors import ProtocolError, UnreachableError
+from shardmesh.errors import ProtocolError, UnreachableError, carried_past
 from shardmesh.swarm.host import Host
 from shardmesh.wire.announcement import Announcement, check_not_ahead, check_timely, open_signed
 from shardmesh.wire.limits import (
@@ -242,14 +242,10 @@ async def open_dht(
         validator_changed=True,
         strict_validation=True,
     )
-    failure: Exception | None = None
-    async with background_trio_service(kad):
-        try:
-            yield Dht(host, kad, cluster, wall_clock)
-        except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
-            failure = error
-    if failure is not None:
-        raise failure
+    with carried_past() as block:
+        async with background_trio_service(kad):
+            with block():
+                yield Dht(host, kad, cluster, wall_clock)
 
 
 def _remove(table: RoutingTable, peer_id: str) -> None:

@@ -31,6 +31,7 @@ from shardmesh.errors import (
     RefusedError,
     ShardmeshError,
     UnreachableError,
+    carried_past,
 )
 from shardmesh.swarm.addresses import (
     check_port,
@@ -478,22 +479,18 @@ async def open_host(
     libp2p = new_libp2p_host(identity, admission)
     swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
     watch = ConnectionWatch(swarm, ping_interval_s, idle_timeout_s)
-    failure: Exception | None = None
-    async with libp2p.run(listen_addrs=[listen_address(host, port) for host in listen_hosts]):
-        if len(libp2p.get_transport_addrs()) < len(listen_hosts):
-            failure = port_taken(listen_hosts[0], port, "it cannot be listened on")
-        else:
-            swarm.widen_entrance()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch.run)
-                try:
+    addresses = [listen_address(host, port) for host in listen_hosts]
+    with carried_past() as block:
+        async with libp2p.run(listen_addrs=addresses), trio.open_nursery() as nursery:
+            try:
+                with block():
+                    if len(libp2p.get_transport_addrs()) < len(addresses):
+                        raise port_taken(listen_hosts[0], port, "it cannot be listened on")
+                    swarm.widen_entrance()
+                    nursery.start_soon(watch.run)
                     yield Host(libp2p, admission, watch, nursery)
-                except Exception as error:  # noqa: BLE001 - raised below, outside of the nurseries
-                    failure = error
-                finally:
-                    with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
-                        await swarm.stop_listening()
-                        await watch.close(swarm.get_connections(), "this node is leaving")
-                    nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+            finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(_LEAVE_TIMEOUT_S):
+                    await swarm.stop_listening()
+                    await watch.close(swarm.get_connections(), "this node is leaving")
+                nursery.cancel_scope.cancel()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 import trio
-from support.torrents import DEADLINE_S, make_model, wait_until
+from support.torrents import DEADLINE_S, FileMesh, make_model, wait_until
 
+from shardmesh.errors import BusyError
 from shardmesh.shards.hashing import hash_file
 from shardmesh.swarm.torrents.opening import open_torrents
 from shardmesh.swarm.torrents.session import TorrentSession
@@ -100,3 +102,15 @@ async def test_a_removal_while_the_whole_node_is_cancelled(
                     await session.remove(torrent.info_hash())
                     n_left = n_inside(session)
     assert n_left == 0
+
+
+async def fail_while_cancelled(opened: AbstractAsyncContextManager[object]) -> None:
+    with trio.CancelScope() as scope:
+        async with opened:
+            scope.cancel()
+            raise BusyError("no room")
+
+
+async def test_an_error_is_not_lost_while_everything_is_cancelled(tmp_path: Path) -> None:
+    with pytest.raises(BusyError):
+        await fail_while_cancelled(FileMesh(tmp_path).node("a"))

@@ -10,7 +10,7 @@ from typing import Final
 import libtorrent as lt
 import trio
 
-from shardmesh.errors import InputError
+from shardmesh.errors import InputError, carried_past
 from shardmesh.swarm.torrents.gate import Gate
 from shardmesh.swarm.torrents.session import TorrentSession
 from shardmesh.swarm.torrents.settings import limit_all_addresses, session_settings
@@ -39,7 +39,6 @@ async def open_torrents(
     sessions = [session]
     torrents = TorrentSession(session, own_port, Gate() if members_only else None)
     here, there = socket.socketpair()
-    failure: Exception | None = None
     try:
         if not own_port:
             raise InputError(
@@ -50,14 +49,14 @@ async def open_torrents(
         there.setblocking(False)
         here.setblocking(False)
         session.set_alert_fd(there.fileno())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(torrents.run, trio.socket.from_stdlib_socket(here))
-            try:
-                yield torrents
-            except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
-                failure = error
-            finally:
-                torrents.stop()
+        with carried_past() as block:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(torrents.run, trio.socket.from_stdlib_socket(here))
+                try:
+                    with block():
+                        yield torrents
+                finally:
+                    torrents.stop()
     finally:
         session.set_alert_fd(-1)
         torrents.forget_session()
@@ -66,8 +65,6 @@ async def open_torrents(
             await trio.to_thread.run_sync(sessions.clear, abandon_on_cancel=True)  # type: ignore[call-arg]
         here.close()
         there.close()
-    if failure is not None:
-        raise failure
 
 
 def _start(

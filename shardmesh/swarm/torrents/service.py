@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from shardmesh.errors import ungrouped
+from shardmesh.errors import carried_past, ungrouped
 from shardmesh.shards.hashing import HashedFile
 from shardmesh.shards.library import Library
 from shardmesh.shards.partial import PartialFile
@@ -293,22 +293,17 @@ async def open_files(
 
     Raises InputError (theirs, PORT_TAKEN) if its port cannot be had.
     """
-    failure: Exception | None = None
-    async with (
-        open_torrents(
-            listen_hosts=options.listen_hosts,
-            port=options.port,
-            upload_rate=options.upload_rate,
-            download_rate=options.download_rate,
-            members_only=not host.admission.is_public,
-        ) as torrents,
-        trio.open_nursery() as nursery,
-    ):
-        service = FileService(host, dht, directory, library, torrents, options, nursery)
-        try:
-            yield service
-        except Exception as error:  # noqa: BLE001 - raised below, outside of the nursery
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    with carried_past() as block:
+        async with (
+            open_torrents(
+                listen_hosts=options.listen_hosts,
+                port=options.port,
+                upload_rate=options.upload_rate,
+                download_rate=options.download_rate,
+                members_only=not host.admission.is_public,
+            ) as torrents,
+            trio.open_nursery() as nursery,
+        ):
+            with block():
+                yield FileService(host, dht, directory, library, torrents, options, nursery)
+            nursery.cancel_scope.cancel()
