@@ -125,6 +125,13 @@ class PartialFile:
             remember_hashes(self.final, HashedFile(self._file.sha256, torrent))
             self.discard()
 
+    def discard_leftover(self) -> None:
+        """Frees what is left of a fetch whose file came another way, unless somebody is in."""
+        if self.folder.exists():
+            with self.locked() as is_ours:
+                if is_ours:
+                    self.discard()
+
     def discard(self) -> None:
         """Frees all room that the unfinished file takes."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -225,6 +225,27 @@ async def test_a_file_that_appears_meanwhile(tmp_path: Path, comes_right: bool) 
         assert is_right(node.folder / "shard-0.gguf", model)
 
 
+@pytest.mark.parametrize("is_asked_for", [True, False])
+async def test_what_was_begun_goes_when_the_file_came_another_way(
+    tmp_path: Path, is_asked_for: bool
+) -> None:
+    model = make_model(tmp_path / "a", 4 * MB)
+    mesh = FileMesh(tmp_path)
+    async with mesh.node("a", upload_rate=4 * MB):
+        async with mesh.node("b", gives=False) as node, trio.open_nursery() as nursery:
+            nursery.start_soon(partial(fetch, node, model))
+            await wait_until(
+                lambda: any(d.n_bytes_done > 0.5 * MB for d in node.files.downloads()), "a part"
+            )
+            nursery.cancel_scope.cancel()
+    assert leftovers(tmp_path / "b") != []
+    (tmp_path / "b" / "shard-0.gguf").write_bytes((tmp_path / "a" / "shard-0.gguf").read_bytes())
+    async with mesh.node("b", gives=not is_asked_for) as node:
+        if is_asked_for:
+            await fetch(node, model)
+        assert leftovers(node.folder) == []
+
+
 async def test_two_downloads_of_one_file_at_once_are_one(tmp_path: Path) -> None:
     model = make_model(tmp_path / "a", 8 * MB)
     mesh = FileMesh(tmp_path)

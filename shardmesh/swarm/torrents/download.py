@@ -114,12 +114,14 @@ class Download:
     ) -> bool:
         """Whether the file is there now; False while another process fetches it."""
         if await trio.to_thread.run_sync(self.partial.is_final_right):
+            await trio.to_thread.run_sync(self.partial.discard_leftover)
             return True
         with self.partial.locked() as is_ours:
             if not is_ours:
                 return False
             if await trio.to_thread.run_sync(self.partial.is_final_right):
-                return True  # the other process was done in between
+                await trio.to_thread.run_sync(self.partial.discard)
+                return True  # it came in between
             await torrents.remove(self.file.info_hash)  # a damaged file may be given at present
             await trio.to_thread.run_sync(self.partial.take_back)
             try:

@@ -14,6 +14,8 @@ from shardmesh.errors import ShardmeshError
 from shardmesh.shards.checked import hashes_of
 from shardmesh.shards.hashing import HashedFile
 from shardmesh.shards.library import Library
+from shardmesh.shards.partial import PartialFile
+from shardmesh.shards.publication import PublishedFile
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.torrents.session import TorrentSession
 from shardmesh.swarm.torrents.sources import file_key, model_key
@@ -142,6 +144,16 @@ class Seeder:
             return
         self._seeded[path] = (version, hashed)
         self._register(file_key(info_hash), path.name)
+        begun = PartialFile(
+            path.parent,
+            PublishedFile(
+                name=path.name,
+                n_bytes=version.n_bytes,
+                sha256=hashed.sha256,
+                info_hash=info_hash,
+            ),
+        )
+        await trio.to_thread.run_sync(begun.discard_leftover)
 
     # -- the DHT -------------------------------------------------------------------------------
 
