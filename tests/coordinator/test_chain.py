@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Sequence
 
 import pytest
+import support.replicas
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,31 +18,7 @@ from shardmesh.errors import IncompleteError, InputError
 N_LAYER = 5
 
 
-def replica(
-    peer_id: str,
-    layer_start: int,
-    layer_end: int,
-    *,
-    model: str = "m",
-    digest: str = "d",
-    n_layer: int = N_LAYER,
-    loaded: bool = True,
-    n_ctx: int = 64,
-) -> Replica:
-    return Replica(
-        peer_id=peer_id,
-        addresses=(),
-        model_name=model,
-        manifest_digest=digest,
-        shard_id=0,
-        layer_start=layer_start,
-        layer_end=layer_end,
-        n_layer=n_layer,
-        n_ctx=n_ctx,
-        shard_loaded=loaded,
-        fingerprint="f",
-    )
-
+replica = functools.partial(support.replicas.replica, n_layer=N_LAYER)
 
 ranges = st.tuples(st.integers(0, N_LAYER - 1), st.integers(1, N_LAYER)).filter(
     lambda r: r[0] < r[1]
@@ -81,7 +59,14 @@ def meshes(draw: st.DrawFn) -> tuple[list[Replica], dict[str, float]]:
         )
     )
     replicas = [
-        replica(f"p{i}", start, end, model=model, digest=digest, loaded=loaded or i % 3 > 0)
+        replica(
+            f"p{i}",
+            start,
+            end,
+            model_name=model,
+            manifest_digest=digest,
+            shard_loaded=loaded or i % 3 > 0,
+        )
         for i, ((start, end), model, digest, loaded) in enumerate(found)
     ]
     return replicas, {r.peer_id: float(draw(st.integers(0, 5))) for r in replicas}
@@ -127,7 +112,7 @@ def test_missing_layers_are_exactly_those_that_nobody_serves(
     served: list[tuple[tuple[int, int], bool]],
 ) -> None:
     replicas = [
-        replica(f"p{i}", start, end, loaded=loaded)
+        replica(f"p{i}", start, end, shard_loaded=loaded)
         for i, ((start, end), loaded) in enumerate(served)
     ]
     covered = {layer for (a, b), loaded in served if loaded for layer in range(a, b)}
@@ -138,7 +123,7 @@ def test_missing_layers_are_exactly_those_that_nobody_serves(
 
 
 def test_the_layers_that_lack_are_named() -> None:
-    replicas = [replica("a", 0, 1), replica("b", 2, 3), replica("c", 3, 5, loaded=False)]
+    replicas = [replica("a", 0, 1), replica("b", 2, 3), replica("c", 3, 5, shard_loaded=False)]
     with pytest.raises(IncompleteError, match=r"\[1, 2\), \[3, 5\) of m"):
         choose_chain(replicas)
 
@@ -159,18 +144,22 @@ def test_an_empty_mesh_and_an_unknown_model() -> None:
 
 def test_splits_are_never_mixed() -> None:
     with pytest.raises(IncompleteError):
-        choose_chain([replica("a", 0, 2), replica("b", 2, 5, digest="e")])
+        choose_chain([replica("a", 0, 2), replica("b", 2, 5, manifest_digest="e")])
 
 
 def test_a_node_that_waits_for_its_shard_changes_nothing() -> None:
-    waiting = replica("w", 0, 0, model="", digest="", n_layer=0, loaded=False)
+    waiting = replica("w", 0, 0, model_name="", manifest_digest="", n_layer=0, shard_loaded=False)
     assert choose_chain([waiting, replica("a", 0, 5)]).stages == (replica("a", 0, 5),)
     with pytest.raises(IncompleteError):
         choose_chain([waiting])
 
 
 def test_a_model_that_only_overlaps_does_not_make_a_choice_necessary() -> None:
-    replicas = [replica("a", 0, 5), replica("b", 0, 3, model="n"), replica("c", 2, 5, model="n")]
+    replicas = [
+        replica("a", 0, 5),
+        replica("b", 0, 3, model_name="n"),
+        replica("c", 2, 5, model_name="n"),
+    ]
     assert choose_chain(replicas).stages == (replicas[0],)
 
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
+    SAMPLED,
     CountingEngine,
     assert_nothing_left,
+    engines,
     loop_worker,
     one_engine_tokens,
     replicated_mesh,
@@ -25,32 +27,19 @@ from support.replicated import (
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.fake import FakeEngine, fake_info
+from shardmesh.engine.fake import fake_info
 from shardmesh.listener.stage_session import Work
 from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import DRAFTS_MAX
 from shardmesh.wire.messages import Sampling
 
-BOUNDARIES = (0, 1, 3, 4)
 N_VOCAB = 64
 PROMPT = [i % 60 for i in range(40)]
-SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
-
-
-def engines() -> list[CountingEngine]:
-    return [
-        CountingEngine(fake_info(start, end, BOUNDARIES[-1], n_ctx=512), layer_start=start)
-        for start, end in itertools.pairwise(BOUNDARIES)
-    ]
 
 
 def whole_tokens(sampling: Sampling, n_tokens: int) -> list[int]:
     """What one engine with all layers gives, without guesses."""
     return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
-
-
-def mesh_of(stages: Sequence[FakeEngine] | None = None, n_spares: int = 0):  # type: ignore[no-untyped-def]
-    return replicated_mesh(engines, n_spares, stages)
 
 
 def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED):  # type: ignore[no-untyped-def]
@@ -113,7 +102,7 @@ async def test_the_tokens_are_those_without_guesses(
     sampling: Sampling, plan: list[tuple[int, int]], autojump_clock: trio.testing.MockClock
 ) -> None:
     expected = whole_tokens(sampling, 20)
-    async with mesh_of() as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh, sampling) as session:
             assert await write(session, 20, guesser(expected, plan)) == expected
             assert session.epoch == 0
@@ -126,7 +115,7 @@ async def test_the_last_stage_computes_no_row_that_is_wrong(
 ) -> None:
     expected = whole_tokens(SAMPLED, 20)
     stages = engines()
-    async with mesh_of(stages) as mesh, session_of(mesh) as session:
+    async with replicated_mesh(0, stages) as mesh, session_of(mesh) as session:
         await write(session, 20, guesser(expected, [(5, 2)]))
     assert stages[-1].n_rows == 19
     assert stages[0].n_rows > 19
@@ -137,7 +126,7 @@ async def test_right_guesses_let_the_stages_work_at_once(
 ) -> None:
     async def seconds(plan: list[tuple[int, int]]) -> float:
         expected = whole_tokens(SAMPLED, 20)
-        async with mesh_of() as mesh, session_of(mesh) as session:
+        async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
             started_s = trio.current_time()
             await write(session, 20, guesser(expected, plan))
             return trio.current_time() - started_s
@@ -152,7 +141,7 @@ async def test_a_stage_killed_while_guesses_are_under_way(
     number: int, at: int, plan: list[tuple[int, int]], autojump_clock: trio.testing.MockClock
 ) -> None:
     expected = whole_tokens(SAMPLED, 24)
-    async with mesh_of(n_spares=1) as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             kill = {at: lambda: mesh.kill(f"stage-{number}")}
             assert await write(session, 24, guesser(expected, plan), kill) == expected
@@ -165,7 +154,7 @@ async def test_all_stages_killed_one_after_the_other(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     expected = whole_tokens(SAMPLED, 30)
-    async with mesh_of(n_spares=1) as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             kills = {
                 n: lambda name=name: mesh.kill(name)  # type: ignore[misc]
@@ -205,7 +194,7 @@ async def test_a_last_stage_that_lost_its_hop_has_computed_guesses_that_nobody_h
 ) -> None:
     """In the next epoch it may know more than the coordinator: nothing comes twice."""
     expected = whole_tokens(SAMPLED, 24)
-    async with mesh_of() as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh) as session:
 
             async def cut() -> None:
@@ -228,7 +217,7 @@ async def test_guesses_may_come_at_any_moment_of_a_repair(
 ) -> None:
     """As those of a draft model do."""
     expected = whole_tokens(SAMPLED, 24)
-    async with mesh_of(n_spares=1) as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             async def guess_on() -> None:

@@ -13,12 +13,15 @@ import trio
 import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.link_messages import token_batch
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
+    SAMPLED,
     TOKEN_S,
     CountingEngine,
     assert_nothing_left,
+    engines,
     loop_worker,
     one_engine_tokens,
     replicated_mesh,
@@ -37,12 +40,10 @@ from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import HANDED_AHEAD_MAX
 from shardmesh.wire.messages import NextStage, Sampling, TokenBatch
 
-BOUNDARIES = (0, 1, 3, 4)
 N_VOCAB = 64
 N_CTX = 300
 N_TOKENS = 24
 PROMPT = [i % 60 for i in range(40)]
-SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 
 
 class OtherMachine(CountingEngine):
@@ -50,13 +51,6 @@ class OtherMachine(CountingEngine):
 
     def _sample(self, logits, state):  # type: ignore[no-untyped-def]
         return super()._sample(-logits, state)
-
-
-def engines(boundaries: Sequence[int] = BOUNDARIES) -> list[CountingEngine]:
-    return [
-        CountingEngine(fake_info(start, end, boundaries[-1], n_ctx=512), layer_start=start)
-        for start, end in itertools.pairwise(boundaries)
-    ]
 
 
 def sampled_behind(
@@ -81,10 +75,6 @@ def whole_tokens(n_tokens: int = N_TOKENS, sampling: Sampling = SAMPLED) -> list
 
 
 EXPECTED = whole_tokens()
-
-
-def mesh_of(stages: Sequence[FakeEngine] | None = None, n_spares: int = 0):  # type: ignore[no-untyped-def]
-    return replicated_mesh(engines, n_spares, stages)
 
 
 @asynccontextmanager
@@ -142,17 +132,13 @@ def n_taken(mesh: MemoryMesh, name: str = "stage-0") -> int:
     return mesh.nodes[name].stage.counters.n_tokens_handed
 
 
-def token_batch(session: Session, position: int, token: int, branch: int = 0) -> TokenBatch:
-    return TokenBatch(
+def handed(session: Session, position: int, token: int, branch: int = 0) -> TokenBatch:
+    return token_batch(
         session=session.session_id,
         epoch=session.epoch,
         position=position,
         tokens=(token,),
-        sample=True,
-        embed=False,
         branch=branch,
-        check=b"",
-        scored=(),
         hand=True,
     )
 
@@ -165,7 +151,7 @@ async def test_the_tokens_are_the_same_and_go_the_short_way(
     boundaries: tuple[int, ...], autojump_clock: trio.testing.MockClock
 ) -> None:
     stages = engines(boundaries)
-    async with mesh_of(stages) as mesh:
+    async with replicated_mesh(0, stages) as mesh:
         async with session_of(mesh) as session:
             assert await write(session) == EXPECTED
             n_handed = N_TOKENS - 1 if len(stages) > 1 else 0
@@ -180,7 +166,7 @@ async def test_the_tokens_are_the_same_and_go_the_short_way(
 async def test_nothing_is_handed_on_unless_it_was_asked_for(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh, hands_on=False) as session:
             assert await write(session) == EXPECTED
         async with session_of(mesh) as session:
@@ -191,7 +177,7 @@ async def test_nothing_is_handed_on_unless_it_was_asked_for(
 async def test_a_caller_may_change_its_mind_at_any_token(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         assert await write(session, hands=lambda n_so_far: n_so_far % 5 < 2) == EXPECTED
         assert n_taken(mesh) > 0
 
@@ -200,7 +186,7 @@ async def test_stages_do_not_run_far_ahead_of_a_caller_who_does_not_read(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     stages = engines()
-    async with mesh_of(stages) as mesh:
+    async with replicated_mesh(0, stages) as mesh:
         async with session_of(mesh) as session:
             done = await prefill(session, PROMPT, hand=True)
             await trio.sleep(60)
@@ -221,14 +207,14 @@ async def test_nothing_is_computed_beyond_the_last_token(
 ) -> None:
     stages = engines()
     n_ctx = len(PROMPT) + N_TOKENS
-    async with mesh_of(stages) as mesh, session_of(mesh, n_ctx=n_ctx) as session:
+    async with replicated_mesh(0, stages) as mesh, session_of(mesh, n_ctx=n_ctx) as session:
         assert await write(session) == EXPECTED
         await trio.sleep(1)
         assert [stage.n_rows for stage in stages] == [N_TOKENS - 1] * 3
 
 
 async def test_the_way_that_a_token_came_is_told(autojump_clock: trio.testing.MockClock) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         await trio.sleep(2)  # for heartbeats
         first_hops_us = []
         done = await prefill(session, PROMPT, hand=True)
@@ -265,7 +251,7 @@ def guesser(plan: Sequence[tuple[int, int]]) -> Guess:
 async def test_the_tokens_are_the_same_with_guesses(
     plan: list[tuple[int, int]], autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with mesh_of() as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh) as session:
             assert await write(session, guess=guesser(plan)) == EXPECTED
             assert session.epoch == 0
@@ -277,7 +263,7 @@ async def test_the_tokens_are_the_same_with_guesses(
 async def test_a_guess_that_comes_behind_the_token_itself(
     is_right: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         done = await prefill(session, PROMPT, hand=True)
         await trio.sleep(5 * TOKEN_S)  # the next one has been handed on as well
         tokens = []
@@ -300,7 +286,7 @@ async def test_a_guess_that_comes_behind_the_token_itself(
 async def test_a_stage_killed_and_the_short_way_is_taken_again(
     number: int, at: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with mesh_of(n_spares=1) as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             kill = {at: lambda: mesh.kill(f"stage-{number}")}
             assert await write(session, before=kill) == EXPECTED
@@ -314,7 +300,7 @@ async def test_a_stage_killed_and_the_short_way_is_taken_again(
 async def test_all_stages_killed_one_after_the_other(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of(n_spares=1) as mesh, session_of(mesh) as session:
+    async with replicated_mesh() as mesh, session_of(mesh) as session:
         kills = {
             n: lambda name=name: mesh.kill(name)  # type: ignore[misc]
             for n, name in [(3, "stage-2"), (4, "stage-0"), (9, "stage-1")]
@@ -326,7 +312,7 @@ async def test_all_stages_killed_one_after_the_other(
 async def test_a_lost_short_cut_costs_no_stage_its_place(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         cut = {5: lambda: mesh._between["stage-2", "stage-0"].close()}
         assert await write(session, before=cut) == EXPECTED
         assert (session.epoch, session.repairs) == (0, [])
@@ -339,7 +325,7 @@ async def test_a_short_cut_that_does_not_come_up(
     async def refuse(first: NextStage) -> Link:
         raise UnreachableError(f"no link to {first.peer_id}", code="NO_LINK")
 
-    async with mesh_of() as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         mesh.nodes["stage-2"].stage._get_link = refuse
         async with session_of(mesh) as session:
             assert await write(session) == EXPECTED
@@ -423,13 +409,13 @@ async def test_what_came_before_a_repair_is_not_handed_on_behind_it(
 async def test_a_last_stage_that_says_two_things_ends_the_session(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         (lying,) = mesh.nodes["stage-2"].stage.sessions
         lying.first_link = None
         done = await prefill(session, PROMPT, hand=True)
         assert done.sampled is not None
         link = await mesh.link("stage-2", "stage-0")
-        link.send(token_batch(session, len(PROMPT), (done.sampled.token + 1) % N_VOCAB))
+        link.send(handed(session, len(PROMPT), (done.sampled.token + 1) % N_VOCAB))
         await trio.testing.wait_all_tasks_blocked()
         session.send([done.sampled.token], sample=True)
         with pytest.raises(ShardmeshError) as caught:
@@ -441,13 +427,13 @@ async def test_a_token_that_nobody_let_it_hand_on_is_not_taken(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Not before anything was sampled, and not behind what was computed again."""
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         link = await mesh.link("stage-2", "stage-0")
-        link.send(token_batch(session, 0, 1))
+        link.send(handed(session, 0, 1))
         await trio.testing.wait_all_tasks_blocked()
 
         def hand_on_what_is_next() -> None:
-            link.send(token_batch(session, session.n_sent, 1))
+            link.send(handed(session, session.n_sent, 1))
 
         before = {3: hand_on_what_is_next}
         assert await write(session, before=before, hands=lambda n_so_far: False) == EXPECTED
@@ -457,13 +443,13 @@ async def test_a_token_that_nobody_let_it_hand_on_is_not_taken(
 async def test_tokens_that_are_not_due_change_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
 
         def stray() -> None:
             link = mesh._between["stage-2", "stage-0"]
             for position in (0, session.n_sent - 1, session.n_sent + 7, N_CTX, 2**31 - 1):
                 for branch in (0, 9):
-                    link.send(token_batch(session, position, 1, branch))
+                    link.send(handed(session, position, 1, branch))
 
         assert await write(session, before={5: stray}) == EXPECTED
         assert (session.epoch, session.repairs) == (0, [])
@@ -472,11 +458,11 @@ async def test_tokens_that_are_not_due_change_nothing(
 async def test_tokens_of_a_stranger_close_its_link(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with mesh_of() as mesh, session_of(mesh) as session:
+    async with replicated_mesh(n_spares=0) as mesh, session_of(mesh) as session:
         link = await mesh.link("stage-1", "stage-0")
 
         def strange() -> None:
-            link.send(token_batch(session, session.n_sent, 1))
+            link.send(handed(session, session.n_sent, 1))
 
         assert await write(session, before={5: strange}) == EXPECTED
         assert not link.is_open

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import msgspec
 import pytest
 import trio
 import trio.testing
-from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
-from support.replicated import assert_nothing_left, loop_worker, one_engine_tokens
+from support.link_messages import token_batch
+from support.mesh import PIECE_TOKENS, MemoryMesh, memory_mesh
+from support.replicated import (
+    BOUNDARIES,
+    SAMPLED,
+    assert_nothing_left,
+    engines,
+    loop_worker,
+    one_engine_tokens,
+)
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
@@ -18,14 +25,12 @@ from shardmesh.coordinator.session import Session
 from shardmesh.engine.base import SampledToken
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import UnreachableError
-from shardmesh.wire.messages import TokenBatch
 
-BOUNDARIES = (0, 1, 3, 4)
 N_CTX = 200
 N_VOCAB = 64
 N_TOKENS = 12
 PROMPT = [i % 60 for i in range(PIECE_TOKENS + 5)]
-SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7, n_top_logprobs=2)
+WITH_ALTERNATIVES = msgspec.structs.replace(SAMPLED, n_top_logprobs=2)
 EXPECTED = one_engine_tokens(PROMPT, N_TOKENS, temperature=0.9, seed=7, n_ctx=N_CTX)
 
 
@@ -46,26 +51,18 @@ class OtherVocabulary(FakeEngine):
         return dataclasses.replace(sampled, top_logprobs=(first, (N_VOCAB, logprob)))
 
 
-def engines() -> list[FakeEngine]:
-    return [
-        FakeEngine(fake_info(start, end, end_of_all, n_ctx=N_CTX), layer_start=start)
-        for end_of_all in BOUNDARIES[-1:]
-        for start, end in itertools.pairwise(BOUNDARIES)
-    ]
-
-
 def with_wrong_last_stage(where: str = "token") -> list[FakeEngine]:
     start, end = BOUNDARIES[-2:]
     wrong = OtherVocabulary(fake_info(start, end, end, n_ctx=N_CTX), layer_start=start)
     wrong.where = where
-    return [*engines()[:-1], wrong]
+    return [*engines(n_ctx=N_CTX)[:-1], wrong]
 
 
 def session_of(mesh: MemoryMesh, *, hands_on: bool = False):  # type: ignore[no-untyped-def]
     settings = SessionSettings(
         n_ctx=N_CTX,
         n_vocab=N_VOCAB,
-        sampling=SAMPLED,
+        sampling=WITH_ALTERNATIVES,
         piece_tokens=PIECE_TOKENS,
         hands_on=hands_on,
     )
@@ -91,7 +88,7 @@ async def write(session: Session) -> list[int]:
 async def test_another_replica_takes_over_and_the_text_goes_on(
     where: str, hands_on: bool, autojump_clock: trio.testing.MockClock
 ) -> None:
-    spares = [[engine] for engine in engines()]
+    spares = [[engine] for engine in engines(n_ctx=N_CTX)]
     async with memory_mesh(with_wrong_last_stage(where), spares, loop_worker) as mesh:
         async with session_of(mesh, hands_on=hands_on) as session:
             assert await write(session) == EXPECTED
@@ -115,22 +112,17 @@ async def test_one_that_is_only_handed_on_is_not_taken(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """The first stage would refuse to compute it, which looks like a fault of whoever asked."""
-    async with memory_mesh(engines(), (), loop_worker) as mesh:
+    async with memory_mesh(engines(n_ctx=N_CTX), (), loop_worker) as mesh:
         async with session_of(mesh, hands_on=True) as session:
             (lying,) = mesh.nodes["stage-2"].stage.sessions
             lying.first_link = None
             done = await prefill(session, PROMPT, hand=True)
             assert done.sampled is not None
-            handed = TokenBatch(
+            handed = token_batch(
                 session=session.session_id,
                 epoch=session.epoch,
                 position=len(PROMPT),
                 tokens=(N_VOCAB,),
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
                 hand=True,
             )
             (await mesh.link("stage-2", "stage-0")).send(handed)

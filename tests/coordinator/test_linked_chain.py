@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import trio
 import trio.testing
+from support.replicas import replica
 
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.linked_chain import (
@@ -48,23 +49,12 @@ class CountingPool:
         return {}
 
 
-def replica(peer_id: str, shard_id: int) -> Replica:
-    return Replica(
-        peer_id=peer_id,
-        addresses=(),
-        model_name="m",
-        manifest_digest="d",
-        shard_id=shard_id,
-        layer_start=shard_id,
-        layer_end=shard_id + 1,
-        n_layer=2,
-        n_ctx=64,
-        shard_loaded=True,
-        fingerprint="f",
-    )
+def of_shard(peer_id: str, shard_id: int) -> Replica:
+    """One layer, which is the shard."""
+    return replica(peer_id, shard_id, shard_id + 1, shard_id=shard_id, n_layer=2)
 
 
-FIRST, SECOND, OTHER = replica("first", 0), replica("second", 1), replica("other second", 1)
+FIRST, SECOND, OTHER = of_shard("first", 0), of_shard("second", 1), of_shard("other second", 1)
 ALL = [FIRST, SECOND, OTHER]
 
 
@@ -126,7 +116,7 @@ async def test_a_mesh_that_is_full_and_incomplete_says_that_it_is_incomplete(
 
 def test_each_stage_has_a_few_spares_of_its_own_layers_and_split() -> None:
     chain = Chain((FIRST, SECOND))
-    many = [replica(f"further second {i}", 1) for i in range(SPARES_PER_STAGE + 1)]
+    many = [of_shard(f"further second {i}", 1) for i in range(SPARES_PER_STAGE + 1)]
     assert spares(chain, [FIRST, *many, SECOND]) == many[:SPARES_PER_STAGE]
     unfit = [
         dataclasses.replace(OTHER, shard_loaded=False),
@@ -137,8 +127,8 @@ def test_each_stage_has_a_few_spares_of_its_own_layers_and_split() -> None:
 
 
 def test_a_long_chain_does_not_have_spares_without_end() -> None:
-    stages = [replica(f"stage {i}", i) for i in range(SPARES_MAX + 1)]
-    others = [replica(f"other {i}", i) for i in range(SPARES_MAX + 1)]
+    stages = [of_shard(f"stage {i}", i) for i in range(SPARES_MAX + 1)]
+    others = [of_shard(f"other {i}", i) for i in range(SPARES_MAX + 1)]
     assert spares(Chain(tuple(stages)), others) == others[:SPARES_MAX]
 
 
@@ -146,7 +136,7 @@ async def test_spares_are_dialed_those_that_are_linked_first(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     asking = Asking()
-    further = [replica(f"further {i}", 1) for i in range(5)]
+    further = [of_shard(f"further {i}", 1) for i in range(5)]
     linked = await asking.linker.link([*ALL, *further], Wish())
     asking.linker.link_spares(linked)
     assert len(set(asking.pool.dialed_soon)) == SPARES_PER_STAGE

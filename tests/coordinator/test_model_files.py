@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 from support.models import BUILT_IN, write_model
+from support.replicas import replica
 
 from shardmesh.coordinator.chain import Replica
 from shardmesh.coordinator.model_files import N_SOURCES_MAX, ModelFiles, serve_model_info
@@ -74,22 +75,7 @@ def manifest_of(split_dir: Path) -> Manifest:
 
 
 def replicas(digest: str, *peer_ids: str) -> list[Replica]:
-    return [
-        Replica(
-            peer_id=peer_id,
-            addresses=("/ip4/192.0.2.1/tcp/1",),
-            model_name="tiny",
-            manifest_digest=digest,
-            shard_id=0,
-            layer_start=0,
-            layer_end=2,
-            n_layer=2,
-            n_ctx=64,
-            shard_loaded=True,
-            fingerprint="f",
-        )
-        for peer_id in peer_ids
-    ]
+    return [replica(peer_id, manifest_digest=digest) for peer_id in peer_ids]
 
 
 def new_files(host: FakeHost, tmp_path: Path, shards_dir: Path | None = None) -> ModelFiles:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import support.replicas
 
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain
 from shardmesh.coordinator.pace import (
@@ -19,25 +22,7 @@ from shardmesh.coordinator.pace import (
 )
 from shardmesh.wire.messages import StageTiming
 
-
-def replica(peer_id: str, layer_start: int, layer_end: int, **changes: object) -> Replica:
-    fields: dict[str, object] = {
-        "addresses": (),
-        "model_name": "m",
-        "manifest_digest": "d",
-        "shard_id": 0,
-        "n_layer": 4,
-        "n_ctx": 64,
-        "shard_loaded": True,
-        "fingerprint": "f",
-        "n_parallel": 4,
-    }
-    return Replica(
-        peer_id=peer_id,
-        layer_start=layer_start,
-        layer_end=layer_end,
-        **{**fields, **changes},  # type: ignore[arg-type]
-    )
+replica = functools.partial(support.replicas.replica, n_parallel=4)
 
 
 def costs_of(replicas: list[Replica], **known: object) -> TokenCosts:

@@ -7,12 +7,12 @@ import dataclasses
 import msgspec
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.manifests import a_manifest
 
 from shardmesh.coordinator.pieces import pieces_of, whole_borders
 from shardmesh.coordinator.prefixes import PromptPrefix, asker_key, prefix_of
 from shardmesh.coordinator.request import CompletionRequest
 from shardmesh.listener.kept_sequences import n_common
-from shardmesh.shards.manifest import Manifest, TokenizerEntry
 from shardmesh.shards.piece_tokens import legal_numbers
 from shardmesh.wire.limits import PIECE_TOKENS_MIN, PREFIX_PIECES_MAX
 
@@ -127,21 +127,7 @@ def test_a_very_long_prompt_is_named_as_far_as_a_message_allows() -> None:
 
 
 def test_what_decides_whether_a_prompt_may_be_reused() -> None:
-    manifest = Manifest(
-        schema_version=1,
-        model_name="m",
-        architecture="llama",
-        n_layer=1,
-        n_embd=64,
-        n_ctx_train=512,
-        piece_tokens=32,
-        can_roll_back=True,
-        adapters=(),
-        quantization="F32",
-        slicer_version="0.1.0",
-        shards=(),
-        tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
-    )
+    manifest = a_manifest()
     request = CompletionRequest(prompt="x", tenant="alice")
     prefix = prefix_of([1, 2], request, manifest, KEY)
     assert prefix is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.replicas import replica
 
-from shardmesh.coordinator.chain import Replica
 from shardmesh.coordinator.recovery import (
     Held,
     HopStrikes,
@@ -113,22 +113,6 @@ def test_a_lost_link_is_tried_again_then_either_end_is_blamed_in_turn() -> None:
 )
 def test_what_another_replica_might_do_better(error: Exception, expected: bool) -> None:
     assert is_replaceable(error) is expected  # type: ignore[arg-type]
-
-
-def replica(peer_id: str, **changes: object) -> Replica:
-    fields: dict[str, object] = {
-        "addresses": (),
-        "model_name": "m",
-        "manifest_digest": "d",
-        "shard_id": 0,
-        "layer_start": 0,
-        "layer_end": 2,
-        "n_layer": 4,
-        "n_ctx": 64,
-        "shard_loaded": True,
-        "fingerprint": "f",
-    }
-    return Replica(peer_id=peer_id, **{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_only_the_same_layers_of_the_same_split_with_enough_room_can_take_over() -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import msgspec
 import numpy as np
 import pytest
 import trio
 import trio.testing
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch
 from support.mesh import COORDINATOR, GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
+    BOUNDARIES,
+    SAMPLED,
     TOKEN_S,
     assert_nothing_left,
+    engines,
     loop_worker,
     one_engine_tokens,
     replicated_mesh,
@@ -29,18 +31,9 @@ from shardmesh.errors import BusyError, EngineError, ShardmeshError, Unreachable
 from shardmesh.links.link import Link
 from shardmesh.wire.messages import Sampling
 
-SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 PROMPT = [i % 60 for i in range(3 * PIECE_TOKENS + 5)]
-BOUNDARIES = (0, 1, 3, 4)
 N_TOKENS = 12
 N_REQUESTS = 10
-
-
-def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[FakeEngine]:
-    return [
-        FakeEngine(fake_info(start, end, boundaries[-1], n_ctx=512, **options), layer_start=start)
-        for start, end in itertools.pairwise(boundaries)
-    ]
 
 
 def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
@@ -65,11 +58,6 @@ async def write(
         done = await session.receive()
 
 
-def replicated(n_spares: int = 1, **options: int):  # type: ignore[no-untyped-def]
-    """Three stages with as many spare replicas of each."""
-    return replicated_mesh(lambda: engines(**options), n_spares)
-
-
 def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
     settings = SessionSettings(n_ctx=300, sampling=sampling, piece_tokens=PIECE_TOKENS)
     return mesh.router.session(
@@ -82,7 +70,7 @@ def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float 
 async def test_a_stage_killed_while_tokens_come(
     number: int, n_tokens: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             kill = {n_tokens: lambda: mesh.kill(f"stage-{number}")}
             assert await write(session, before=kill) == whole_tokens()
@@ -101,7 +89,7 @@ async def test_a_stage_killed_while_tokens_come(
 async def test_a_stage_killed_while_the_prompt_is_under_way(
     number: int, after_s: float, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             async def kill() -> None:
@@ -117,7 +105,7 @@ async def test_a_stage_killed_while_the_prompt_is_under_way(
 async def test_a_frozen_stage_is_left_within_two_seconds_and_its_late_answers_count_for_nothing(
     number: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             name = f"stage-{number}"
             assert await write(session, before={4: lambda: mesh.freeze(name)}) == whole_tokens()
@@ -137,7 +125,7 @@ async def test_a_frozen_stage_is_left_within_two_seconds_and_its_late_answers_co
 async def test_all_stages_killed_one_after_the_other(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_spares=2) as mesh:
+    async with replicated_mesh(n_spares=2) as mesh:
         async with session_of(mesh) as session:
             kills = {
                 2: lambda: mesh.kill("stage-1"),
@@ -150,7 +138,7 @@ async def test_all_stages_killed_one_after_the_other(
 
 
 async def test_two_stages_killed_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             def kill_two() -> None:
@@ -165,7 +153,7 @@ async def test_two_stages_killed_at_once(autojump_clock: trio.testing.MockClock)
 async def test_a_kill_during_a_recovery(
     second: str, delay_s: float, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated(n_spares=2) as mesh:
+    async with replicated_mesh(n_spares=2) as mesh:
         async with session_of(mesh) as session:
 
             async def kill_later() -> None:
@@ -182,7 +170,7 @@ async def test_a_kill_during_a_recovery(
 async def test_without_another_replica_the_error_names_the_layers_in_time(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_spares=0) as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh, timeout_s=2.0) as session:
             begun_s: list[float] = []
 
@@ -201,7 +189,7 @@ async def test_without_another_replica_the_error_names_the_layers_in_time(
 async def test_a_replica_that_joins_in_time_is_taken(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_spares=0) as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
         async with session_of(mesh) as session:
 
             async def join() -> None:
@@ -268,7 +256,7 @@ async def test_a_stage_whose_hidden_states_are_not_finite_is_left(
 async def test_frames_that_cannot_be_right_do_not_change_the_text(
     how: str, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             def forge() -> None:
@@ -288,7 +276,7 @@ async def test_frames_that_cannot_be_right_do_not_change_the_text(
 async def test_a_lost_link_between_two_good_stages_is_mended(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             cut = {3: lambda: mesh.link_between(1).close()}
             assert await write(session, before=cut) == whole_tokens()
@@ -300,7 +288,7 @@ async def test_replicas_that_are_killed_in_turn_are_not_left_alone_for_ever_long
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Each has brought results since it failed the last time."""
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         names = itertools.cycle(["stage-1", "stage-1-1"])
         async with session_of(mesh, timeout_s=3 * ASIDE_MIN_S) as session:
             before = {n: lambda: mesh.drop(next(names)) for n in range(2, 30, 2)}
@@ -315,7 +303,7 @@ async def test_a_replica_that_was_cut_off_is_taken_again_as_soon_as_it_is_back(
     """It was found silent again and again, and the other one stays away."""
     joined_s, went_on_s = 0.0, 0.0
 
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
 
         async def cut_off() -> None:
             nonlocal joined_s
@@ -338,7 +326,7 @@ async def test_a_replica_that_was_cut_off_is_taken_again_as_soon_as_it_is_back(
 async def test_a_replica_whose_dial_hangs_does_not_hold_up_another(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_spares=2) as mesh:
+    async with replicated_mesh(n_spares=2) as mesh:
         dial = mesh.dial
 
         async def dial_or_hang(name: str, other: str) -> Link:
@@ -359,7 +347,7 @@ async def test_a_coordinator_may_open_a_session_again_over_a_new_link(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link before is silent, and what was said over it to close the session is on its way."""
-    async with replicated(n_spares=0) as mesh:
+    async with replicated_mesh(n_spares=0) as mesh:
 
         def lose_the_link() -> None:
             old = mesh.forget_link(COORDINATOR, "stage-1")
@@ -378,7 +366,7 @@ async def test_a_coordinator_may_open_a_session_again_over_a_new_link(
 async def test_a_bad_line_between_two_stages_is_given_more_time(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         dial = mesh.dial
 
         async def dial_slowly(name: str, other: str) -> Link:
@@ -398,7 +386,7 @@ async def test_what_is_no_longer_kept_is_computed_again(
 ) -> None:
     # Room for some forty rows of 8 numbers: the beginning of the prompt is soon forgotten.
     monkeypatch.setattr("shardmesh.listener.stage_session.REPLAY_KEPT_BYTES_MAX", 4 * 4000)
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             kill = {5: lambda: mesh.kill("stage-2")}
             assert await write(session, before=kill) == whole_tokens()
@@ -406,7 +394,7 @@ async def test_what_is_no_longer_kept_is_computed_again(
 
 
 async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
-    async with replicated(n_spares=2, n_parallel=1) as mesh:
+    async with replicated_mesh(n_spares=2, n_parallel=1) as mesh:
         busy = mesh.nodes["stage-1-1"]
         chain = mesh.chain
         names = ("stage-0-1", "stage-1-1", "stage-2-1")
@@ -424,7 +412,7 @@ async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockCl
 async def test_all_that_are_full_are_exchanged_at_once(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_parallel=1) as mesh:
+    async with replicated_mesh(n_parallel=1) as mesh:
         async with session_of(mesh):
             async with session_of(mesh) as session:
                 assert await write(session) == whole_tokens()
@@ -447,7 +435,7 @@ async def test_a_crowd_asks_a_full_mesh_once_and_takes_the_next_free_place(
                 session.send([done.sampled.token], sample=True)
                 done = await session.receive()
 
-    async with replicated(n_parallel=1) as mesh, trio.open_nursery() as nursery:
+    async with replicated_mesh(n_parallel=1) as mesh, trio.open_nursery() as nursery:
         enough = [trio.Event(), trio.Event()]
         for event in enough:
             nursery.start_soon(talk, event)
@@ -474,7 +462,7 @@ async def test_a_stage_that_does_not_get_on_is_left(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """It answers heartbeats and computes nothing."""
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             def hang() -> None:
@@ -487,7 +475,7 @@ async def test_a_stage_that_does_not_get_on_is_left(
 async def test_whoever_cannot_be_opened_is_exchanged_at_once(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         mesh.kill("stage-1")
         async with session_of(mesh) as session:
             assert await write(session) == whole_tokens()
@@ -496,7 +484,7 @@ async def test_whoever_cannot_be_opened_is_exchanged_at_once(
 async def test_a_request_at_fault_is_not_tried_again(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             session.send([1000], sample=True)
             with pytest.raises(ShardmeshError) as caught:
@@ -506,7 +494,7 @@ async def test_a_request_at_fault_is_not_tried_again(
 
 
 async def test_many_sessions_that_tell_of_one_failure_set_a_replica_aside_once() -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         replica, gone = mesh.chain.stages[0], UnreachableError("gone", code="STAGE_LOST")
         for session in range(8):
             mesh.health.failed(replica, gone, 100.0 + session / 100)
@@ -562,7 +550,7 @@ async def test_what_was_compared_in_one_repair_goes_on_in_the_next(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """The stage before the new last one dies while that computes again."""
-    async with replicated(2) as mesh:
+    async with replicated_mesh(2) as mesh:
         async with session_of(mesh) as session:
 
             async def kill_both() -> None:

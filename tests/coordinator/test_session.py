@@ -10,8 +10,9 @@ import trio
 import trio.testing
 from support.far_end import Recorder
 from support.mesh import GREEDY, PIECE_TOKENS, linked_pair
+from support.replicas import replica
 
-from shardmesh.coordinator.chain import Chain, Replica
+from shardmesh.coordinator.chain import Chain
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.router import SessionRouter
 from shardmesh.coordinator.session import OPEN_TIMEOUT_S, STEP_TIMEOUT_S
@@ -59,19 +60,7 @@ class Played:
         self.stages = [PlayedStage(), PlayedStage()]
         self.chain = Chain(
             tuple(
-                Replica(
-                    peer_id=f"stage-{number}",
-                    addresses=("/ip4/192.0.2.1/tcp/1",),
-                    model_name="m",
-                    manifest_digest="d",
-                    shard_id=number,
-                    layer_start=2 * number,
-                    layer_end=2 * number + 2,
-                    n_layer=4,
-                    n_ctx=64,
-                    shard_loaded=True,
-                    fingerprint="f",
-                )
+                replica(f"stage-{number}", 2 * number, 2 * number + 2, shard_id=number)
                 for number in range(2)
             )
         )

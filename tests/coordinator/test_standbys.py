@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import msgspec
 import pytest
 import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
-from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
+from support.mesh import PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 from support.replicated import (
+    SAMPLED,
     CountingEngine,
     assert_nothing_left,
+    engines,
     loop_worker,
     one_engine_tokens,
     replicated_mesh,
@@ -24,32 +24,18 @@ from support.replicated import (
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.recovery import Held, begin_behind_copies, plan_replay
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.fake import fake_info
 from shardmesh.listener.copying import N_UNCERTAIN_MAX
 from shardmesh.wire.messages import Sampling
 
-SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 PROMPT = [i % 60 for i in range(10 * PIECE_TOKENS + 5)]
-BOUNDARIES = (0, 1, 3, 4)
 N_CTX = 512
 N_TOKENS = 60
 LAST_PIECE = len(PROMPT) // PIECE_TOKENS * PIECE_TOKENS
 
 
-def engines() -> list[CountingEngine]:
-    return [
-        CountingEngine(fake_info(start, end, BOUNDARIES[-1], n_ctx=N_CTX), layer_start=start)
-        for start, end in itertools.pairwise(BOUNDARIES)
-    ]
-
-
 def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
     """What one engine with all layers gives."""
     return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
-
-
-def replicated(n_spares: int = 1):  # type: ignore[no-untyped-def]
-    return replicated_mesh(engines, n_spares)
 
 
 @asynccontextmanager
@@ -90,7 +76,7 @@ async def written(session: Session, before: dict[int, Callable[[], None]]) -> li
 async def test_a_standby_computes_the_tail_only(
     number: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
             assert session.standbys is not None
             assert {n: r.peer_id for n, r in session.standbys.ready().items()} == {
@@ -121,7 +107,7 @@ async def test_a_standby_computes_the_tail_only(
 async def test_a_second_standby_follows_the_first(
     number: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with replicated(n_spares=2) as mesh:
+    async with replicated_mesh(n_spares=2) as mesh:
         async with session_of(mesh) as session:
             kills = {
                 5: lambda: mesh.kill(f"stage-{number}"),
@@ -138,7 +124,7 @@ async def test_a_second_standby_follows_the_first(
 
 
 async def test_all_stages_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             def kill_all() -> None:
@@ -157,7 +143,7 @@ async def test_a_stage_killed_in_the_prompt(
     number: int, after_s: float, autojump_clock: trio.testing.MockClock
 ) -> None:
     """What is under way behind it lies before what was copied, sometimes."""
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         async with session_of(mesh) as session:
 
             async def kill() -> None:
@@ -174,7 +160,7 @@ async def test_a_stage_killed_in_the_prompt(
 async def test_a_standby_that_dies_is_replaced_by_another(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated(n_spares=2) as mesh:
+    async with replicated_mesh(n_spares=2) as mesh:
         async with session_of(mesh) as session:
             assert session.standbys is not None
             kills = {
@@ -199,7 +185,7 @@ async def test_without_a_replica_nobody_stands_by(autojump_clock: trio.testing.M
 async def test_a_replica_that_computes_otherwise_gets_no_copy(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         node = mesh.nodes["stage-1-1"]
         object.__setattr__(node.replica, "fingerprint", "another")
         async with session_of(mesh) as session:
@@ -212,7 +198,7 @@ async def test_a_replica_that_computes_otherwise_gets_no_copy(
 
 
 async def test_a_draining_replica_takes_no_copy(autojump_clock: trio.testing.MockClock) -> None:
-    async with replicated() as mesh:
+    async with replicated_mesh() as mesh:
         mesh.nodes["stage-0-1"].stage.is_draining = True
         async with session_of(mesh) as session:
             assert session.standbys is not None

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 from support.far_end import FarEnd, Recorder, new_keys
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch
 from support.mesh import linked_pair
 
 import shardmesh.links.outbox as outbox_module

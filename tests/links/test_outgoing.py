@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.link_messages import token_batch
 
 from shardmesh.errors import ProtocolError, UnreachableError
 from shardmesh.links.outgoing import Outgoing
@@ -31,18 +32,7 @@ class Hop:
 
 
 def add(outgoing: Outgoing, position: int, n_tokens: int = 1) -> None:
-    batch = TokenBatch(
-        session=bytes(16),
-        epoch=0,
-        position=position,
-        tokens=(1,) * n_tokens,
-        sample=False,
-        embed=False,
-        branch=0,
-        check=b"",
-        scored=(),
-        hand=False,
-    )
+    batch = token_batch(position=position, tokens=(1,) * n_tokens, sample=False)
     outgoing.add(position, n_tokens, batch)
 
 

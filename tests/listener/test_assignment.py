@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.manifests import a_manifest
 
 from shardmesh.errors import InputError
 from shardmesh.listener.assignment import (
@@ -19,26 +20,9 @@ from shardmesh.listener.assignment import (
     least_served,
     staying,
 )
-from shardmesh.shards.manifest import Manifest, ShardEntry, TokenizerEntry
+from shardmesh.shards.manifest import Manifest
 
-MANIFEST = Manifest(
-    schema_version=1,
-    model_name="m",
-    architecture="llama",
-    n_layer=5,
-    n_embd=64,
-    n_ctx_train=512,
-    piece_tokens=32,
-    can_roll_back=True,
-    adapters=(),
-    quantization="f16",
-    slicer_version="1",
-    shards=tuple(
-        ShardEntry(shard_id=i, layer_start=a, layer_end=b, n_bytes=1, sha256="0" * 64)
-        for i, (a, b) in enumerate([(0, 2), (2, 5)])
-    ),
-    tokenizer=TokenizerEntry(n_bytes=1, sha256="0" * 64),
-)
+MANIFEST = a_manifest((2, 3), model_name="m")
 
 
 def test_the_manifest_says_it_all() -> None:

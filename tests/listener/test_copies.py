@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 from support.far_end import Recorder
+from support.link_messages import open_session
 from support.loop_worker import LoopWorker
 from support.mesh import (
     DIGEST,
@@ -47,7 +48,6 @@ from shardmesh.wire.messages import (
     KvCopy,
     KvTaken,
     Message,
-    OpenSession,
     SessionFailed,
     SessionOpened,
     StandBy,
@@ -66,25 +66,7 @@ STAND_BY = StandBy(
     fingerprint=INFO.fingerprint,
     source="source",
 )
-OPEN = OpenSession(
-    session=SESSION,
-    epoch=1,
-    manifest_digest=DIGEST,
-    layer_start=0,
-    layer_end=4,
-    n_ctx=N_CTX,
-    previous_stage=None,
-    next_stage=None,
-    first_stage=None,
-    last_stage=None,
-    sampling=GREEDY,
-    history=(),
-    adapter="",
-    wire="f32",
-    draft_key=b"",
-    prefix=(),
-    take_over=True,
-)
+OPEN = open_session(session=SESSION, n_ctx=N_CTX, take_over=True)
 
 
 def kv(position: int, n_tokens: int, session: bytes = SESSION) -> tuple[KvCopy, bytes]:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.link_messages import token_batch
 
 from shardmesh.errors import ProtocolError
 from shardmesh.listener.handed import HandedTokens
@@ -15,18 +16,7 @@ from shardmesh.wire.messages import TokenBatch
 N_CTX = 40
 N_VOCAB = 64
 NEXT = 10
-TOKEN = TokenBatch(
-    session=bytes(16),
-    epoch=0,
-    position=NEXT,
-    tokens=(5,),
-    sample=True,
-    embed=False,
-    branch=3,
-    check=b"",
-    scored=(),
-    hand=True,
-)
+TOKEN = token_batch(position=NEXT, tokens=(5,), branch=3, hand=True)
 
 
 def take(handed: HandedTokens, message: TokenBatch, n_received: int = NEXT) -> bool:

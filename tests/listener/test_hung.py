@@ -12,7 +12,7 @@ import trio
 from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.grammars import OPENS_FOR_EVER, SAMPLES_FOR_EVER
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch, open_session
 from support.mesh import GREEDY
 
 import shardmesh.listener.data_child as data_child_module
@@ -53,24 +53,13 @@ def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opening(start: Start, number: int, grammar: str) -> OpenSession:
-    return OpenSession(
+    return open_session(
         session=bytes([number] * 16),
-        epoch=1,
         manifest_digest=start.manifest_digest,
         layer_start=1,
         layer_end=2,
-        n_ctx=8,
         previous_stage="near",
-        next_stage=None,
-        first_stage=None,
-        last_stage=None,
         sampling=msgspec.structs.replace(GREEDY, grammar=grammar),
-        history=(),
-        adapter="",
-        wire="f32",
-        draft_key=b"",
-        prefix=(),
-        take_over=False,
     )
 
 

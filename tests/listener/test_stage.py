@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch, token_batch
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_tokens
 
 from shardmesh.coordinator.generate import prefill
@@ -18,7 +18,7 @@ from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettin
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
-from shardmesh.wire.messages import NextStage, RepairSession, TokenBatch
+from shardmesh.wire.messages import NextStage, RepairSession
 
 SETTINGS = SessionSettings(n_ctx=200, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
 
@@ -133,18 +133,7 @@ async def test_a_position_out_of_order_ends_the_session() -> None:
     async with memory_mesh(fake_chain((0, 2, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
             await prefill(session, [1, 2, 3])
-            late = TokenBatch(
-                session=session.session_id,
-                epoch=0,
-                position=5,
-                tokens=(4,),
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
-                hand=False,
-            )
+            late = token_batch(session=session.session_id, position=5, tokens=(4,))
             mesh.links[0].send(late)
             with pytest.raises(ShardmeshError) as caught:
                 await session.receive()
@@ -164,18 +153,7 @@ async def test_a_token_that_does_not_exist_ends_only_its_session() -> None:
 async def test_frames_of_another_epoch_are_dropped_and_counted() -> None:
     async with memory_mesh(fake_chain((0, 4))) as mesh:
         async with mesh.router.session(mesh.chain, mesh.links, SETTINGS) as session:
-            late = TokenBatch(
-                session=session.session_id,
-                epoch=7,
-                position=0,
-                tokens=(1,),
-                sample=True,
-                embed=False,
-                branch=0,
-                check=b"",
-                scored=(),
-                hand=False,
-            )
+            late = token_batch(session=session.session_id, epoch=7)
             mesh.links[0].send(late)
             assert await written_tokens(session, [5], 3) == whole_tokens([5], 3)
         assert mesh.stages[0].counters.n_late_frames == 1

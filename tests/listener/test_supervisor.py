@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
-from support.mesh import GREEDY
+from support.link_messages import open_session
 
 import shardmesh.listener.data_child as data_child_module
 import shardmesh.listener.supervisor as supervisor_module
@@ -49,7 +49,7 @@ from shardmesh.listener.supervisor import (
 )
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
-from shardmesh.wire.messages import NextStage, OpenSession
+from shardmesh.wire.messages import NextStage
 
 LOAD_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 10.0
@@ -186,27 +186,14 @@ async def test_the_process_tells_how_many_sessions_it_has(start: Start) -> None:
         link = await dial(dataclasses.replace(grant, endpoints=(here,)), Recorder())
         nursery.start_soon(link.run)
         for number in range(2):
-            link.send(
-                OpenSession(
-                    session=bytes([number] * 16),
-                    epoch=1,
-                    manifest_digest=start.manifest_digest,
-                    layer_start=1,
-                    layer_end=2,
-                    n_ctx=8,
-                    previous_stage="somebody",
-                    next_stage=None,
-                    first_stage=None,
-                    last_stage=None,
-                    sampling=GREEDY,
-                    history=(),
-                    adapter="",
-                    wire="f32",
-                    draft_key=b"",
-                    prefix=(),
-                    take_over=False,
-                )
+            opening = open_session(
+                session=bytes([number] * 16),
+                manifest_digest=start.manifest_digest,
+                layer_start=1,
+                layer_end=2,
+                previous_stage="somebody",
             )
+            link.send(opening)
         with trio.fail_after(EXIT_TIMEOUT_S):
             while await told.receive() != 2:
                 pass

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.chains import opened_chain
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch
 from support.mesh import GREEDY, PIECE_TOKENS, memory_mesh
 from support.models import write_model
 

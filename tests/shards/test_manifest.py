@@ -8,59 +8,33 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.manifests import a_manifest
 
 from shardmesh.errors import InputError, StorageError
 from shardmesh.shards.manifest import (
-    Manifest,
-    ShardEntry,
-    TokenizerEntry,
     read_manifest,
     write_manifest,
 )
 from shardmesh.wire.limits import PIECE_TOKENS_MAX, PIECE_TOKENS_MIN
 
 
-def manifest() -> Manifest:
-    shards = [
-        ShardEntry(
-            shard_id=i, layer_start=2 * i, layer_end=2 * i + 2, n_bytes=100 + i, sha256="ab" * 32
-        )
-        for i in range(3)
-    ]
-    return Manifest(
-        schema_version=1,
-        model_name="fairy tales",
-        architecture="llama",
-        n_layer=6,
-        n_embd=64,
-        n_ctx_train=512,
-        piece_tokens=32,
-        can_roll_back=True,
-        adapters=(),
-        quantization="Q4_K_M",
-        slicer_version="0.1.0",
-        shards=tuple(shards),
-        tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
-    )
-
-
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    write_manifest(manifest(), path)
-    assert read_manifest(path) == manifest()
-    assert read_manifest(path).digest() == manifest().digest()
+    write_manifest(a_manifest(), path)
+    assert read_manifest(path) == a_manifest()
+    assert read_manifest(path).digest() == a_manifest().digest()
     assert [each.name for each in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_the_digest_stays_what_it_is() -> None:
     """Nodes of different versions compare it."""
-    assert manifest().digest() == (
+    assert a_manifest().digest() == (
         "47fc1b4cdd828d8aa4211768a3edfe89d129c0509f38696c6e735a6ed25fee64"
     )
 
 
 def change(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(msgspec.json.encode(manifest()))
+    tree: dict[str, Any] = json.loads(msgspec.json.encode(a_manifest()))
     inner: Any = tree
     for step in path[:-1]:
         inner = inner[step]
@@ -117,9 +91,9 @@ def test_a_changed_manifest_is_refused(
     assert caught.value.next_step
 
 
-@pytest.mark.parametrize("key", list(json.loads(msgspec.json.encode(manifest()))))
+@pytest.mark.parametrize("key", list(json.loads(msgspec.json.encode(a_manifest()))))
 def test_every_field_is_needed_and_in_the_digest(tmp_path: Path, key: str) -> None:
-    tree = json.loads(msgspec.json.encode(manifest()))
+    tree = json.loads(msgspec.json.encode(a_manifest()))
     del tree[key]
     file = tmp_path / "manifest.json"
     file.write_text(json.dumps(tree))
@@ -133,7 +107,7 @@ def test_the_length_of_pieces_is_kept_and_in_the_digest(tmp_path: Path, piece_to
     file.write_text(json.dumps(change(("piece_tokens",), piece_tokens)))
     found = read_manifest(file)
     assert found.piece_tokens == piece_tokens
-    assert (found.digest() == manifest().digest()) == (piece_tokens == manifest().piece_tokens)
+    assert (found.digest() == a_manifest().digest()) == (piece_tokens == a_manifest().piece_tokens)
 
 
 def test_a_wrong_length_of_pieces_is_said_clearly(tmp_path: Path) -> None:
@@ -153,8 +127,8 @@ def test_a_model_has_shards(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_the_content() -> None:
-    other = msgspec.structs.replace(manifest(), quantization="Q8_0")
-    assert other.digest() != manifest().digest()
+    other = msgspec.structs.replace(a_manifest(), quantization="Q8_0")
+    assert other.digest() != a_manifest().digest()
 
 
 @pytest.mark.parametrize(
@@ -173,11 +147,11 @@ def test_missing_files_and_folders_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         read_manifest(tmp_path)
     with pytest.raises(StorageError):
-        write_manifest(manifest(), tmp_path / "missing" / "manifest.json")
+        write_manifest(a_manifest(), tmp_path / "missing" / "manifest.json")
 
 
 def test_a_bad_manifest_is_never_written(tmp_path: Path) -> None:
-    bad = msgspec.structs.replace(manifest(), n_layer=9)
+    bad = msgspec.structs.replace(a_manifest(), n_layer=9)
     with pytest.raises(InputError):
         write_manifest(bad, tmp_path / "manifest.json")
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.manifests import a_manifest
 
 from shardmesh.errors import InputError, ProtocolError, ShardmeshError
-from shardmesh.shards.manifest import SCHEMA_VERSION, Manifest, ShardEntry, TokenizerEntry
+from shardmesh.shards.manifest import Manifest
 from shardmesh.shards.model_link import ModelLink, parse_model_link
 from shardmesh.shards.publication import (
     Publication,
@@ -25,32 +26,8 @@ from shardmesh.wire.codec import encode_cbor
 from shardmesh.wire.limits import PUBLICATION_BYTES_MAX
 
 
-def manifest(name: str = "fairy tales") -> Manifest:
-    shards = tuple(
-        ShardEntry(
-            shard_id=i, layer_start=2 * i, layer_end=2 * i + 2, n_bytes=100 + i, sha256="ab" * 32
-        )
-        for i in range(3)
-    )
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        model_name=name,
-        architecture="llama",
-        n_layer=6,
-        n_embd=64,
-        n_ctx_train=512,
-        quantization="Q8_0",
-        slicer_version="0.1.0",
-        piece_tokens=32,
-        can_roll_back=True,
-        adapters=(),
-        shards=shards,
-        tokenizer=TokenizerEntry(n_bytes=7, sha256="cd" * 32),
-    )
-
-
 def publication(of: Manifest | None = None) -> Publication:
-    of = of or manifest()
+    of = of or a_manifest()
     hashes = tuple(bytes([i]) * 32 for i in range(len(of.shards)))
     return Publication(
         manifest=of, shard_info_hashes=hashes, tokenizer_info_hash=b"t" * 32, adapter_info_hashes=()
@@ -59,7 +36,7 @@ def publication(of: Manifest | None = None) -> Publication:
 
 PUBLISHER = new_identity()
 SIGNED = sign_publication(publication(), PUBLISHER)
-DIGEST = manifest().digest()
+DIGEST = a_manifest().digest()
 
 
 def test_what_is_signed_is_opened() -> None:
@@ -86,7 +63,7 @@ def test_another_publisher_than_the_links() -> None:
 
 
 def test_another_manifest_than_asked_for() -> None:
-    other = sign_publication(publication(manifest("other")), PUBLISHER)
+    other = sign_publication(publication(a_manifest(model_name="other")), PUBLISHER)
     assert code_of(other) == "BAD_MANIFEST"
 
 
@@ -111,7 +88,7 @@ def test_a_signature_for_something_else_is_none() -> None:
 
 
 def test_a_manifest_that_contradicts_itself_is_refused_although_signed() -> None:
-    broken = msgspec.structs.replace(manifest(), n_layer=7)
+    broken = msgspec.structs.replace(a_manifest(), n_layer=7)
     body = publication(broken)
     with pytest.raises(ShardmeshError):
         sign_publication(body, PUBLISHER)
@@ -120,7 +97,7 @@ def test_a_manifest_that_contradicts_itself_is_refused_although_signed() -> None
 def test_not_one_info_hash_for_each_shard() -> None:
     with pytest.raises(ValueError, match="info-hash"):
         Publication(
-            manifest=manifest(),
+            manifest=a_manifest(),
             shard_info_hashes=(b"x" * 32,),
             tokenizer_info_hash=b"t" * 32,
             adapter_info_hashes=(),
@@ -140,13 +117,13 @@ def test_no_altered_byte_is_believed(at: int, flip: int) -> None:
 
 
 def test_beside_its_manifest(tmp_path: Path) -> None:
-    assert read_publication(tmp_path, manifest()) is None
+    assert read_publication(tmp_path, a_manifest()) is None
     write_publication(tmp_path, SIGNED)
-    opened = read_publication(tmp_path, manifest())
+    opened = read_publication(tmp_path, a_manifest())
     assert opened is not None
     assert opened.signed == SIGNED
     with pytest.raises(ProtocolError):
-        read_publication(tmp_path, manifest("other"))
+        read_publication(tmp_path, a_manifest(model_name="other"))
 
 
 # -- links -------------------------------------------------------------------------------------

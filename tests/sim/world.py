@@ -16,9 +16,10 @@ import numpy as np
 import trio
 from sim.network import Network
 from sim.plan import node_name
-from support.hidden import hidden_batch
+from support.link_messages import hidden_batch, token_batch
 from support.loop_worker import LoopWorker
 from support.mesh import DIGEST, link_ends
+from support.replicas import replica
 
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain
 from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
@@ -30,7 +31,7 @@ from shardmesh.links.link import Link, LinkUser
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity, Work
 from shardmesh.listener.worker import Calculation
-from shardmesh.wire.messages import NextStage, TokenBatch
+from shardmesh.wire.messages import NextStage
 
 BOUNDARIES = (0, 1, 3, 4)
 N_CTX = 256
@@ -308,16 +309,11 @@ class World:
             if session.first_link is None or not session.first_link.is_open:
                 continue
             for position in (max(0, session.n_received - 1), N_CTX - 2, N_CTX):
-                stray = TokenBatch(
+                stray = token_batch(
                     session=session.session_id,
                     epoch=session.epoch,
                     position=position,
-                    tokens=(1,),
-                    sample=True,
-                    embed=False,
                     branch=session.branch,
-                    check=b"",
-                    scored=(),
                     hand=True,
                 )
                 session.first_link.send(stray)
@@ -348,17 +344,15 @@ class _Preference:
 
 
 def _replica(name: str, number: int, engine: SimulatedEngine) -> Replica:
-    return Replica(
-        peer_id=name,
-        addresses=(),
+    return replica(
+        name,
+        BOUNDARIES[number],
+        BOUNDARIES[number + 1],
         model_name="fake",
         manifest_digest=DIGEST,
         shard_id=number,
-        layer_start=BOUNDARIES[number],
-        layer_end=BOUNDARIES[number + 1],
         n_layer=BOUNDARIES[-1],
         n_ctx=N_CTX,
-        shard_loaded=True,
         fingerprint=engine.info.fingerprint,
     )
 

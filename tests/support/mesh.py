@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 import trio.testing
+from support.replicas import replica
 
 from shardmesh.coordinator.chain import Chain, Replica
 from shardmesh.coordinator.generate import prefill
@@ -173,22 +174,20 @@ class MemoryMesh:
         layer_end = layer_start + engine.info.n_layer
         identity = StageIdentity(DIGEST, layer_start, layer_end)
         stage = Stage(engine, identity, self.nursery, self._get_link_from(name), self._make_worker)
-        replica = Replica(
-            peer_id=name,
-            addresses=(),
+        known = replica(
+            name,
+            layer_start,
+            layer_end,
             model_name="fake",
             manifest_digest=DIGEST,
             shard_id=number,
-            layer_start=layer_start,
-            layer_end=layer_end,
             n_layer=self._n_layer,
             n_ctx=engine.info.n_ctx,
-            shard_loaded=True,
             fingerprint=engine.info.fingerprint,
         )
         thawed = trio.Event()
         thawed.set()
-        self.nodes[name] = MemoryNode(stage, replica, thawed)
+        self.nodes[name] = MemoryNode(stage, known, thawed)
         return self.nodes[name]
 
     def start(self, name: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import itertools
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 from support.loop_worker import LoopWorker
-from support.mesh import PIECE_TOKENS, MemoryMesh, memory_mesh
+from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.pieces import pieces_of
 from shardmesh.engine.base import MicroBatch, SamplingSettings
@@ -15,6 +17,10 @@ from shardmesh.listener.stage_session import Work
 from shardmesh.listener.worker import Calculation
 
 TOKEN_S, PIECE_S = 0.01, 0.04
+BOUNDARIES = (0, 1, 3, 4)
+"""Of the layers of three stages."""
+
+SAMPLED = msgspec.structs.replace(GREEDY, temperature=0.9, seed=7)
 
 
 class CountingEngine(FakeEngine):
@@ -29,6 +35,16 @@ class CountingEngine(FakeEngine):
         return super().compute(batch)
 
 
+def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[CountingEngine]:
+    """One for each stage, with room for 512 tokens unless told otherwise."""
+    return [
+        CountingEngine(
+            fake_info(start, end, boundaries[-1], **{"n_ctx": 512, **options}), layer_start=start
+        )
+        for start, end in itertools.pairwise(boundaries)
+    ]
+
+
 def loop_worker(calculation: Calculation[Work]) -> LoopWorker:
     """10 ms for a token, 40 ms for a piece of a prompt."""
     return LoopWorker(calculation, lambda n_tokens: TOKEN_S if n_tokens == 1 else PIECE_S)
@@ -36,13 +52,13 @@ def loop_worker(calculation: Calculation[Work]) -> LoopWorker:
 
 @asynccontextmanager
 async def replicated_mesh(
-    engines: Callable[[], Sequence[FakeEngine]],
-    n_spares: int,
-    stages: Sequence[FakeEngine] | None = None,
+    n_spares: int = 1, stages: Sequence[FakeEngine] | None = None, **options: int
 ) -> AsyncIterator[MemoryMesh]:
-    """A mesh of `stages`, or what `engines` makes, with as many spare replicas of each."""
-    spares = [list(each) for each in zip(*(engines() for _ in range(n_spares)), strict=True)]
-    async with memory_mesh(stages or engines(), spares, loop_worker) as mesh:
+    """A mesh of `stages`, or of `engines`, with as many spare replicas of each."""
+    spares = [
+        list(each) for each in zip(*(engines(**options) for _ in range(n_spares)), strict=True)
+    ]
+    async with memory_mesh(stages or engines(**options), spares, loop_worker) as mesh:
         yield mesh
 
 

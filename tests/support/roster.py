@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+from support.announcements import capabilities
 
 from shardmesh.web.roster import Node, Report, look
-from shardmesh.wire.announcement import Announcement, Capabilities
+from shardmesh.wire.announcement import Announcement
 
 LAYERS = ((0, 1), (1, 4), (4, 7), (7, 8))
 NOW_S = 1_700_000_000
@@ -34,14 +35,12 @@ def announced(
         manifest_digest="ab" * 32,
         engine_fingerprint="fake-1",
         addresses=(f"/ip4/10.0.0.{number % 250 + 1}/tcp/4001",),
-        capabilities=Capabilities(
+        capabilities=capabilities(
             shard_loaded=loaded,
             memory_mb=16_000,
             memory_available_mb=9_000,
             cpu_cores=4,
-            gpu_available=False,
             n_ctx=2048 if loaded else 0,
-            n_parallel=4,
             has_tokenizer=True,
         ),
         sequence=1,

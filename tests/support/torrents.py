@@ -222,36 +222,37 @@ class Stranger:
         return sum(isinstance(alert, lt.peer_disconnected_alert) for alert in alerts)
 
 
-class Poisoner:
-    """A BitTorrent end that says it has a file and sends something else."""
+class _BitTorrentEnd:
+    """libtorrent itself, with a file in a folder; some settings are not those of a node."""
 
-    def __init__(self, torrent: TorrentFile, folder: Path) -> None:
-        folder.mkdir()
-        (folder / torrent.name).write_bytes(b"\x66" * torrent.n_bytes)
-        settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
-        self._session = lt.session({**settings, "disable_hash_checks": True})
+    def __init__(self, torrent: TorrentFile, folder: Path, **settings: object) -> None:
+        usual = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
+        self._session = lt.session({**usual, **settings})
         params = lt.load_torrent_buffer(torrent.encode())
         params.save_path = str(folder)
         params.flags = lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
         self._handle = self._session.add_torrent(params)
         self.port: int = self._session.listen_port()
+
+
+class Poisoner(_BitTorrentEnd):
+    """A BitTorrent end that says it has a file and sends something else."""
+
+    def __init__(self, torrent: TorrentFile, folder: Path) -> None:
+        folder.mkdir()
+        (folder / torrent.name).write_bytes(b"\x66" * torrent.n_bytes)
+        super().__init__(torrent, folder, disable_hash_checks=True)
 
     @property
     def n_bytes_sent(self) -> int:
         return int(self._handle.status().total_payload_upload)
 
 
-class Miser:
+class Miser(_BitTorrentEnd):
     """A BitTorrent end that has a file and never sends a piece of it."""
 
     def __init__(self, torrent: TorrentFile, folder: Path) -> None:
-        settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
-        self._session = lt.session({**settings, "unchoke_slots_limit": 0})
-        params = lt.load_torrent_buffer(torrent.encode())
-        params.save_path = str(folder)
-        params.flags = lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
-        self._handle = self._session.add_torrent(params)
-        self.port: int = self._session.listen_port()
+        super().__init__(torrent, folder, unchoke_slots_limit=0)
 
     @property
     def n_connections(self) -> int:

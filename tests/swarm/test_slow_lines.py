@@ -11,8 +11,8 @@ import trio.testing
 from libp2p.abc import INetStream
 from support.byte_streams import MemoryByteStream, byte_stream_pair
 from support.far_end import new_keys
+from support.replicas import replica
 
-from shardmesh.coordinator.chain import Replica
 from shardmesh.coordinator.model_files import ModelFiles
 from shardmesh.errors import UnreachableError
 from shardmesh.links.outbox import Outbox
@@ -23,20 +23,6 @@ from shardmesh.wire.codec import encode_cbor
 from shardmesh.wire.limits import MIB, WRITE_BYTES_PER_S_MIN, WRITE_TIMEOUT_S
 from shardmesh.wire.model_info import ModelInfo
 from shardmesh.wire.sealing import Sealer
-
-REPLICA = Replica(
-    peer_id="far",
-    addresses=("/ip4/192.0.2.1/tcp/1",),
-    model_name="tiny",
-    manifest_digest="0" * 64,
-    shard_id=0,
-    layer_start=0,
-    layer_end=2,
-    n_layer=2,
-    n_ctx=64,
-    shard_loaded=True,
-    fingerprint="f",
-)
 
 
 class SlowLine(trio.abc.SendStream):
@@ -120,11 +106,11 @@ async def test_a_tokenizer_comes_as_long_as_more_of_it_comes(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(give)
         if is_there:
-            assert await files._ask(REPLICA, "0" * 64) == info
+            assert await files._ask(replica("far"), "0" * 64) == info
             assert trio.current_time() > 190
         else:
             with pytest.raises(UnreachableError):
-                await files._ask(REPLICA, "0" * 64)
+                await files._ask(replica("far"), "0" * 64)
             assert trio.current_time() < n_bytes_given / 100_000 + 31
 
 

@@ -3,31 +3,20 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from support.replicas import replica
 
-from shardmesh.coordinator.chain import Replica
 from shardmesh.errors import BusyError
 from shardmesh.web.queue import ModelQueue, capacity
 from shardmesh.wire.limits import REQUEST_QUEUE_TIMEOUT_S
 
 
-def replica(peer_id: str, layer_start: int, *, loaded: bool = True) -> Replica:
-    return Replica(
-        peer_id=peer_id,
-        addresses=(),
-        model_name="m",
-        manifest_digest="d",
-        shard_id=layer_start,
-        layer_start=layer_start,
-        layer_end=layer_start + 1,
-        n_layer=2,
-        n_ctx=8,
-        shard_loaded=loaded,
-        fingerprint="f",
-    )
-
-
 def test_the_stage_with_the_least_room_decides() -> None:
-    replicas = [replica("a", 0), replica("b", 0), replica("c", 1), replica("d", 1, loaded=False)]
+    replicas = [
+        replica("a", 0, 2),
+        replica("b", 0, 2),
+        replica("c", 2, 4),
+        replica("d", 2, 4, shard_loaded=False),
+    ]
     assert capacity(replicas, {"a": 4, "b": 4, "c": 6, "d": 9}) == 6
     assert capacity([], {}) == 1
 

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
+from support.announcements import an_announcement
 
 from shardmesh.errors import ProtocolError
 from shardmesh.swarm.identity import Identity, new_identity
 from shardmesh.wire.announcement import (
     Announcement,
-    Capabilities,
     check_timely,
     encode_signed,
     open_signed,
@@ -24,28 +24,12 @@ ALICE, MALLORY = new_identity(), new_identity()
 
 
 def announcement(identity: Identity = ALICE, **changes: object) -> Announcement:
-    plain = Announcement(
-        cluster="llama-cluster",
-        peer_id=identity.peer_id,
+    plain = an_announcement(
+        identity,
         shard_id=1,
-        total_shards=4,
-        total_layers=8,
         layer_start=2,
         layer_end=4,
-        model_name="fairy",
-        manifest_digest="ab" * 32,
-        engine_fingerprint="fake-1",
         addresses=(f"/ip4/10.0.0.1/tcp/4001/p2p/{identity.peer_id}", "/dns4/host.example/tcp/4001"),
-        capabilities=Capabilities(
-            shard_loaded=True,
-            memory_mb=1000,
-            memory_available_mb=500,
-            cpu_cores=2,
-            gpu_available=False,
-            n_ctx=2048,
-            n_parallel=4,
-            has_tokenizer=False,
-        ),
         sequence=7,
         issued_at_s=NOW_S,
         expires_at_s=NOW_S + 600,
