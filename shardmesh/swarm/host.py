@@ -11,11 +11,11 @@ import functools
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
-from libp2p.abc import INetStream, IRawConnection
+from libp2p.abc import IRawConnection
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.exceptions import StreamFailure
@@ -27,10 +27,8 @@ from multiaddr import Multiaddr
 
 from shardmesh.errors import (
     InputError,
-    MomentError,
     RefusedError,
     ShardmeshError,
-    UnreachableError,
     carried_past,
 )
 from shardmesh.swarm.addresses import (
@@ -43,27 +41,23 @@ from shardmesh.swarm.addresses import (
 )
 from shardmesh.swarm.admission import PUBLIC, Admission
 from shardmesh.swarm.connections import ConnectionEvent, ConnectionWatch, remote_host
+from shardmesh.swarm.failures import dial_reason, no_stream, unreachable
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.noise import NotAdmitted
 from shardmesh.swarm.relay import call, relayed_connection
+from shardmesh.swarm.serving import Handler, Serving
 from shardmesh.swarm.streams import ByteStream, Libp2pStream, receive_message, send_message
 from shardmesh.swarm.transport import MeshHost, MeshSwarm, new_libp2p_host
 from shardmesh.wire.limits import (
     HANDSHAKE_TIMEOUT_S,
     IDLE_TIMEOUT_S,
     KNOWN_NODES_MAX,
-    LASTING_STREAMS_MAX,
     PING_INTERVAL_S,
-    REQUESTS_MAX,
-    REQUESTS_PER_NODE_MAX,
     STREAM_OPEN_TIMEOUT_S,
 )
 from shardmesh.wire.relay import RELAYED_PROTOCOL
 
 __all__ = ["ByteStream", "ConnectionEvent", "Handler", "Host", "open_host"]
-
-Handler = Callable[[ByteStream, str], Awaitable[None]]
-"""Serves one stream; is given the peer id of the other side, which libp2p has proven."""
 
 _DIRECT = re.compile(r"/ip[46]/([0-9a-fA-F.:]+)/tcp/\d+(/p2p/\w+)?$")
 _id_of = functools.lru_cache(KNOWN_NODES_MAX)(ID.from_base58)
@@ -90,8 +84,7 @@ class Host:
         self._swarm: MeshSwarm = libp2p.get_network()  # type: ignore[assignment]
         self._watch = watch
         self._nursery = nursery
-        self._requests = _Places(REQUESTS_MAX)
-        self._lasting = _Places(LASTING_STREAMS_MAX)
+        self._serving = Serving(libp2p, nursery)
         self._announced: tuple[str, ...] = ()
         self._circuits: tuple[str, ...] = ()
         self._relays: set[str] = set()
@@ -241,9 +234,9 @@ class Host:
         except NotAdmitted as error:
             raise error.refusal from error
         except SwarmException as error:
-            raise _unreachable(", ".join(addresses), _reason(error, addresses)) from error
+            raise unreachable(", ".join(addresses), dial_reason(error, addresses)) from error
         except trio.TooSlowError as error:
-            raise _unreachable(", ".join(addresses), f"no answer in {timeout_s:g} s") from error
+            raise unreachable(", ".join(addresses), f"no answer in {timeout_s:g} s") from error
         remote = conn.muxed_conn.peer_id
         answered = [a for a, p in targets if p is None or p == str(remote)]
         self.libp2p.get_peerstore().add_addrs(remote, answered, _KNOWN_FOREVER_S)
@@ -268,11 +261,11 @@ class Host:
             with trio.fail_after(timeout_s):
                 await opening.done.wait()
         except trio.TooSlowError as error:
-            raise _unreachable(peer_id, f"no answer in {timeout_s:g} s") from error
+            raise unreachable(peer_id, f"no answer in {timeout_s:g} s") from error
         finally:
             opening.abandoned = not opening.done.is_set()
         if opening.stream is None:
-            raise opening.error or _unreachable(peer_id, "no stream")
+            raise opening.error or unreachable(peer_id, "no stream")
         return opening.stream
 
     async def request(
@@ -303,7 +296,7 @@ class Host:
                 return answer
             finally:
                 stream.abort()  # nothing happens if it is closed
-        raise _unreachable(peer_id, f"no answer in {timeout_s:g} s")
+        raise unreachable(peer_id, f"no answer in {timeout_s:g} s")
 
     async def _open(self, peer_id: str, protocol: str, opening: _Opening) -> None:
         """Runs in the host's own nursery: cancelled half-way it would ruin the connection."""
@@ -312,9 +305,9 @@ class Host:
         except NotAdmitted as error:
             opening.error = error.refusal
         except StreamFailure as error:
-            opening.error = _no_stream(peer_id, protocol, error)
+            opening.error = no_stream(peer_id, protocol, error)
         except (BaseLibp2pError, OSError, ValueError, trio.TooSlowError) as error:
-            opening.error = _unreachable(peer_id, str(error))
+            opening.error = unreachable(peer_id, str(error))
         else:
             wrapped = Libp2pStream(stream, self._nursery)
             if opening.abandoned:
@@ -338,65 +331,11 @@ class Host:
         raw = relayed_connection(stream, relay_id, is_dialer=False)
         await self._swarm.serve_raw(raw, raw.get_transport_addresses()[0])
 
-    # -- serving -------------------------------------------------------------------------------
-
     def serve(
         self, protocol: str, handler: Handler, *, busy: bytes | None = None, lasting: bool = False
     ) -> None:
-        """Serves a protocol: each stream gets a task of its own.
-
-        A handler that raises loses its stream only.  It is cancelled when the other side resets
-        the stream.  When too many are at work, `busy` is sent as a message, or the stream reset.
-        Streams that stay open (`lasting`) are counted by themselves, so that they take no room
-        from requests.
-        """
-        places = self._lasting if lasting else self._requests
-
-        async def serve_stream(libp2p_stream: INetStream) -> None:
-            peer_id = str(libp2p_stream.muxed_conn.peer_id)
-            stream = Libp2pStream(libp2p_stream, self._nursery)
-            try:
-                if places.take(peer_id):
-                    try:
-                        await _run_handler(handler, stream, peer_id)
-                    finally:
-                        places.give_back(peer_id)
-                elif busy is not None:
-                    await send_message(stream, busy)
-                await stream.aclose()
-            except ShardmeshError as error:
-                is_usual = isinstance(error, MomentError | RefusedError)
-                level = logging.DEBUG if is_usual else logging.INFO
-                _log.log(level, "%s from %s: %s [%s]", protocol, peer_id, error, error.code)
-            except trio.TooSlowError:
-                _log.debug("%s from %s: not over in time", protocol, peer_id)
-            except Exception:  # noqa: BLE001 - raised into libp2p, it would end the whole host
-                _log.exception("the handler of %s failed", protocol)
-            finally:
-                stream.abort()
-
-        self.libp2p.set_stream_handler(TProtocol(protocol), serve_stream)
-
-
-class _Places:
-    """How many streams are served at once, in all and for each node."""
-
-    def __init__(self, n_max: int) -> None:
-        self._n_max = n_max
-        self._n_taken: dict[str, int] = {}
-
-    def take(self, peer_id: str) -> bool:
-        n_here = self._n_taken.get(peer_id, 0)
-        if n_here >= REQUESTS_PER_NODE_MAX or sum(self._n_taken.values()) >= self._n_max:
-            _log.warning("too many requests at once; one of %s is refused", peer_id)
-            return False
-        self._n_taken[peer_id] = n_here + 1
-        return True
-
-    def give_back(self, peer_id: str) -> None:
-        self._n_taken[peer_id] -= 1
-        if not self._n_taken[peer_id]:
-            del self._n_taken[peer_id]
+        """Serves a protocol from now on; see `Serving.serve`."""
+        self._serving.serve(protocol, handler, busy=busy, lasting=lasting)
 
 
 class _Opening:
@@ -407,52 +346,6 @@ class _Opening:
         self.stream: Libp2pStream | None = None
         self.error: ShardmeshError | None = None
         self.abandoned = False
-
-
-async def _run_handler(handler: Handler, stream: Libp2pStream, peer_id: str) -> None:
-    """Runs the handler until it is done or the stream breaks; raises what it raises."""
-    failure: list[Exception] = []
-
-    async def run(scope: trio.CancelScope) -> None:
-        try:
-            await handler(stream, peer_id)
-        except Exception as error:  # noqa: BLE001 - carried out of the nursery as it is
-            failure.append(error)
-        scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, nursery.cancel_scope)
-        await stream.broken.wait()
-        nursery.cancel_scope.cancel()
-    if failure:
-        raise failure[0]
-
-
-def _no_stream(peer_id: str, protocol: str, error: StreamFailure) -> ShardmeshError:
-    """What it means that no protocol was agreed on."""
-    reason = str(error.__cause__ or error)
-    if "not supported" in reason:  # libp2p has one class for this and for a stream that broke
-        return RefusedError(
-            f"{peer_id} does not speak {protocol}",
-            code="UNKNOWN_PROTOCOL",
-            next_step="Check that it runs the same version of Shardmesh.",
-        )
-    return _unreachable(peer_id, reason)
-
-
-def _reason(error: SwarmException, addresses: Sequence[str]) -> str:
-    """Why dialing failed; a single address need not be named once more."""
-    reason = str(error)
-    if len(addresses) == 1:
-        reason = reason.removeprefix(addresses[0].partition("/p2p/")[0]).removeprefix(": ")
-    return reason
-
-
-def _unreachable(whom: str, reason: str) -> UnreachableError:
-    return UnreachableError(
-        f"{whom} cannot be reached: {reason}",
-        next_step="Check that the node runs and that its port is open.",
-    )
 
 
 @asynccontextmanager

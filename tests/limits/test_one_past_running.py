@@ -31,9 +31,10 @@ from shardmesh.errors import (
 from shardmesh.listener.commands import NodeCommands
 from shardmesh.swarm.addresses import circuit_addresses
 from shardmesh.swarm.directory import Directory, exchange
-from shardmesh.swarm.host import Host, _Places, open_host
+from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import new_identity
 from shardmesh.swarm.relay import Relay
+from shardmesh.swarm.serving import Places
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
 from shardmesh.swarm.torrents import seeding
 from shardmesh.swarm.torrents.exchange import _ask
@@ -252,7 +253,7 @@ async def test_a_body_that_does_not_come(autojump_clock: trio.testing.MockClock)
 
 
 def test_lasting_streams_have_places_of_their_own() -> None:
-    places = _Places(LASTING_STREAMS_MAX)
+    places = Places(LASTING_STREAMS_MAX)
     for number in range(LASTING_STREAMS_MAX):
         assert places.take(f"node {number // REQUESTS_PER_NODE_MAX}")
     assert not places.take("one more")
