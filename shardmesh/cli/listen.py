@@ -264,7 +264,7 @@ def command(
     from shardmesh.engine.base import EngineOptions
     from shardmesh.engine.options import check_options
     from shardmesh.listener.assignment import WantedShard
-    from shardmesh.listener.node import NodeOptions
+    from shardmesh.listener.node_options import NodeOptions
     from shardmesh.listener.run import run_node
     from shardmesh.swarm.torrents.service import TorrentOptions
 

@@ -6,45 +6,35 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 import trio
 
 from shardmesh.coordinator.link_streams import LinkStreams, carry_to_data_port
-from shardmesh.engine.base import EngineOptions
 from shardmesh.errors import InputError, RefusedError, ShardmeshError, UnreachableError
 from shardmesh.links.dial import local_endpoints, own_endpoint
 from shardmesh.listener.assignment import Assignment, WantedShard, assign
 from shardmesh.listener.load import Load, load_of
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.machine import Machine, read_machine
+from shardmesh.listener.node_options import NodeOptions
 from shardmesh.listener.published import provide_shard
 from shardmesh.listener.supervisor import ShardStatus, Supervisor
-from shardmesh.logs import LogFormat
 from shardmesh.shards.library import Library
 from shardmesh.shards.manifest import MANIFEST_NAME
-from shardmesh.shards.model_link import ModelLink
 from shardmesh.shards.store import ShardStore
-from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.announcing import Offer
-from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.identity import Identity
 from shardmesh.swarm.membership import Membership
-from shardmesh.swarm.node_identity import Naming
-from shardmesh.swarm.reach import ReachOptions
-from shardmesh.swarm.rights import Rights
 from shardmesh.swarm.streams import ByteStream, receive_message, send_message
-from shardmesh.swarm.torrents.service import FileService, TorrentOptions
+from shardmesh.swarm.torrents.service import FileService
 from shardmesh.wire.announcement import Capabilities
-from shardmesh.wire.defaults import NICE_DEFAULT
 from shardmesh.wire.limits import (
     HANDSHAKE_TIMEOUT_S,
     LINK_AGREEMENT_BYTES_MAX,
     LOAD_INTERVAL_S,
-    SESSIONS_PER_NODE_MAX,
 )
 from shardmesh.wire.link_agreement import (
     LinkGrant,
@@ -67,55 +57,6 @@ LOAD_INTERVAL_AT_REST_S = 5.0
 
 
 Intention = Literal["stays", "wants_to_leave", "leaves"]
-
-
-class ServeHttp(Protocol):
-    """What a listener serves over HTTP; this package knows nothing of it."""
-
-    async def __call__(self, node: Node, host: Host, directory: Directory) -> None: ...
-
-
-WatchFiles = Callable[[FileService], Awaitable[None]]
-"""Tells somebody of downloads, beside everything else; ends or is cancelled with the node."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NodeOptions:
-    """What a listener is started with."""
-
-    wanted: WantedShard
-    cluster: str
-    admission: Admission
-    rights: Rights
-    shards_dir: Path
-    state_dir: Path
-    cache_dir: Path
-    bootstraps: tuple[str, ...]
-    listen_hosts: tuple[str, ...]
-    reach: ReachOptions
-    port: int
-    data_port: int
-    refresh_interval_s: float
-    engine: EngineOptions
-    log_format: LogFormat
-    log_verbosity: int
-    models_dir: Path | None
-    """Folders of further models, whose files are given to others too."""
-    torrents: TorrentOptions
-    fetch_into_shards_dir: bool
-    """Where a link's model goes that is not here yet; else into a folder of its own."""
-    link: ModelLink | None
-    """The published model to serve; its manifest lies in `shards_dir` once the node starts."""
-    nice: int = NICE_DEFAULT
-    """How far the data process stands back behind the machine's other work, 0 to 19."""
-    sessions_per_node_max: int = SESSIONS_PER_NODE_MAX
-    """Sequences that one coordinator may use at once."""
-    rebalance_interval_s: float = 0.0
-    """How often the node looks whether another shard needs it more; 0: never."""
-    naming: Naming = dataclasses.field(default_factory=Naming)
-    serve_http: ServeHttp | None = None
-    """Runs beside everything else once the node is on the network, until it leaves."""
-    watch_files: WatchFiles | None = None
 
 
 class Node:

@@ -6,12 +6,12 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
 from shardmesh.coordinator.client import open_client
 from shardmesh.errors import GgufError, InputError, ShardmeshError, UnreachableError
+from shardmesh.listener.node_options import NodeOptions
 from shardmesh.shards.library import Library
 from shardmesh.shards.manifest import MANIFEST_NAME, Manifest, write_manifest
 from shardmesh.shards.model_link import ModelLink
@@ -19,9 +19,6 @@ from shardmesh.shards.publication import OpenPublication, read_publication, writ
 from shardmesh.shards.store import ShardStore
 from shardmesh.swarm.torrents.service import FileService
 from shardmesh.swarm.torrents.sources import Sources
-
-if TYPE_CHECKING:
-    from shardmesh.listener.node import NodeOptions
 
 logger = logging.getLogger("shardmesh")
 

@@ -19,7 +19,8 @@ from shardmesh.listener.assignment import least_served
 from shardmesh.listener.commands import NodeCommands
 from shardmesh.listener.following import keep_following
 from shardmesh.listener.moving import NodeMoves, keep_useful
-from shardmesh.listener.node import Node, NodeOptions
+from shardmesh.listener.node import Node
+from shardmesh.listener.node_options import NodeOptions
 from shardmesh.listener.published import with_manifest
 from shardmesh.settling import settle_memory
 from shardmesh.shards.library import Library

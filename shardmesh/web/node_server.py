@@ -10,7 +10,8 @@ import trio
 from fastapi import FastAPI
 
 import shardmesh
-from shardmesh.listener.node import Node, ServeHttp
+from shardmesh.listener.node import Node
+from shardmesh.listener.node_options import ServeHttp
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
 from shardmesh.web import node_routes

@@ -14,7 +14,8 @@ from shardmesh.listener import node as node_module
 from shardmesh.listener import supervisor as supervisor_module
 from shardmesh.listener.assignment import WantedShard, assign
 from shardmesh.listener.local_messages import Start
-from shardmesh.listener.node import Node, NodeOptions
+from shardmesh.listener.node import Node
+from shardmesh.listener.node_options import NodeOptions
 from shardmesh.shards.layers import ranges_of_counts
 from shardmesh.shards.split import split_model
 from shardmesh.shards.store import ShardStore
