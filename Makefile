@@ -49,7 +49,7 @@ faults: $(INSTALLED_DEV) ## Every row of the fault table, with real processes: 2
 siege: $(INSTALLED_DEV) ## Five minutes of sessions while a process is killed every ten seconds
 	SHARDMESH_FAULTS=full $(BIN)/python -m pytest tests/faults/test_siege.py -rA --timeout=900
 
-docs/architectures.md: shardmesh/shards/architectures.py scripts/write_architectures_doc.py | $(INSTALLED)
+docs/architectures.md: shardmesh/shards/architectures.py shardmesh/shards/architecture_rules.py scripts/write_architectures_doc.py | $(INSTALLED)
 	$(BIN)/python scripts/write_architectures_doc.py
 
 archs: $(INSTALLED_DEV) ## Cut a small model of every architecture wherever it can be, and compare bit for bit

@@ -29,6 +29,7 @@ from shardmesh.engine.verify import describe_death, verify_model
 from shardmesh.engine.verify_worker import VerifyTask, compute_task
 from shardmesh.errors import EngineError, ShardmeshError
 from shardmesh.shards import architectures
+from shardmesh.shards.architecture_rules import ArchitectureRules
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.layers import LayerRange, ranges_of_counts
 from shardmesh.shards.legal_cuts import LegalCuts, legal_boundaries, legal_cuts
@@ -47,10 +48,10 @@ TIMEOUT_S = 60
 RESULTS = Path("build/archs.json")
 
 
-class Unlisted(dict[str, architectures.ArchitectureRules]):
+class Unlisted(dict[str, ArchitectureRules]):
     """The table, with the general rules for what is not in it."""
 
-    def get(self, architecture: str, default: object = None) -> architectures.ArchitectureRules:
+    def get(self, architecture: str, default: object = None) -> ArchitectureRules:
         return super().get(architecture, architectures.PLAIN)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardmesh.shards.architectures import NEXTN_LEFT_OUT, RULES, ArchitectureRules
+from shardmesh.shards.architecture_rules import ArchitectureRules
+from shardmesh.shards.architectures import NEXTN_LEFT_OUT, RULES
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 

@@ -15,7 +15,8 @@ import numpy as np
 from llama_cpp import _ggml
 
 from shardmesh.errors import EngineError
-from shardmesh.shards.architectures import RULES, GraphConstants
+from shardmesh.shards.architecture_rules import GraphConstants
+from shardmesh.shards.architectures import RULES
 from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.patterns import recurrent_layers
 

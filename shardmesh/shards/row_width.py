@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardmesh.shards.architectures import ArchitectureRules
+from shardmesh.shards.architecture_rules import ArchitectureRules
 from shardmesh.shards.gguf_file import GgufFile, refuse
 from shardmesh.wire.limits import STREAMS_MAX
 
