@@ -13,6 +13,7 @@ class Repair:
     layer_start: int
     layer_end: int
     code: str  # why
+    reason: str  # the same as a sentence
     lost_peer_id: str
     new_peer_id: str
     pause_s: float  # from noticing the failure to the next result

@@ -291,6 +291,7 @@ class Session:
                 layer_start=lost.layer_start,
                 layer_end=lost.layer_end,
                 code=error.code,
+                reason=str(error),
                 lost_peer_id=lost.peer_id,
                 new_peer_id=new.peer_id,
                 pause_s=started_s,  # the pause is known when the next result comes

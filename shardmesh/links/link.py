@@ -21,6 +21,7 @@ from shardmesh.errors import (
     known_error,
 )
 from shardmesh.links.outbox import Outbox
+from shardmesh.links.round_trips import RoundTrips
 from shardmesh.links.silence import SilenceWatch
 from shardmesh.wire.framing import RecordReader
 from shardmesh.wire.limits import HANDSHAKE_TIMEOUT_S, HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 READ_BYTES_MIN = 64 * 1024
 READ_BYTES_MAX = 1024 * 1024  # a buffer of this size is made for each read of a large body
-N_ROUND_TRIPS_KEPT = 8
 BEATS_PER_ROUND_TRIP = 8  # on the side that was dialed, whose pings are for nothing else
 SILENCE_LATE_S = HEARTBEAT_INTERVAL_S / 5  # so late is a silence noticed at most
 
@@ -91,12 +91,10 @@ class Link:
         self._user = user
         self._reader = RecordReader()
         self._pending: deque[bytes] = deque()
-        self._n_pings = 0
-        self._ping_sent_s = 0.0
         self._silence = SilenceWatch(trio.current_time())
         self.is_suspected = False
         """The other side has been silent for longer than usual."""
-        self._round_trips_s: deque[float] = deque(maxlen=N_ROUND_TRIPS_KEPT)
+        self._round_trips = RoundTrips()
         self._closing: ShardmeshError | None = None
         self._scope = trio.CancelScope()
 
@@ -106,8 +104,8 @@ class Link:
 
     @property
     def half_round_trip_us(self) -> int:
-        """Half of the fastest of the last heartbeats; 0 before the first."""
-        return int(min(self._round_trips_s, default=0.0) / 2 * 1e6)
+        """Half of the shortest of the last round trips; 0 before the first."""
+        return int(self._round_trips.shortest_s / 2 * 1e6)
 
     def send(self, message: Message, body: bytes | memoryview = b"") -> None:
         """Sends a message without waiting; from any thread.
@@ -141,12 +139,15 @@ class Link:
         Raises ProtocolError (theirs) or UnreachableError (the moment's); the connection is closed
         then, and also on a cancellation.
         """
+        begun_s = trio.current_time()
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 await self._outbox.write_first(encode_message(Hello(version=LINK_VERSION)))
                 message, _ = await self._receive()
             if not isinstance(message, Hello) or message.version != LINK_VERSION:
                 raise ProtocolError("the link did not begin with a hello of this version")
+            if self._is_dialer:  # the other one's hello was here before it was asked for
+                self._round_trips.greeted(trio.current_time() - begun_s)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             await trio.aclose_forcefully(self._stream)
             raise UnreachableError(f"{self.peer_id} did not greet", code="LINK_LOST") from error
@@ -191,8 +192,7 @@ class Link:
                 case Ping():
                     self._send_beat(Pong(number=message.number))
                 case Pong():
-                    if message.number == self._n_pings:
-                        self._round_trips_s.append(trio.current_time() - self._ping_sent_s)
+                    self._round_trips.answered(message.number, trio.current_time())
                 case Hello():
                     raise ProtocolError("a second hello on one link")
                 case _:
@@ -211,9 +211,7 @@ class Link:
         while True:
             is_quiet = self._outbox.n_put == n_sent
             if self._is_dialer or is_quiet or n_beats % BEATS_PER_ROUND_TRIP == 0:
-                self._n_pings += 1
-                self._ping_sent_s = trio.current_time()
-                self._send_beat(Ping(number=self._n_pings))
+                self._send_beat(Ping(number=self._round_trips.next_ping(trio.current_time())))
             n_beats, n_sent = n_beats + 1, self._outbox.n_put
             next_beat_s = _next_beat_s(trio.current_time())
             while (now_s := trio.current_time()) < next_beat_s:
@@ -228,7 +226,7 @@ class Link:
             raise UnreachableError(
                 f"{self.peer_id} was silent for {HEARTBEAT_TIMEOUT_S:.0f} s", code="LINK_SILENT"
             )
-        patience_s = self._silence.patience_s(now_s, 2e-6 * self.half_round_trip_us)
+        patience_s = self._silence.patience_s(now_s, self._round_trips.shortest_s)
         was_suspected, self.is_suspected = self.is_suspected, silence_s > patience_s
         if self.is_suspected and not was_suspected:
             logger.info("%s has been silent for %.1f s", self.peer_id, silence_s)

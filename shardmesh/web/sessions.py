@@ -316,6 +316,7 @@ def repair_json(repair: Repair) -> Json:
         "layer_start": repair.layer_start,
         "layer_end": repair.layer_end,
         "code": repair.code,
+        "reason": repair.reason,
         "lost_peer_id": repair.lost_peer_id,
         "new_peer_id": repair.new_peer_id,
         "pause_ms": round(repair.pause_s * 1e3, 1),

@@ -22,6 +22,7 @@ from shardmesh.wire.limits import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
     LINK_QUEUE_FRAMES_MAX,
+    SILENCE_SUSPECTED_S,
     WRITE_TIMEOUT_S,
 )
 from shardmesh.wire.messages import (
@@ -48,11 +49,12 @@ def new_link(stream: trio.abc.Stream, user: Recorder) -> tuple[Link, FarEnd]:
 
 @asynccontextmanager
 async def greeted(
-    user: Recorder, *, lockstep: bool = False, run: bool = True
+    user: Recorder, *, lockstep: bool = False, run: bool = True, one_way_s: float = 0.0
 ) -> AsyncIterator[tuple[Link, FarEnd, trio.Nursery]]:
     """A link to a far end that has greeted and is silent from there on.
 
-    `lockstep` is a network that holds nothing: writing waits for the far end to read.
+    `lockstep` is a network that holds nothing: writing waits for the far end to read.  The
+    greeting takes `one_way_s` in each direction.
     """
     pair = trio.testing.lockstep_stream_pair if lockstep else trio.testing.memory_stream_pair
     near, far_stream = pair()
@@ -61,6 +63,7 @@ async def greeted(
     async with trio.open_nursery() as nursery:
         async with trio.open_nursery() as greeting:
             greeting.start_soon(link.greet)
+            await trio.sleep(2 * one_way_s)
             greeting.start_soon(far.greet)
         if run:
             nursery.start_soon(link.run)
@@ -148,8 +151,8 @@ async def test_heartbeats_keep_an_idle_link_open(autojump_clock: trio.testing.Mo
 async def test_the_round_trip_is_that_of_the_heartbeats(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with greeted(Recorder()) as (link, far, _):
-        assert link.half_round_trip_us == 0
+    async with greeted(Recorder(), one_way_s=0.1) as (link, far, _):
+        assert link.half_round_trip_us == pytest.approx(100_000, abs=10)
         ping = await far.receive()
         assert isinstance(ping, Ping)
         await trio.sleep(0.1)
@@ -157,6 +160,19 @@ async def test_the_round_trip_is_that_of_the_heartbeats(
         await far.send(Pong(number=ping.number))
         await trio.testing.wait_all_tasks_blocked()
         assert link.half_round_trip_us == pytest.approx(50_000, abs=10)
+
+
+async def test_the_greeting_tells_the_distance_of_a_link_that_was_dialed(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Far away the first heartbeats may be lost and late, and are waited for all the same."""
+    user = Recorder()
+    async with greeted(user, one_way_s=0.05) as (link, _, _):
+        assert link.half_round_trip_us == pytest.approx(50_000, abs=10)
+        await trio.sleep(SILENCE_SUSPECTED_S + 0.9)
+        assert (link.is_suspected, user.n_suspicions) == (False, 0)
+        await trio.sleep(0.3)
+        assert (link.is_suspected, user.n_suspicions) == (True, 1)
 
 
 async def test_a_ping_is_answered_with_its_number() -> None:

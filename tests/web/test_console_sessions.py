@@ -22,6 +22,7 @@ REPAIR = Repair(
     layer_start=1,
     layer_end=4,
     code="LINK_LOST",
+    reason="the stage closed the link",
     lost_peer_id=CHAIN.stages[1].peer_id,
     new_peer_id=OTHER.stages[1].peer_id,
     pause_s=0.25,
