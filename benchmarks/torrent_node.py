@@ -72,14 +72,14 @@ async def _answer(torrents: TorrentSession, request: Answer) -> Answer:
 class _Node:
     """The session on a trio loop in a thread of its own; the main thread reads the requests."""
 
-    def __init__(self, upload_rate: int) -> None:
-        self._upload_rate = upload_rate
+    def __init__(self, upload_rate_bytes_per_s: int) -> None:
+        self._upload_rate_bytes_per_s = upload_rate_bytes_per_s
         self._started: queue.Queue[tuple[trio.lowlevel.TrioToken, TorrentSession]] = queue.Queue()
         self._over = trio.Event()
 
     async def run(self) -> None:
         async with open_torrents(
-            listen_hosts=["127.0.0.1"], upload_rate=self._upload_rate
+            listen_hosts=["127.0.0.1"], upload_rate_bytes_per_s=self._upload_rate_bytes_per_s
         ) as torrents:
             self._started.put((trio.lowlevel.current_trio_token(), torrents))
             await self._over.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -57,41 +59,69 @@ def models_dir_option(command: Command) -> Command:
     )(command)
 
 
-def rate_options(command: Command) -> Command:
-    """--torrent-port, --upload-rate, --download-rate, --max-disk under these names."""
-    for option in (
-        click.option(
-            "--max-disk",
-            "max_disk_bytes",
-            type=SizeType(),
-            default=0,
-            envvar="LLAMA_MAX_DISK",
-            help="Bytes that all models of this node may take, as in 200G.  [default: no limit]",
-        ),
-        click.option(
-            "--download-rate",
-            type=SizeType(),
-            default=0,
-            envvar="LLAMA_DOWNLOAD_RATE",
-            help="Bytes per second that are fetched at most, as in 10M.  [default: no limit]",
-        ),
-        click.option(
-            "--upload-rate",
-            type=SizeType(),
-            default=0,
-            envvar="LLAMA_UPLOAD_RATE",
-            help="Bytes per second that are given at most, as in 10M.  [default: no limit]",
-        ),
-        click.option(
-            "--torrent-port",
-            type=click.IntRange(0, 65535),
-            default=0,
-            envvar="LLAMA_TORRENT_PORT",
-            help="TCP port that gives files to others.  [default: any]",
-        ),
-    ):
-        command = option(command)
-    return command
+def torrent_options(command: Command) -> Command:
+    """--torrent-port, --upload-rate, --download-rate and --max-disk as `torrents`.
+
+    The command has --listen-addr too, since files are given on the same addresses.
+    """
+
+    @functools.wraps(command)
+    def taking_part(
+        *,
+        listen_addr: tuple[str, ...],
+        torrent_port: int,
+        upload_rate: int,
+        download_rate: int,
+        max_disk_bytes: int,
+        **others: Any,
+    ) -> Any:
+        from shardmesh.swarm.torrents.options import TorrentOptions
+
+        torrents = TorrentOptions(
+            listen_hosts=listen_addr,
+            port=torrent_port,
+            upload_rate_bytes_per_s=upload_rate,
+            download_rate_bytes_per_s=download_rate,
+            max_disk_bytes=max_disk_bytes,
+        )
+        return command(listen_addr=listen_addr, torrents=torrents, **others)
+
+    for option in _TORRENT_OPTIONS:
+        taking_part = option(taking_part)
+    return taking_part  # type: ignore[return-value]
+
+
+_TORRENT_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--max-disk",
+        "max_disk_bytes",
+        type=SizeType(),
+        default=0,
+        envvar="LLAMA_MAX_DISK",
+        help="Bytes that all models of this node may take, as in 200G.  [default: no limit]",
+    ),
+    click.option(
+        "--download-rate",
+        type=SizeType(),
+        default=0,
+        envvar="LLAMA_DOWNLOAD_RATE",
+        help="Bytes per second that are fetched at most, as in 10M.  [default: no limit]",
+    ),
+    click.option(
+        "--upload-rate",
+        type=SizeType(),
+        default=0,
+        envvar="LLAMA_UPLOAD_RATE",
+        help="Bytes per second that are given at most, as in 10M.  [default: no limit]",
+    ),
+    click.option(
+        "--torrent-port",
+        type=click.IntRange(0, 65535),
+        default=0,
+        envvar="LLAMA_TORRENT_PORT",
+        help="TCP port that gives files to others.  [default: any]",
+    ),
+)
 
 
 def is_given(name: str) -> bool:

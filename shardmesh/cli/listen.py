@@ -15,7 +15,7 @@ from shardmesh.cli.file_options import (
     bootstraps_of,
     is_given,
     models_dir_option,
-    rate_options,
+    torrent_options,
 )
 from shardmesh.cli.numbers import FiniteRange
 from shardmesh.cli.options import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
     from shardmesh.swarm.reach import ReachOptions
     from shardmesh.swarm.rights import Rights
+    from shardmesh.swarm.torrents.options import TorrentOptions
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -200,7 +201,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @naming_options
 @shards_dir_option
 @models_dir_option
-@rate_options
+@torrent_options
 @bootstrap_option
 @cluster_option
 @listener_admission
@@ -236,10 +237,7 @@ def command(
     node_tags: tuple[str, ...],
     shards_dir: Path,
     models_dir: Path,
-    torrent_port: int,
-    upload_rate: int,
-    download_rate: int,
-    max_disk_bytes: int,
+    torrents: TorrentOptions,
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
@@ -266,7 +264,6 @@ def command(
     from shardmesh.listener.assignment import WantedShard
     from shardmesh.listener.node_options import NodeOptions
     from shardmesh.listener.run import run_node
-    from shardmesh.swarm.torrents.service import TorrentOptions
 
     serve_http = None
     if http_port is not None:
@@ -300,13 +297,7 @@ def command(
         models_dir=models_dir,
         link=link,
         fetch_into_shards_dir=is_given("shards_dir"),
-        torrents=TorrentOptions(
-            listen_hosts=listen_addr,
-            port=torrent_port,
-            upload_rate=upload_rate,
-            download_rate=download_rate,
-            max_disk_bytes=max_disk_bytes,
-        ),
+        torrents=torrents,
         state_dir=state_dir,
         cache_dir=cache_dir(),
         bootstraps=bootstrap if link is None else bootstraps_of(link, bootstrap),

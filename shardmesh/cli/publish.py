@@ -10,7 +10,7 @@ import click
 
 from shardmesh.cli.admission import listener_admission
 from shardmesh.cli.config_file import config_option
-from shardmesh.cli.file_options import models_dir_option, rate_options
+from shardmesh.cli.file_options import models_dir_option, torrent_options
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
@@ -22,6 +22,7 @@ from shardmesh.cli.options import (
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.torrents.options import TorrentOptions
 
 
 @click.command("publish")
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     help="TCP port for other nodes.  [default: any]",
 )
 @models_dir_option
-@rate_options
+@torrent_options
 @bootstrap_option
 @cluster_option
 @listener_admission
@@ -56,10 +57,7 @@ def command(
     listen_addr: tuple[str, ...],
     port: int,
     models_dir: Path,
-    torrent_port: int,
-    upload_rate: int,
-    download_rate: int,
-    max_disk_bytes: int,
+    torrents: TorrentOptions,
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
@@ -84,7 +82,6 @@ def command(
         open_seeder,
         publish_model,
     )
-    from shardmesh.swarm.torrents.service import TorrentOptions
 
     with Console(stderr=True).status("") as status:
         opened = publish_model(
@@ -102,13 +99,7 @@ def command(
         state_dir=state_dir,
         shards_dir=folder,
         models_dir=models_dir,
-        torrents=TorrentOptions(
-            listen_hosts=listen_addr,
-            port=torrent_port,
-            upload_rate=upload_rate,
-            download_rate=download_rate,
-            max_disk_bytes=max_disk_bytes,
-        ),
+        torrents=torrents,
     )
 
     async def run() -> None:

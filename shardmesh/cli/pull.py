@@ -16,7 +16,7 @@ from shardmesh.cli.file_options import (
     bootstraps_of,
     is_given,
     models_dir_option,
-    rate_options,
+    torrent_options,
 )
 from shardmesh.cli.numbers import SECONDS_MAX, FiniteRange
 from shardmesh.cli.options import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
     from shardmesh.shards.publication import OpenPublication
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.torrents.options import TorrentOptions
 
 
 @click.command("pull")
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 @listen_addr_option
 @shards_dir_option
 @models_dir_option
-@rate_options
+@torrent_options
 @bootstrap_option
 @cluster_option
 @listener_admission
@@ -67,10 +68,7 @@ def command(
     listen_addr: tuple[str, ...],
     shards_dir: Path,
     models_dir: Path,
-    torrent_port: int,
-    upload_rate: int,
-    download_rate: int,
-    max_disk_bytes: int,
+    torrents: TorrentOptions,
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
@@ -96,7 +94,6 @@ def command(
     from shardmesh.listener.seeder import SeederOptions, open_seeder
     from shardmesh.shards.library import Library
     from shardmesh.swarm.torrents.progress import PROGRESS_LOGGER
-    from shardmesh.swarm.torrents.service import TorrentOptions
 
     logging.getLogger(PROGRESS_LOGGER).setLevel(logging.INFO)
     if shard_ids and everything:
@@ -112,13 +109,7 @@ def command(
         state_dir=state_dir,
         shards_dir=folder,
         models_dir=models_dir,
-        torrents=TorrentOptions(
-            listen_hosts=listen_addr,
-            port=torrent_port,
-            upload_rate=upload_rate,
-            download_rate=download_rate,
-            max_disk_bytes=max_disk_bytes,
-        ),
+        torrents=torrents,
     )
 
     async def run() -> OpenPublication:

@@ -9,7 +9,7 @@ import click
 
 from shardmesh.cli.admission import listener_admission
 from shardmesh.cli.config_file import config_option
-from shardmesh.cli.file_options import models_dir_option, rate_options
+from shardmesh.cli.file_options import models_dir_option, torrent_options
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
@@ -22,6 +22,7 @@ from shardmesh.cli.options import (
 
 if TYPE_CHECKING:
     from shardmesh.swarm.admission import Admission
+    from shardmesh.swarm.torrents.options import TorrentOptions
 
 
 @click.command("seed")
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 )
 @shards_dir_option
 @models_dir_option
-@rate_options
+@torrent_options
 @bootstrap_option
 @cluster_option
 @listener_admission
@@ -47,10 +48,7 @@ def command(
     port: int,
     shards_dir: Path,
     models_dir: Path,
-    torrent_port: int,
-    upload_rate: int,
-    download_rate: int,
-    max_disk_bytes: int,
+    torrents: TorrentOptions,
     bootstrap: tuple[str, ...],
     cluster: str,
     admission: Admission,
@@ -67,7 +65,6 @@ def command(
     import trio
 
     from shardmesh.listener.seeder import SeederOptions, open_seeder
-    from shardmesh.swarm.torrents.service import TorrentOptions
 
     options = SeederOptions(
         bootstraps=bootstrap,
@@ -78,13 +75,7 @@ def command(
         state_dir=state_dir,
         shards_dir=shards_dir,
         models_dir=models_dir,
-        torrents=TorrentOptions(
-            listen_hosts=listen_addr,
-            port=torrent_port,
-            upload_rate=upload_rate,
-            download_rate=download_rate,
-            max_disk_bytes=max_disk_bytes,
-        ),
+        torrents=torrents,
     )
 
     async def run() -> None:

@@ -17,7 +17,8 @@ from shardmesh.swarm.host import Host
 from shardmesh.swarm.node_identity import Naming
 from shardmesh.swarm.reach import ReachOptions
 from shardmesh.swarm.rights import Rights
-from shardmesh.swarm.torrents.service import FileService, TorrentOptions
+from shardmesh.swarm.torrents.options import TorrentOptions
+from shardmesh.swarm.torrents.service import FileService
 from shardmesh.wire.defaults import NICE_DEFAULT
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
 

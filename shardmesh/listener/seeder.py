@@ -36,7 +36,8 @@ from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import Identity, load_identity, new_identity
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.state_file import locked_folder
-from shardmesh.swarm.torrents.service import FileService, TorrentOptions, open_files
+from shardmesh.swarm.torrents.options import TorrentOptions
+from shardmesh.swarm.torrents.service import FileService, open_files
 from shardmesh.wire.announcement import Signer
 from shardmesh.wire.limits import COMMAND_TIMEOUT_S, MODEL_LINK_BOOTSTRAPS_MAX
 

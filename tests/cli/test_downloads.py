@@ -135,7 +135,7 @@ async def test_a_download_is_drawn(tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=3 * MB), mesh.node("b") as node:
+    async with mesh.node("a", upload_rate_bytes_per_s=3 * MB), mesh.node("b") as node:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(show_downloads, node.files, console, stays=True))
             with trio.fail_after(60):

@@ -23,7 +23,7 @@ from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.identity import new_identity
 from shardmesh.swarm.reach import ReachOptions
 from shardmesh.swarm.rights import EVERYBODY
-from shardmesh.swarm.torrents.service import TorrentOptions
+from shardmesh.swarm.torrents.options import TorrentOptions
 
 
 @pytest.fixture

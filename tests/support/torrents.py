@@ -33,7 +33,8 @@ from shardmesh.swarm.admission import Admission
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
 from shardmesh.swarm.identity import new_identity
-from shardmesh.swarm.torrents.service import FileService, TorrentOptions, open_files
+from shardmesh.swarm.torrents.options import TorrentOptions
+from shardmesh.swarm.torrents.service import FileService, open_files
 from shardmesh.swarm.torrents.settings import session_settings
 from shardmesh.wire.cluster_secret import ClusterSecret
 from shardmesh.wire.torrent_file import TorrentFile
@@ -199,7 +200,7 @@ class Stranger:
         with socket.socket() as probe:
             probe.bind((host, 0))
         folder.mkdir()
-        settings = session_settings(host, 0, upload_rate=0, download_rate=0)
+        settings = session_settings(host, 0, upload_rate_bytes_per_s=0, download_rate_bytes_per_s=0)
         own = {"outgoing_interfaces": host, "alert_mask": lt.alert_category.connect}
         self._session = lt.session({**settings, **own})
         params = lt.load_torrent_buffer(torrent.encode())
@@ -226,7 +227,9 @@ class _BitTorrentEnd:
     """libtorrent itself, with a file in a folder; some settings are not those of a node."""
 
     def __init__(self, torrent: TorrentFile, folder: Path, **settings: object) -> None:
-        usual = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
+        usual = session_settings(
+            ["127.0.0.1"], 0, upload_rate_bytes_per_s=0, download_rate_bytes_per_s=0
+        )
         self._session = lt.session({**usual, **settings})
         params = lt.load_torrent_buffer(torrent.encode())
         params.save_path = str(folder)

@@ -91,7 +91,7 @@ async def test_the_disk_becomes_full(tmp_path: Path, small_disk: Path) -> None:
     """Somebody else fills it meanwhile: a typed error, no file, and it goes on with what it has."""
     model = make_model(tmp_path / "a", 10 * MB)
     mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=4 * MB) as source, mesh.node("b") as node:
+    async with mesh.node("a", upload_rate_bytes_per_s=4 * MB) as source, mesh.node("b") as node:
         caught: list[ShardmeshError] = []
 
         async def fetch_and_fail() -> None:

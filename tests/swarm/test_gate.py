@@ -79,7 +79,10 @@ async def test_members_exchange_files_and_a_stranger_gets_nothing(
 ) -> None:
     model = make_model(tmp_path / "a", 6 * MB)
     thief = stranger(tmp_path)
-    async with private.node("a", upload_rate=2 * MB) as source, private.node("b") as node:
+    async with (
+        private.node("a", upload_rate_bytes_per_s=2 * MB) as source,
+        private.node("b") as node,
+    ):
         thief.dial(source.files._torrents.port)
         with trio.fail_after(DEADLINE_S):
             await node.files.fetch(model, model.publication.shard(0), node.folder)
@@ -102,7 +105,10 @@ async def test_in_a_public_mesh_everybody_gets_files(tmp_path: Path) -> None:
 @pytest.mark.processes
 async def test_a_removed_member_gets_no_more(tmp_path: Path, private: FileMesh) -> None:
     model = make_model(tmp_path / "a", 20 * MB)
-    async with private.node("a", upload_rate=2 * MB) as source, private.node("b") as node:
+    async with (
+        private.node("a", upload_rate_bytes_per_s=2 * MB) as source,
+        private.node("b") as node,
+    ):
         async with trio.open_nursery() as nursery:
             fetch = partial(node.files.fetch, model, model.publication.shard(0), node.folder)
             nursery.start_soon(fetch)

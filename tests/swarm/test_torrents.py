@@ -64,7 +64,7 @@ async def test_progress_is_seen_and_a_rate_is_kept(tmp_path: Path) -> None:
     model = make_model(tmp_path / "a", 6 * MB)
     mesh = FileMesh(tmp_path)
     states: set[str] = set()
-    async with mesh.node("a", upload_rate=4 * MB), mesh.node("b") as node:
+    async with mesh.node("a", upload_rate_bytes_per_s=4 * MB), mesh.node("b") as node:
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
@@ -91,7 +91,7 @@ async def test_who_fetches_gives_what_it_has_already(tmp_path: Path) -> None:
     model = make_model(tmp_path / "a", 8 * MB)
     mesh = FileMesh(tmp_path)
     async with (
-        mesh.node("a", upload_rate=4 * MB) as source,
+        mesh.node("a", upload_rate_bytes_per_s=4 * MB) as source,
         mesh.node("b") as second,
         mesh.node("c") as third,
     ):
@@ -170,7 +170,7 @@ async def test_a_disk_that_was_gone_for_a_moment(tmp_path: Path) -> None:
 async def test_it_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     model = make_model(tmp_path / "a", 12 * MB)
     mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=8 * MB) as source:
+    async with mesh.node("a", upload_rate_bytes_per_s=8 * MB) as source:
         async with mesh.node("b") as node, trio.open_nursery() as nursery:
             nursery.start_soon(partial(fetch, node, model))
             await wait_until(
@@ -215,7 +215,7 @@ async def test_a_file_that_appears_meanwhile(tmp_path: Path, comes_right: bool) 
     model = make_model(tmp_path / "a", 4 * MB)
     whole = (tmp_path / "a" / "shard-0.gguf").read_bytes()
     mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=4 * MB), mesh.node("b", gives=False) as node:
+    async with mesh.node("a", upload_rate_bytes_per_s=4 * MB), mesh.node("b", gives=False) as node:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(fetch, node, model))
             await wait_until(
@@ -231,7 +231,7 @@ async def test_what_was_begun_goes_when_the_file_came_another_way(
 ) -> None:
     model = make_model(tmp_path / "a", 4 * MB)
     mesh = FileMesh(tmp_path)
-    async with mesh.node("a", upload_rate=4 * MB):
+    async with mesh.node("a", upload_rate_bytes_per_s=4 * MB):
         async with mesh.node("b", gives=False) as node, trio.open_nursery() as nursery:
             nursery.start_soon(partial(fetch, node, model))
             await wait_until(
@@ -282,7 +282,7 @@ async def test_one_poisoner_among_five(tmp_path: Path, caplog: pytest.LogCapture
     torrent = hash_file(tmp_path / "a" / "shard-0.gguf").torrent
     poisoner = Poisoner(torrent, tmp_path / "poison")
     mesh = FileMesh(tmp_path)
-    slow = {"upload_rate": 4 * MB}  # so that the download needs the poisoner's speed
+    slow = {"upload_rate_bytes_per_s": 4 * MB}  # so that the download needs the poisoner's speed
     async with (
         mesh.node("a", **slow) as first,
         mesh.node("c", **slow),
@@ -317,7 +317,7 @@ async def test_a_source_that_gives_nothing_holds_nobody_up(tmp_path: Path, is_si
         miser = None if is_silent else Miser(torrent, tmp_path / "a")
         port = silent.getsockname()[1] if miser is None else miser.port
         async with mesh.node("b") as node, trio.open_nursery() as nursery:
-            async with mesh.node("a", upload_rate=1):  # it tells the torrent, and is gone
+            async with mesh.node("a", upload_rate_bytes_per_s=1):  # only to tell the torrent
                 nursery.start_soon(partial(fetch, node, model))
                 torrents = node.files._torrents
                 await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
@@ -334,7 +334,9 @@ async def test_a_source_that_gives_nothing_holds_nobody_up(tmp_path: Path, is_si
 
 async def test_nothing_is_looked_for_outside_of_the_mesh() -> None:
     known = lt.default_settings()
-    settings = session_settings(["127.0.0.1"], 0, upload_rate=0, download_rate=0)
+    settings = session_settings(
+        ["127.0.0.1"], 0, upload_rate_bytes_per_s=0, download_rate_bytes_per_s=0
+    )
     assert settings.keys() <= known.keys()
     async with open_torrents(listen_hosts=["127.0.0.1"]) as torrents:
         applied = torrents._session.get_settings()

@@ -24,8 +24,8 @@ async def open_torrents(
     *,
     listen_hosts: Sequence[str],
     port: int = 0,
-    upload_rate: int = 0,
-    download_rate: int = 0,
+    upload_rate_bytes_per_s: int = 0,
+    download_rate_bytes_per_s: int = 0,
     members_only: bool = False,
 ) -> AsyncIterator[TorrentSession]:
     """A session that listens until the block is left; rates in bytes per second, 0 for no limit.
@@ -34,7 +34,7 @@ async def open_torrents(
     Raises InputError (theirs, PORT_TAKEN) if it cannot listen.
     """
     session, own_port = await trio.to_thread.run_sync(
-        _start, listen_hosts, port, upload_rate, download_rate
+        _start, listen_hosts, port, upload_rate_bytes_per_s, download_rate_bytes_per_s
     )
     sessions = [session]
     torrents = TorrentSession(session, own_port, Gate() if members_only else None)
@@ -68,13 +68,19 @@ async def open_torrents(
 
 
 def _start(
-    listen_hosts: Sequence[str], port: int, upload_rate: int, download_rate: int
+    listen_hosts: Sequence[str],
+    port: int,
+    upload_rate_bytes_per_s: int,
+    download_rate_bytes_per_s: int,
 ) -> tuple[lt.session, int]:
     """A session, and the port that it listens on, 0 if it could not."""
     for _ in range(_PORT_ATTEMPTS):
         chosen = port or _free_port(listen_hosts)
         settings = session_settings(
-            listen_hosts, chosen, upload_rate=upload_rate, download_rate=download_rate
+            listen_hosts,
+            chosen,
+            upload_rate_bytes_per_s=upload_rate_bytes_per_s,
+            download_rate_bytes_per_s=download_rate_bytes_per_s,
         )
         session: lt.session = lt.session(settings)  # type: ignore[call-overload]
         limit_all_addresses(session)

@@ -23,6 +23,7 @@ from shardmesh.swarm.host import Host
 from shardmesh.swarm.torrents.download import Download
 from shardmesh.swarm.torrents.exchange import serve_torrents
 from shardmesh.swarm.torrents.opening import open_torrents
+from shardmesh.swarm.torrents.options import TorrentOptions
 from shardmesh.swarm.torrents.progress import DownloadProgress, SeedingReport
 from shardmesh.swarm.torrents.seeding import Seeder
 from shardmesh.swarm.torrents.session import TorrentSession
@@ -34,17 +35,6 @@ BUSY_RATE_BYTES_PER_S: Final = 4_000_000
 """What is given and taken while the node computes: little of a core, and still some progress."""
 
 _DONE_KEPT: Final = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TorrentOptions:
-    """How a node takes part; rates in bytes per second and sizes in bytes, 0 for no limit."""
-
-    listen_hosts: tuple[str, ...] = ("0.0.0.0",)
-    port: int = 0
-    upload_rate: int = 0
-    download_rate: int = 0
-    max_disk_bytes: int = 0
 
 
 class FileService:
@@ -86,8 +76,8 @@ class FileService:
         return SeedingReport(
             n_files=self._seeder.n_files,
             n_connections=sum(status.n_sources for status in statuses),
-            upload_rate_bytes_per_s=sum(status.upload_rate for status in statuses),
-            download_rate_bytes_per_s=sum(status.download_rate for status in statuses),
+            upload_rate_bytes_per_s=sum(status.upload_rate_bytes_per_s for status in statuses),
+            download_rate_bytes_per_s=sum(status.download_rate_bytes_per_s for status in statuses),
             n_bytes_uploaded=sum(status.n_bytes_uploaded for status in statuses),
             is_backing_off=self._backs_off,
         )
@@ -111,7 +101,7 @@ class FileService:
             info_hash=hashed.torrent.info_hash().hex(),
             sha256=hashed.sha256,
             share_complete=1.0,
-            upload_rate_bytes_per_s=torrent.status.upload_rate if torrent else 0,
+            upload_rate_bytes_per_s=torrent.status.upload_rate_bytes_per_s if torrent else 0,
             download_rate_bytes_per_s=0,
         )
 
@@ -125,7 +115,7 @@ class FileService:
             info_hash=download.file.info_hash.hex(),
             sha256=download.file.sha256,
             share_complete=round(progress.n_bytes_done / progress.n_bytes_total, 4),
-            upload_rate_bytes_per_s=torrent.status.upload_rate if torrent else 0,
+            upload_rate_bytes_per_s=torrent.status.upload_rate_bytes_per_s if torrent else 0,
             download_rate_bytes_per_s=progress.rate_bytes_per_s,
         )
 
@@ -259,10 +249,13 @@ class FileService:
         """Takes little of the machine from now on, while the node computes; or what it may."""
         if backs_off != self._backs_off:
             self._backs_off = backs_off
-            upload, download = self._options.upload_rate, self._options.download_rate
+            rates = (
+                self._options.upload_rate_bytes_per_s,
+                self._options.download_rate_bytes_per_s,
+            )
+            upload, download = map(backed_off, rates) if backs_off else rates
             self._torrents.set_rates(
-                upload_rate=backed_off(upload) if backs_off else upload,
-                download_rate=backed_off(download) if backs_off else download,
+                upload_rate_bytes_per_s=upload, download_rate_bytes_per_s=download
             )
 
 
@@ -298,8 +291,8 @@ async def open_files(
             open_torrents(
                 listen_hosts=options.listen_hosts,
                 port=options.port,
-                upload_rate=options.upload_rate,
-                download_rate=options.download_rate,
+                upload_rate_bytes_per_s=options.upload_rate_bytes_per_s,
+                download_rate_bytes_per_s=options.download_rate_bytes_per_s,
                 members_only=not host.admission.is_public,
             ) as torrents,
             trio.open_nursery() as nursery,

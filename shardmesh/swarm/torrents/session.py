@@ -51,8 +51,8 @@ class TorrentStatus:
     """How far one torrent is; rates in bytes per second of payload."""
 
     n_bytes_done: int = 0
-    download_rate: int = 0
-    upload_rate: int = 0
+    download_rate_bytes_per_s: int = 0
+    upload_rate_bytes_per_s: int = 0
     n_sources: int = 0
     is_checking: bool = False
     n_bytes_uploaded: int = 0
@@ -238,10 +238,13 @@ class TorrentSession:
         if self._torrents.get(info_hash) is torrent:
             del self._torrents[info_hash]
 
-    def set_rates(self, *, upload_rate: int, download_rate: int) -> None:
+    def set_rates(self, *, upload_rate_bytes_per_s: int, download_rate_bytes_per_s: int) -> None:
         """Limits in bytes per second from now on, 0 for none."""
         self._session.apply_settings(
-            {"upload_rate_limit": upload_rate, "download_rate_limit": download_rate}
+            {
+                "upload_rate_limit": upload_rate_bytes_per_s,
+                "download_rate_limit": download_rate_bytes_per_s,
+            }
         )
 
     def forget_session(self) -> None:
@@ -359,8 +362,8 @@ class TorrentSession:
         checking = (lt.torrent_status.checking_files, lt.torrent_status.checking_resume_data)
         torrent.status = TorrentStatus(
             n_bytes_done=status.total_wanted_done,
-            download_rate=torrent._down.note(now_s, status.total_payload_download),
-            upload_rate=torrent._up.note(now_s, status.total_payload_upload),
+            download_rate_bytes_per_s=torrent._down.note(now_s, status.total_payload_download),
+            upload_rate_bytes_per_s=torrent._up.note(now_s, status.total_payload_upload),
             n_sources=status.num_peers,
             is_checking=status.state in checking,
             n_bytes_uploaded=status.all_time_upload,

@@ -79,7 +79,11 @@ PRIVATE: Final[dict[str, Any]] = {
 
 
 def session_settings(
-    listen_hosts: Sequence[str], port: int, *, upload_rate: int, download_rate: int
+    listen_hosts: Sequence[str],
+    port: int,
+    *,
+    upload_rate_bytes_per_s: int,
+    download_rate_bytes_per_s: int,
 ) -> dict[str, Any]:
     """Settings of a session; rates in bytes per second, 0 for no limit."""
     hosts = [f"[{host}]" if ":" in host else host for host in listen_hosts]
@@ -88,8 +92,8 @@ def session_settings(
         "listen_interfaces": ",".join(f"{host}:{port}" for host in hosts),
         "listen_system_port_fallback": False,
         "max_retry_port_bind": 0,
-        "upload_rate_limit": upload_rate,
-        "download_rate_limit": download_rate,
+        "upload_rate_limit": upload_rate_bytes_per_s,
+        "download_rate_limit": download_rate_bytes_per_s,
         "alert_mask": (
             lt.alert_category.error
             | lt.alert_category.status
