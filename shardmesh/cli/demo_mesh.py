@@ -120,23 +120,17 @@ async def start_mesh(
     secret = ClusterFiles(folder / "state", cluster).make()  # all that are started find it there
     port = free_port()
     address = f"/ip4/127.0.0.1/tcp/{port}"
-    n_threads = n_threads or threads_per_node(n_shards)
     common = ["--listen-addr", "127.0.0.1", "--cluster", cluster, "--log-format", "json"]
     common += ["--no-mdns"]  # nobody else is concerned
-    bootstrap = DemoProcess(
-        "bootstrap",
-        ["bootstrap", "--port", str(port), "--state-dir", str(folder / "state"), *common],
-    )
+    common += ["--state-dir", str(folder / "state")]
+    bootstrap = DemoProcess("bootstrap", ["bootstrap", "--port", str(port), *common])
+    common += ["--bootstrap", address, "--shards-dir", str(folder / "shards")]
+    common += ["--models-dir", str(folder / "models")]  # not what else lies on this disk
+    common += ["--threads", str(n_threads or threads_per_node(n_shards)), *listen_options]
     listeners = [
         DemoProcess(
             f"listener {shard_id}",
-            [
-                *("listen", "--shard-id", str(shard_id), "--shards-dir", str(folder / "shards")),
-                *("--state-dir", str(folder / "state"), "--bootstrap", address),
-                *("--models-dir", str(folder / "models")),  # not what else lies on this disk
-                *("--threads", str(n_threads), *common, *listen_options),
-                *options_of(shard_id),
-            ],
+            ["listen", "--shard-id", str(shard_id), *common, *options_of(shard_id)],
         )
         for shard_id in range(n_shards)
     ]

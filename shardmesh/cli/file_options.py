@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from shardmesh.cli.numbers import bytes_of
 from shardmesh.cli.options import Command
 
 if TYPE_CHECKING:
     from shardmesh.shards.model_link import ModelLink
-
-_SIZE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
-_POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]
@@ -28,10 +25,10 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
+        n_bytes = bytes_of(str(value))
+        if n_bytes is None:
             self.fail(f"{str(value)[:50]!r} is no size; write it like 500M or 2G", param, ctx)
-        return int(float(match[1]) * 1024 ** _POWER[match[2].upper()])
+        return n_bytes
 
 
 class LinkType(click.ParamType):  # type: ignore[type-arg]

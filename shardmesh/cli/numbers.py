@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Final
 
 import click
@@ -12,6 +13,16 @@ COUNT_MAX: Final = 2**31 - 1
 
 SECONDS_MAX: Final = 1_000_000.0
 """Twelve days; the system's own waits cannot be told of much more."""
+
+
+_SIZE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def bytes_of(text: str) -> int | None:
+    """A size like 500M or 2G in bytes; K, M, G and T are powers of 1024.  None if it is none."""
+    match = _SIZE.fullmatch(text.strip())
+    return None if match is None else int(float(match[1]) * 1024 ** _POWER[match[2].upper()])
 
 
 class FiniteRange(click.FloatRange):

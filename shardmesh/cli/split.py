@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shardmesh.cli.numbers import bytes_of
 from shardmesh.cli.options import count, piece_tokens_option
 from shardmesh.errors import InputError
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from shardmesh.shards.manifest import Manifest
 
 N_SHARDS_DEFAULT = 2
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
-_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @click.command(name="split")
@@ -85,8 +84,6 @@ def command(
     from shardmesh.shards.architectures import rules_for
     from shardmesh.shards.costs import costs_of
     from shardmesh.shards.gguf_check import read_gguf
-    from shardmesh.shards.legal_cuts import check_legal
-    from shardmesh.shards.plan import plan_layers, plan_memory, plan_shards
     from shardmesh.shards.split import default_name, piece_tokens_for
 
     if sum(each is not None for each in (n_shards, layer_list, memory_list)) > 1:
@@ -99,13 +96,7 @@ def command(
     costs = costs_of(source)
     n_ctx_train = source.get_int(f"{source.architecture}.context_length")
     n_cached = min(n_ctx, n_ctx_train) * n_parallel
-    if layer_list is not None:
-        ranges = plan_layers(costs.n_layer, parse_counts(layer_list))
-        check_legal(costs.legal, ranges)
-    elif memory_list is not None:
-        ranges = plan_memory(costs, parse_sizes(memory_list), n_cached)
-    else:
-        ranges = plan_shards(costs, N_SHARDS_DEFAULT if n_shards is None else n_shards)
+    ranges = _planned(costs, n_shards, layer_list, memory_list, n_cached)
     piece_tokens = piece_tokens_for(source, len(ranges), piece_tokens)
     if dry_run:
         Console().print(plan_table(costs, ranges, n_cached, piece_tokens))
@@ -118,6 +109,26 @@ def command(
     console.print(
         f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}", markup=False
     )
+
+
+def _planned(
+    costs: ModelCosts,
+    n_shards: int | None,
+    layer_list: str | None,
+    memory_list: str | None,
+    n_cached: int,
+) -> tuple[LayerRange, ...]:
+    """The layer ranges that were asked for, in one of three ways; raises InputError (theirs)."""
+    from shardmesh.shards.legal_cuts import check_legal
+    from shardmesh.shards.plan import plan_layers, plan_memory, plan_shards
+
+    if layer_list is not None:
+        ranges = plan_layers(costs.n_layer, parse_counts(layer_list))
+        check_legal(costs.legal, ranges)
+        return ranges
+    if memory_list is not None:
+        return plan_memory(costs, parse_sizes(memory_list), n_cached)
+    return plan_shards(costs, N_SHARDS_DEFAULT if n_shards is None else n_shards)
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -140,13 +151,12 @@ def adapters_by_name(paths: Sequence[Path]) -> dict[str, Path]:
 
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Sizes between commas in bytes; K, M, G, T are powers of 1024.  Raises InputError (theirs)."""
-    matches = [_SIZE.fullmatch(word.strip()) for word in text.split(",")]
-    sizes = [int(float(m[1]) * 1024 ** _POWER[m[2].upper()]) for m in matches if m is not None]
-    if len(sizes) != len(matches) or not all(sizes):
+    sizes = [bytes_of(word) for word in text.split(",")]
+    if not all(sizes):
         raise InputError(
             f"{text[:100]!r} is not a list of memory sizes", next_step="write it as in 8G,4G,16G"
         )
-    return tuple(sizes)
+    return tuple(size for size in sizes if size)
 
 
 def plan_table(

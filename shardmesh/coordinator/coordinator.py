@@ -70,9 +70,7 @@ class Completion:
     tokenizer: Tokenizer  # until the block is left
     explanation: Explanation | None = None  # why the chain was chosen
     prompt: Sequence[int] = ()  # its tokens
-    prompt_scores: Sequence[
-        Sampled
-    ] = ()  # of those behind the first, when asked for: once text comes
+    prompt_scores: Sequence[Sampled] = ()  # but of the first; once text comes, if asked for
     can_roll_back: bool = True  # False: this architecture allows neither drafts nor reused prompts
 
     @property
@@ -160,20 +158,7 @@ class Coordinator:
             n_ctx = context_needed(len(prompt), request.n_tokens_max, chain.n_ctx)
             if request.sampling.grammar and model.tokenizer.has_text:
                 await self._grammars.prove(request.sampling.grammar, model.vocabulary_path)
-            sampling = sampling_message(request.sampling)
-            n_history = sampling.repeat_last_n if uses_history(request.sampling) else 0
-            settings = SessionSettings(
-                n_ctx=n_ctx,
-                sampling=sampling,
-                piece_tokens=model.manifest.piece_tokens,
-                n_vocab=model.tokenizer.n_vocab,
-                history=tuple(prompt[-n_history:] if n_history else ()),
-                adapter=request.adapter,
-                wire=request.wire,
-                prefix=prefix_of(prompt, request, model.manifest, self._prefix_secret),
-                standby=request.standby and model.manifest.can_roll_back,
-                hands_on=model.manifest.can_roll_back,
-            )
+            settings = _settings_of(request, prompt, n_ctx, model, self._prefix_secret)
             finder = self._finder(wish, request.wait_s)
             scores, results = list[Sampled](), list[Sampled]()
             # With more rows of output the last bits may be others than an audit's.
@@ -339,6 +324,30 @@ def _prompt_tokens(model: OpenModel, request: CompletionRequest) -> list[int]:
     if request.plain_chat and not model.tokenizer.chat_template:
         return model.tokenizer.encode(plain_chat(request.messages))
     return model.encode_chat(request.messages, **request.template_variables)
+
+
+def _settings_of(
+    request: CompletionRequest,
+    prompt: Sequence[int],
+    n_ctx: int,
+    model: OpenModel,
+    prefix_secret: bytes,
+) -> SessionSettings:
+    """What the stages are told of a session for this prompt."""
+    sampling = sampling_message(request.sampling)
+    n_history = sampling.repeat_last_n if uses_history(request.sampling) else 0
+    return SessionSettings(
+        n_ctx=n_ctx,
+        sampling=sampling,
+        piece_tokens=model.manifest.piece_tokens,
+        n_vocab=model.tokenizer.n_vocab,
+        history=tuple(prompt[-n_history:] if n_history else ()),
+        adapter=request.adapter,
+        wire=request.wire,
+        prefix=prefix_of(prompt, request, model.manifest, prefix_secret),
+        standby=request.standby and model.manifest.can_roll_back,
+        hands_on=model.manifest.can_roll_back,
+    )
 
 
 def _text_tokens(model: OpenModel, text: str | Sequence[int]) -> list[int]:

@@ -33,7 +33,7 @@ from shardmesh.swarm.identity import load_identity
 from shardmesh.swarm.lan import is_default, open_lan_of, stay_joined
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.node_identity import load_node_identity
-from shardmesh.swarm.reach import Reach, serve_dial_back
+from shardmesh.swarm.reach import Reach, ReachOptions, serve_dial_back
 from shardmesh.swarm.relay import Relay
 from shardmesh.swarm.state_file import locked_folder
 from shardmesh.swarm.torrents.service import open_files
@@ -147,11 +147,7 @@ async def on_network(
         open_files(host, dht, directory, node.library, options.torrents) as files,
         open_link_streams(host, is_direct_allowed=options.reach.direct_links) as link_streams,
     ):
-        host.announce_as(options.reach.announced)
-        if options.reach.relay_only:
-            host.hide()
-        for address in host.direct_addresses():
-            logger.info("[LISTEN] Listening on: %s", address.split("/p2p/")[0])
+        _show_addresses(host, options.reach)
         membership = Membership(
             host,
             dht,
@@ -176,34 +172,59 @@ async def on_network(
             known=membership.known_listeners,
             refresh=membership.pull,
         )
-        commands = NodeCommands(node, host, coordinator)
-        host.serve(LINK_PROTOCOL, node.serve_link)
-        host.serve(LINK_STREAM_PROTOCOL, node.serve_link_stream, lasting=True)
-        serve_dial_back(host)
-        if options.reach.offers_relay:
-            Relay(host).serve()
-        reach = Reach(
-            host,
-            neighbours=membership.neighbours,
-            changed=membership.announce_changed,
-            logger=logger,
-        )
-        nursery.start_soon(reach.run)
-        if options.reach.mdns:
-            nursery.start_soon(_be_on_lan, host, membership, options)
-        serve_model_info(host, node.library)
-        serve_commands(host, commands.handlers(), options.rights)
-        if options.serve_http is not None:
-            nursery.start_soon(options.serve_http, node, host, directory)
+        _serve_protocols(node, host, coordinator)
+        _start_tasks(nursery, node, host, directory, membership)
         if options.watch_files is not None:
             nursery.start_soon(options.watch_files, files)
-        nursery.start_soon(keep_following, node, directory)
-        nursery.start_soon(_warn_of_namesakes, node, directory)
         try:
             yield membership, coordinator
         finally:
             models.close()
             node.leave()
+
+
+def _show_addresses(host: Host, reach: ReachOptions) -> None:
+    """Has the node announced at all its addresses, or at none but through relays."""
+    host.announce_as(reach.announced)
+    if reach.relay_only:
+        host.hide()
+    for address in host.direct_addresses():
+        logger.info("[LISTEN] Listening on: %s", address.split("/p2p/")[0])
+
+
+def _serve_protocols(node: Node, host: Host, coordinator: Coordinator) -> None:
+    host.serve(LINK_PROTOCOL, node.serve_link)
+    host.serve(LINK_STREAM_PROTOCOL, node.serve_link_stream, lasting=True)
+    serve_dial_back(host)
+    if node.options.reach.offers_relay:
+        Relay(host).serve()
+    serve_model_info(host, node.library)
+    commands = NodeCommands(node, host, coordinator)
+    serve_commands(host, commands.handlers(), node.options.rights)
+
+
+def _start_tasks(
+    nursery: trio.Nursery,
+    node: Node,
+    host: Host,
+    directory: Directory,
+    membership: Membership,
+) -> None:
+    """What runs as long as the node is on the network."""
+    options = node.options
+    reach = Reach(
+        host,
+        neighbours=membership.neighbours,
+        changed=membership.announce_changed,
+        logger=logger,
+    )
+    nursery.start_soon(reach.run)
+    if options.reach.mdns:
+        nursery.start_soon(_be_on_lan, host, membership, options)
+    if options.serve_http is not None:
+        nursery.start_soon(options.serve_http, node, host, directory)
+    nursery.start_soon(keep_following, node, directory)
+    nursery.start_soon(_warn_of_namesakes, node, directory)
 
 
 async def _warn_of_namesakes(node: Node, directory: Directory) -> None:

@@ -16,7 +16,7 @@ import trio
 from shardmesh.errors import InputError, ShardmeshError, ungrouped
 from shardmesh.shards.checked import hashes_of
 from shardmesh.shards.library import Library
-from shardmesh.shards.manifest import MANIFEST_NAME, check_model_name, write_manifest
+from shardmesh.shards.manifest import MANIFEST_NAME, Manifest, check_model_name, write_manifest
 from shardmesh.shards.model_link import ModelLink
 from shardmesh.shards.names import adapter_name
 from shardmesh.shards.publication import (
@@ -148,6 +148,18 @@ def publish_model(
             code="NO_MANIFEST",
             next_step="split a model with `shardmesh split`, and give the folder it wrote to",
         )
+    publication = _hashed(store, manifest, on_file)
+    if name is not None and name != manifest.model_name:
+        manifest = msgspec.structs.replace(manifest, model_name=check_model_name(name))
+        write_manifest(manifest, folder / MANIFEST_NAME)
+        publication = msgspec.structs.replace(publication, manifest=manifest)
+    signed = sign_publication(publication, signer)
+    write_publication(folder, signed)
+    return open_publication(signed, manifest_digest=manifest.digest())
+
+
+def _hashed(store: ShardStore, manifest: Manifest, on_file: Callable[[str], None]) -> Publication:
+    """A model's publication, after each file was read and held against the manifest."""
 
     def info_hash_of(path: Path) -> bytes:
         on_file(path.name)
@@ -161,25 +173,19 @@ def publish_model(
         store.check(shard.shard_id)
     adapter_hashes = [
         tuple(
-            None if file is None else info_hash_of(folder / adapter_name(number, shard_id))
+            None if file is None else info_hash_of(store.directory / adapter_name(number, shard_id))
             for shard_id, file in enumerate(adapter.files)
         )
         for number, adapter in enumerate(manifest.adapters)
     ]
     tokenizer_info_hash = info_hash_of(store.tokenizer_path())
     store.check_tokenizer()
-    if name is not None and name != manifest.model_name:
-        manifest = msgspec.structs.replace(manifest, model_name=check_model_name(name))
-        write_manifest(manifest, folder / MANIFEST_NAME)
-    publication = Publication(
+    return Publication(
         manifest=manifest,
         shard_info_hashes=tuple(shard_hashes),
         tokenizer_info_hash=tokenizer_info_hash,
         adapter_info_hashes=tuple(adapter_hashes),
     )
-    signed = sign_publication(publication, signer)
-    write_publication(folder, signed)
-    return open_publication(signed, manifest_digest=manifest.digest())
 
 
 def _incomplete(path: Path) -> InputError:
