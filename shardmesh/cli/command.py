@@ -18,6 +18,10 @@ from shardmesh.wire.peer_id import matching_peer
 if TYPE_CHECKING:
     from shardmesh.coordinator.client import Client
 
+_SAY_PARAMETERS = (
+    "give them as one JSON object in quotes; docs/protocol.md lists those of each command"
+)
+
 
 @click.command("command")
 @click.argument("peer")
@@ -58,7 +62,8 @@ def command(
         values = parse_json(params.encode())
         encode_command(name, values)
     except ProtocolError as error:
-        raise InputError(str(error), code=error.code, next_step=error.next_step) from error
+        next_step = error.next_step or _SAY_PARAMETERS
+        raise InputError(str(error), code=error.code, next_step=next_step) from error
 
     async def send(client: Client) -> object:
         peer_id = await peer_of(client, peer, timeout_s)

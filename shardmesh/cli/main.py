@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from shardmesh import __version__
+from shardmesh.cli.endings import Endings
 from shardmesh.cli.failures import (
     explain,
     is_bad_input,
@@ -23,7 +24,6 @@ from shardmesh.errors import ShardmeshError, known_error
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 COMMANDS: dict[str, str] = {
     "demo": "Run a whole mesh on this machine and let it write a fairy tale.",
@@ -86,7 +86,9 @@ def is_unread(error: BaseException) -> bool:
 
 
 def main() -> NoReturn:
-    """Runs the command line; exit codes 0, 1 failed, 2 bad input, 130 interrupted."""
+    """Runs the command line; exit codes 0, 1 failed, 2 bad input, 128 + a signal that ended it."""
+    endings = Endings()
+    endings.heed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it was closed
             stream.reconfigure(errors="replace")  # a terminal that has no ✓ shows something else
@@ -100,10 +102,10 @@ def main() -> NoReturn:
     except click.ClickException as error:
         _fail(of_command_line(error))
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(endings.exit_code)
     except (ShardmeshError, OSError, BaseExceptionGroup) as error:
         if is_interruption(error):
-            sys.exit(EXIT_INTERRUPTED)
+            sys.exit(endings.exit_code)
         if is_unread(error):
             _give_up_output()
             sys.exit(EXIT_FAILED)

@@ -6,10 +6,16 @@ standard input and output.  It ends when that input ends, so that it never outli
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C goes to the whole terminal, also while the rest is imported, which takes a while; the
+    # control process decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 import dataclasses
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -287,8 +293,6 @@ def main() -> int:
     incoming, outgoing = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    # Ctrl-C goes to the whole terminal; the control process decides when this one ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     allow_files()
     confine(psutil.virtual_memory().total)
     sys.setswitchinterval(SWITCH_INTERVAL_S)

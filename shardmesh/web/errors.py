@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 RETRY_BUSY_S = 1
 RETRY_INCOMPLETE_S = 5
 _ERRORS_SHOWN_MAX = 3
+_SHOULD_BE = "Input should be "
+_KIND = re.compile(r"str|int|float|bool|[A-Z]\w*|.*[^\w].*", re.ASCII | re.DOTALL)
+"""Names of kinds: of plain ones, of classes, and what is put together, as in `list[int]`."""
 
 _OPENAI_CODES = {
     "UNKNOWN_MODEL": "model_not_found",
@@ -159,18 +163,52 @@ async def _on_unknown(request: Request, error: Exception) -> JSONResponse:
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body or parameter that breaks the schema; says where, without repeating what came."""
     errors = error.errors() if isinstance(error, RequestValidationError) else []
-    named = [f"{_place(each)}: {each['msg']}" for each in errors[:_ERRORS_SHOWN_MAX]]
-    sentence = "; ".join(named) or "the request cannot be read"
     if "json" not in request.headers.get("content-type", "json"):
-        sentence = "send the body with `Content-Type: application/json`"
-    answer = body_of(InputError(sentence))
-    answer["error"]["param"] = _place(errors[0]) if errors else None
+        return _bad_input("send the body with `Content-Type: application/json`", "body")
+    for each in errors:
+        if each["type"] == "json_invalid":
+            return _bad_json(f"the body is not valid JSON at character {each['loc'][-1]}")
+    faults = faults_by_place(errors)
+    named = [f"{place}: {fault}" for place, fault in faults.items()]
+    sentence = "; ".join(named[:_ERRORS_SHOWN_MAX]) or "the request cannot be read"
+    return _bad_input(sentence, next(iter(faults), None))
+
+
+def faults_by_place(errors: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is wrong at each place, such as `messages.0.role`, out of what pydantic found.
+
+    Of a value that may be of several kinds it says what is wrong for each of them; where the
+    fault lies inside of one kind, nothing is said about the others.
+    """
+    said: dict[tuple[str, ...], list[str]] = {}
+    for error in errors:
+        said.setdefault(_place(error), []).append(error["msg"])
+    deepest = {
+        place: list(dict.fromkeys(messages))
+        for place, messages in said.items()
+        if not any(other != place and other[: len(place)] == place for other in said)
+    }
+    return {
+        ".".join(place): " or ".join([first, *(text.removeprefix(_SHOULD_BE) for text in others)])
+        for place, (first, *others) in deepest.items()
+    }
+
+
+def _bad_json(sentence: str) -> JSONResponse:
+    return _bad_input(sentence, "body", code="BAD_JSON")
+
+
+def _bad_input(sentence: str, param: str | None, *, code: str | None = None) -> JSONResponse:
+    answer = body_of(InputError(sentence, code=code))
+    answer["error"]["param"] = param
     return JSONResponse(answer, 400)
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: no such path, no such method, a body that is no JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 500
+    if status == 400:  # raised for nothing else
+        return _bad_json("the body is not valid JSON: it is not UTF-8, or nested too deep")
     headers = dict((error.headers if isinstance(error, HTTPException) else None) or {})
     if headers.get("Allow") == "GET":  # the routes do not know that
         headers["Allow"] = "GET, HEAD"
@@ -183,9 +221,10 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": detail.model_dump()}, status, headers)
 
 
-def _place(error: Mapping[str, Any]) -> str:
-    """Where in the request, such as `messages.0.role`."""
-    return ".".join(str(part) for part in error["loc"][1:]) or str(error["loc"][0])
+def _place(error: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where in the request, without pydantic's names of the kinds that a value may be of."""
+    parts = [str(part) for part in error["loc"]]
+    return tuple(part for part in parts[1:] if not _KIND.fullmatch(part)) or (parts[0],)
 
 
 def _type_of(status: int) -> str:

@@ -105,7 +105,12 @@ def read_tokens(path: Path) -> list[str]:
         with path.open("rb") as file:
             text = file.read(_FILE_BYTES_MAX).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", code="BAD_API_TOKEN") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(
+            f"{path} cannot be read: {reason}",
+            code="BAD_API_TOKEN",
+            next_step="give --api-token-file a file with one token in each line",
+        ) from error
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -50,10 +50,19 @@ def check_identity(uuid: str, name: str, location: str, tags: tuple[str, ...]) -
             raise InputError(
                 f"a node's {what} has at most {n_max} characters, not {len(text)}",
                 code="BAD_NODE_IDENTITY",
+                next_step="shorten it",
             )
     if len(tags) > NODE_TAGS_MAX:
-        raise InputError(f"a node has at most {NODE_TAGS_MAX} tags", code="BAD_NODE_IDENTITY")
+        raise InputError(
+            f"a node has at most {NODE_TAGS_MAX} tags, not {len(tags)}",
+            code="BAD_NODE_IDENTITY",
+            next_step="leave some out",
+        )
     try:
         return NodeIdentity(uuid=uuid, name=name, location=location, tags=tags)
     except ValueError as error:
-        raise InputError(str(error), code="BAD_NODE_IDENTITY") from error
+        raise InputError(
+            str(error),
+            code="BAD_NODE_IDENTITY",
+            next_step="give another --name, --location or --tag",
+        ) from error

@@ -224,6 +224,15 @@ def test_micro_batches_move_and_time_is_shown(four: ConsoleServer, open_page: Op
     )
 
 
+def test_below_the_waterfall_a_phone_shows_nothing(
+    four: ConsoleServer, open_page: OpenPage
+) -> None:
+    page = open_page(four.url, width=390, height=500)
+    four.call(lambda mesh: mesh.keep_busy(2))
+    page.wait_for_selector(".waterfall tbody tr:nth-child(5)")
+    assert page.evaluate("document.documentElement.scrollHeight") == 500
+
+
 def test_two_hundred_nodes(server: ConsoleServer, open_page: OpenPage) -> None:
     server.call(lambda mesh: mesh.place(large_mesh(20, 10)))
     page = open_page(server.url)

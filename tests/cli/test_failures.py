@@ -112,3 +112,20 @@ def test_only_numbers_to_count_with(text: str) -> None:
 
 def test_an_error_without_a_command_still_names_one() -> None:
     assert "`shardmesh --help`" in of_command_line(click.UsageError("no")).next_step
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code"),
+    [
+        ("{", "BAD_JSON"),
+        ('{"shard_id": NaN}', "BAD_JSON"),
+        ('{"shard_id": "x"}', "BAD_MESSAGE"),
+        ("[]", "BAD_MESSAGE"),
+    ],
+)
+def test_parameters_that_cannot_be_sent_have_a_next_step(parameters: str, code: str) -> None:
+    words = ("command", "some-peer", "LOAD_SHARD", parameters, "--public")
+    _, _, error = shardmesh(*words)
+    first, second = error.splitlines()
+    assert first.startswith(f"Error [{code}]: ")
+    assert second.startswith("  next step: ")

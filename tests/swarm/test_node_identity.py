@@ -56,6 +56,7 @@ def test_what_cannot_be_is_refused(name: str, location: str, tags: tuple[str, ..
     with pytest.raises(InputError) as caught:
         check_identity("", name, location, tags)
     assert caught.value.code == "BAD_NODE_IDENTITY"
+    assert caught.value.next_step
 
 
 def test_words_of_other_nodes_are_held_to_the_same_rules() -> None:

@@ -30,6 +30,17 @@ def test_a_file_of_tokens(tmp_path: Path) -> None:
         read_tokens(path)
 
 
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tokens"
+    if content is not None:
+        path.touch(0o600)
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read: [A-Zi][^:]+$") as caught:
+        read_tokens(path)
+    assert caught.value.next_step
+
+
 def test_a_token_may_have_some_rights_only() -> None:
     tokens = ApiTokens([f"grafana/read:{'a' * 20}", f"bot/inference,read:{'b' * 20}"])
     assert tokens.caller("a" * 20) == Caller("grafana", frozenset({"read"}))
