@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT_FROM := pyproject.toml hatch_build.py shardmesh/engine/tap_callback.c shardmesh/engine/q8_matmul.c
+BUILT_FROM := pyproject.toml hatch_build.py $(wildcard shardmesh/engine/*.[ch])
 # Made after an installation; one of those being newer than its stamp means: install again.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev

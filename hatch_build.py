@@ -20,9 +20,9 @@ COMPILE_TIMEOUT_S = 60
 
 
 class Library(NamedTuple):  # hatchling runs this file in a way that dataclasses do not survive
-    """A C file, what it becomes, and the compiler's options for it."""
+    """C files, what they become, and the compiler's options for them."""
 
-    source: str
+    sources: tuple[str, ...]
     target: str
     options: tuple[str, ...]
     machines: tuple[str, ...] = ()  # as Python names them; none: all
@@ -30,13 +30,14 @@ class Library(NamedTuple):  # hatchling runs this file in a way that dataclasses
 
 _AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512bw", "-mavx512vl", "-mavx512vnni")
+_MATMUL = ("matmul.c", "q8_matmul.c", "f16_matmul.c")
 _X86 = ("x86_64", "AMD64")
 
 LIBRARIES = (
-    Library("tap_callback.c", "_tap_callback.so", ("-O2",)),
-    Library("q8_matmul.c", "_q8_matmul_avx2.so", _AVX2, _X86),
-    Library("q8_matmul.c", "_q8_matmul_avxvnni.so", (*_AVX2, "-mavxvnni"), _X86),
-    Library("q8_matmul.c", "_q8_matmul_avx512.so", (*_AVX2, *_AVX512), _X86),
+    Library(("tap_callback.c",), "_tap_callback.so", ("-O2",)),
+    Library(_MATMUL, "_matmul_avx2.so", _AVX2, _X86),
+    Library(_MATMUL, "_matmul_avxvnni.so", (*_AVX2, "-mavxvnni"), _X86),
+    Library(_MATMUL, "_matmul_avx512.so", (*_AVX2, *_AVX512), _X86),
 )
 
 
@@ -60,7 +61,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
         unfinished = target.with_suffix(".unfinished")
         failures = []
         for compiler in compilers():
-            files = ["-o", unfinished, folder / library.source]
+            files = ["-o", unfinished, *(folder / source for source in library.sources)]
             command = [*compiler, *library.options, "-shared", "-fPIC", *files]
             try:
                 subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)

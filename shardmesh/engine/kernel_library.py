@@ -1,9 +1,9 @@
-"""The compiled kernel for Q8_0 weights (q8_matmul.c), loaded before llama.cpp.
+"""The compiled kernels (matmul.c and what it calls), loaded before llama.cpp.
 
-It takes the place of a function of ggml, so llama.cpp must find it first (`preload`, when this
+They take the place of a function of ggml, so llama.cpp must find them first (`preload`, when this
 package is imported, by small processes as well: so there is no numpy here).  That is done only on
-Linux with glibc on x86, on a CPU with the instructions that it was built for, and with a ggml whose
-function is known.  `kernels.py` says when it computes.
+Linux with glibc on x86, on a CPU with the instructions that they were built for, and with a ggml
+whose function is known.  `kernels.py` says when they compute.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ INSTRUCTION_SETS: Final = (
     ("avxvnni", ("avx2", "fma", "f16c", "avx_vnni")),
     ("avx2", ("avx2", "fma", "f16c")),
 )
-"""What the C file is built for, the best first: its name, and the flags of a CPU that has it."""
+"""What the C files are built for, the best first: its name, and the flags of a CPU that has it."""
 
 GGML_VERSIONS: Final = ("0.25",)
-"""Those whose `llamafile_sgemm` was read and takes what q8_matmul.c takes: in front of that of
+"""Those whose `llamafile_sgemm` was read and takes what matmul.c takes: in front of that of
 another one it could do harm."""
 
 
@@ -50,16 +50,15 @@ def preload() -> Any | None:
         library = ctypes.CDLL(str(library_path(name)), mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return None
-    library.shardmesh_q8_use.argtypes = (ctypes.c_bool, ctypes.c_void_p)
-    library.shardmesh_q8_use.restype = None
-    library.shardmesh_q8_count.restype = ctypes.c_uint64
-    library.shardmesh_q8_multiply.restype = ctypes.c_bool
+    library.shardmesh_use.argtypes = (ctypes.c_bool, ctypes.c_int, ctypes.c_void_p)
+    library.shardmesh_use.restype = library.shardmesh_count.restype = None
+    library.shardmesh_q8_multiply.restype = library.shardmesh_f16_multiply.restype = ctypes.c_bool
     return library
 
 
 def library_path(instruction_set: str) -> Path:
     """Where the package has what was built for an instruction set."""
-    return Path(__file__).with_name(f"_q8_matmul_{instruction_set}.so")
+    return Path(__file__).with_name(f"_matmul_{instruction_set}.so")
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -8,17 +8,12 @@
  * whole numbers, whose order cannot matter; each of eight lanes takes four neighbours of a block,
  * the blocks follow each other in one chain of fused multiplications and additions, with the scales
  * multiplied first, and the lanes are added in the same order.  kernels.py compares before use.
- *
- * How it gets its work: libggml-cpu calls its `llamafile_sgemm` through the dynamic linker, which
- * finds the one of this file first if this library was loaded before, for everybody (RTLD_GLOBAL).
- * What is not for this file goes on to ggml's.  Built once for each instruction set: hatch_build.py.
  */
 
-#include <immintrin.h>
-#include <stdbool.h>
-#include <stdint.h>
+#include "matmul.h"
 
-enum { TYPE_F32 = 0, TYPE_Q8_0 = 8 }; /* enum ggml_type */
+#include <immintrin.h>
+
 enum { BLOCK = 32, LANES = 8 };
 enum { BLOCK_BYTES = BLOCK + LANES * sizeof(float) }; /* of one block of activations, laid out */
 enum { TILE = 8 };      /* rows of activations that meet a row of weights at once */
@@ -28,19 +23,6 @@ enum { ROOM = 256 * 1024 }; /* bytes of the stack, for activations; threads have
 enum { NEAR = 24 * 1024 };  /* bytes of a tile that leave room in the first cache for weights */
 enum { AHEAD = 4096 };      /* bytes that weights are fetched ahead of their use */
 
-typedef struct {
-    uint16_t scale; /* half precision */
-    int8_t quants[BLOCK];
-} block_q8_0;
-
-typedef struct {
-    int ith, nth; /* this thread, and how many there are; ggml's struct goes on */
-} ggml_compute_params;
-
-typedef bool sgemm(const ggml_compute_params *, int64_t m, int64_t n, int64_t k, const void *a,
-                   int64_t lda, const void *b, int64_t ldb, void *c, int64_t ldc, int a_type,
-                   int b_type, int c_type);
-
 /* Up to TILE rows of activations, block by block, so that they are read in one go. */
 typedef struct {
     int n;           /* rows in use */
@@ -48,10 +30,6 @@ typedef struct {
     uint8_t *quants; /* (blocks, width, BLOCK), as `dot` wants them */
     float *scales;   /* (blocks, width, LANES): each as often as there are lanes */
 } tile;
-
-static sgemm *ggml_sgemm;
-static bool is_on;
-static uint64_t n_products;
 
 static float to_float(uint16_t half) {
     return _cvtsh_ss(half);
@@ -213,8 +191,6 @@ static int64_t lay_out_tiles(tile *tiles, int *n_tiles, uint8_t *room, const blo
     return done;
 }
 
-/* c (n, m) = rows of activations b (n, k blocks) times rows of weights a (m, k blocks); a thread
- * computes its part of the rows of weights.  False, for all threads, if there is no room. */
 bool shardmesh_q8_multiply(const ggml_compute_params *params, int64_t m, int64_t n, int64_t k,
                            const block_q8_0 *a, int64_t lda, const block_q8_0 *b, int64_t ldb,
                            float *c, int64_t ldc) {
@@ -238,30 +214,4 @@ bool shardmesh_q8_multiply(const ggml_compute_params *params, int64_t m, int64_t
         done += n_laid_out;
     }
     return true;
-}
-
-/* Called by ggml: every thread of a computation, with the same arguments. */
-bool llamafile_sgemm(const ggml_compute_params *params, int64_t m, int64_t n, int64_t k,
-                     const void *a, int64_t lda, const void *b, int64_t ldb, void *c, int64_t ldc,
-                     int a_type, int b_type, int c_type) {
-    bool is_q8_0 = a_type == TYPE_Q8_0 && b_type == TYPE_Q8_0 && c_type == TYPE_F32;
-    /* A single row waits for the weights to come from memory, ggml's as well as this one. */
-    if (is_on && is_q8_0 && n > 1 &&
-        shardmesh_q8_multiply(params, m, n, k, a, lda, b, ldb, c, ldc)) {
-        n_products += params->ith == 0;
-        return true;
-    }
-    return ggml_sgemm != NULL &&
-           ggml_sgemm(params, m, n, k, a, lda, b, ldb, c, ldc, a_type, b_type, c_type);
-}
-
-/* Switches this file's kernel on or off; `original` is ggml's function of the same name. */
-void shardmesh_q8_use(bool wanted, sgemm *original) {
-    ggml_sgemm = original;
-    is_on = wanted;
-}
-
-/* Products of matrices that were computed here. */
-uint64_t shardmesh_q8_count(void) {
-    return n_products;
 }
