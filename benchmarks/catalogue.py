@@ -13,6 +13,7 @@ from benchmarks.gateway import measure_answers, measure_idle, measure_overhead
 from benchmarks.hop import measure_hops
 from benchmarks.idle import measure_waiting
 from benchmarks.kernels import measure_kernels
+from benchmarks.large_pages import measure_large_pages
 from benchmarks.load_shard import measure_load_shard
 from benchmarks.many import measure_aggregate
 from benchmarks.pieces import measure_pieces
@@ -67,6 +68,10 @@ async def _pieces(to: Setting) -> list[Result]:
 
 async def _kernels(to: Setting) -> list[Result]:
     return await measure_kernels(to.model, runs=to.runs, progress=to.progress)
+
+
+async def _large_pages(to: Setting) -> list[Result]:
+    return await measure_large_pages(to.model, runs=to.runs, progress=to.progress)
 
 
 async def _prefix(to: Setting) -> list[Result]:
@@ -142,6 +147,7 @@ BENCHMARKS: Final[dict[str, Measure]] = {
     "prefill": _prefill,
     "pieces": _pieces,
     "kernels": _kernels,
+    "large-pages": _large_pages,
     "prefix": _prefix,
     "drafts": _drafts,
     "latency": _latency,

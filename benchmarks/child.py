@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -58,10 +58,15 @@ class Child:
 
 
 @asynccontextmanager
-async def open_child(module: str, *arguments: str) -> AsyncIterator[Child]:
+async def open_child(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Child]:
     """`python -m MODULE ARGUMENTS` as a child that is gone when the block is left, however."""
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", module, *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     try:
         yield Child(module, process)

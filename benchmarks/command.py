@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from benchmarks.results import Result
 
 NAMES = (
-    *("decode", "aggregate", "prefill", "pieces", "kernels", "prefix", "drafts", "latency"),
+    *("decode", "aggregate", "prefill", "pieces", "kernels", "large-pages"),
+    *("prefix", "drafts", "latency"),
     *("hop", "idle", "recovery", "torrent", "swarm", "load-shard", "seeding"),
     *("gateway", "gateway-idle", "gateway-p99"),
 )

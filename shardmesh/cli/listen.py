@@ -182,7 +182,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     default=True,
     show_default=True,
     envvar="LLAMA_OWN_KERNELS",
-    help="Compute Q8_0 weights by Shardmesh's kernel where it can be used: the same bits, sooner.",
+    help="Compute by Shardmesh's kernels where they can be used: the same bits, sooner.",
+)
+@click.option(
+    "--large-pages/--no-large-pages",
+    default=True,
+    show_default=True,
+    envvar="LLAMA_LARGE_PAGES",
+    help="Copy weights into memory with pages of 2 MB, where a quarter of what is free suffices.",
 )
 @click.option(
     "--model",
@@ -230,6 +237,7 @@ def command(
     cache_type_v: str,
     flash_attention: bool | None,
     own_kernels: bool,
+    large_pages: bool,
     link: ModelLink | None,
     http_port: int | None,
     node_name: str,
@@ -279,6 +287,7 @@ def command(
         cache_type_v=cache_type_v,
         flash_attention=flash_attention,
         own_kernels=own_kernels,
+        large_pages=large_pages,
     )
     check_options(engine)  # a listener would try for ever to load its shard with it
     options = NodeOptions(

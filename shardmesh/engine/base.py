@@ -37,6 +37,7 @@ class EngineOptions:
     flash_attention: bool | None = None
     vocabulary_path: str = ""  # a GGUF file with the vocabulary, for grammars on the last stage
     own_kernels: bool = True  # where they can be used: see `engine.kernels`
+    large_pages: bool = True  # where they can be had: see `engine.large_pages`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -14,8 +15,9 @@ from llama_cpp import llama_cpp as api
 from shardmesh.engine.base import EngineOptions
 from shardmesh.engine.graph_constants import Factors, factors_of
 from shardmesh.engine.kernels import use_own_kernels
+from shardmesh.engine.large_pages import has_large_pages, is_room_for_copy
 from shardmesh.engine.llama_log import route_log
-from shardmesh.engine.options import KvShape, choose_flash_attention
+from shardmesh.engine.options import KvShape, choose_flash_attention, memory_free_bytes
 from shardmesh.errors import EngineError
 from shardmesh.shards.architectures import PLAIN, RULES
 from shardmesh.shards.gguf_file import GgufFile
@@ -91,9 +93,11 @@ def load_model(
     route_log()
     api.llama_backend_init()
     if use_own_kernels(options.own_kernels):
-        logger.debug("products of Q8_0 weights are computed by Shardmesh's own kernel")
+        logger.debug("Shardmesh's own kernels compute what they can")
     params = api.llama_model_default_params()
     params.n_gpu_layers = options.n_gpu_layers
+    if _are_copied(gguf.path, options):
+        params.load_mode = api.LLAMA_LOAD_MODE_NONE
     n_ctx_total = n_ctx * options.n_parallel
     if n_ctx <= facts.n_ctx_original < n_ctx_total:
         # llama.cpp takes the whole unified cache for the length of one sequence, and would choose
@@ -108,6 +112,13 @@ def load_model(
             next_step="run with -v to see its own words; is there memory enough?",
         )
     return _describe(handle, facts)
+
+
+def _are_copied(path: Path, options: EngineOptions) -> bool:
+    """Whether the weights leave their file for memory in large pages."""
+    if not options.large_pages or options.n_gpu_layers or not has_large_pages():
+        return False
+    return is_room_for_copy(path.stat().st_size, memory_free_bytes())
 
 
 def free_model(model: LoadedModel) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 import trio
 
 from shardmesh.confinement import without_settings
+from shardmesh.engine.large_pages import environment_for
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError, known_error
 from shardmesh.links.dial import Agree
 from shardmesh.listener.local_messages import (
@@ -71,9 +72,10 @@ class DataChild:
         A cancellation stops the process first, which takes STOP_TIMEOUT_S at most.
         """
         command = [sys.executable, "-m", "shardmesh.listener.data_process"]
+        environment = without_settings(os.environ)
         process = await trio.lowlevel.open_process(
             command,
-            env=without_settings(os.environ),
+            env=environment_for(environment) if start.large_pages else environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             close_fds=True,

@@ -62,6 +62,7 @@ class Start(_Message, frozen=True, tag="start"):
     is_draining: bool = False  # it takes no sessions: what it was before it died
     vocabulary_path: str = ""  # for grammars; see `engine.base.EngineOptions`
     own_kernels: bool = True
+    large_pages: bool = True
     following: tuple[NextStage, ...] = ()  # see `Following`
 
 
