@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: byt
     if content is not None:
         path.touch(0o600)
         path.write_bytes(content)
-    with pytest.raises(InputError, match="cannot be read: [A-Zi][^:]+$") as caught:
+    with pytest.raises(InputError, match=r"cannot be read: [^:]+$") as caught:
         read_tokens(path)
     assert caught.value.next_step
 
