@@ -175,6 +175,12 @@ WRITE_BYTES_PER_S_MIN: Final = 64 * KIB
 COMMAND_TIMEOUT_S: Final = 10.0
 """A command that only reads; LOAD_SHARD and INFERENCE have deadlines of their own."""
 
+LOAD_TIMEOUT_S: Final = 600.0
+"""LOAD_SHARD: tens of GB from a slow disk."""
+
+INFERENCE_TIMEOUT_S: Final = 600.0
+"""INFERENCE: 4,000 tokens of a large model at 7 tokens/s."""
+
 # -- links -------------------------------------------------------------------------------------
 
 LINK_QUEUE_FRAMES_MAX: Final = 1024
@@ -199,7 +205,7 @@ EXPECTED_LINKS_PER_NODE_MAX: Final = 8
 """Links offered to one node and not yet dialed, so that one cannot take all the places."""
 
 UNNAMED_CONNECTIONS_MAX: Final = 512
-"""Accepted connections that have not yet proven a key; beyond it the oldest is closed."""
+"""Accepted connections without a proven key; beyond it the address with most loses its oldest."""
 
 LINK_STREAM_DELAY_S: Final = 1.0
 """Head start of a link's last direct endpoint before a libp2p stream is tried, which costs more."""
@@ -224,7 +230,7 @@ CONNECTIONS_PER_NODE_MAX: Final = 4
 """Connections with one node; two arise when both dial at once."""
 
 HANDSHAKES_MAX: Final = 1024
-"""Connections that have not shown who they are yet; beyond it the oldest is closed."""
+"""Connections that have not shown who they are; beyond it the address with most loses one."""
 
 FAILED_CONNECTIONS_MAX: Final = 100
 """Connections of one address that come to nothing in a period; further ones are closed at once."""
@@ -476,14 +482,6 @@ MODEL_LINK_BOOTSTRAPS_MAX: Final = 8
 
 PUBLICATION_BYTES_MAX: Final = MANIFEST_BYTES_MAX + 64 * KIB
 """A signed manifest with its info-hashes: 512 shards take some 150 KiB."""
-
-# -- long commands -----------------------------------------------------------------------------
-
-LOAD_TIMEOUT_S: Final = 600.0
-"""LOAD_SHARD: tens of GB from a slow disk."""
-
-INFERENCE_TIMEOUT_S: Final = 600.0
-"""INFERENCE: 4,000 tokens of a large model at 7 tokens/s."""
 
 # -- text and chat templates -------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ MODULES = (
     torrent_messages,
 )
 UNITS = {"KIB", "MIB"}
+UNITS_BYTES = {"TiB": 2**40, "GiB": 2**30, "MiB": limits.MIB, "KiB": limits.KIB}
 ERROR_MAKERS = {"refuse", "_refuse"}  # shards' helpers: the code is their last argument
 
 
@@ -58,10 +59,10 @@ LIMITS = {name: value for name, value in vars(limits).items() if re.fullmatch(r"
 def cell_of(name: str, value: float) -> str:
     """How the table of limits writes a value."""
     if "_BYTES" in name:
-        for unit, size in (("MiB", limits.MIB), ("KiB", limits.KIB)):
+        for unit, size in UNITS_BYTES.items():
             if value % size == 0:
-                return f"{value // size:g} {unit}"
-        return f"{value} B"
+                return f"{value // size:,} {unit}"
+        return f"{value:,} B"
     return f"{value:g} s" if name.endswith("_S") else f"{value:,}"
 
 
