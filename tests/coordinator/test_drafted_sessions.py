@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -16,18 +15,17 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     SAMPLED,
-    CountingEngine,
     assert_nothing_left,
     engines,
     loop_worker,
     one_engine_tokens,
+    other_last_stage,
     replicated_mesh,
 )
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.fake import fake_info
 from shardmesh.listener.stage_session import Work
 from shardmesh.listener.worker import Calculation
 from shardmesh.wire.limits import DRAFTS_MAX
@@ -165,21 +163,12 @@ async def test_all_stages_killed_one_after_the_other(
             assert len(session.repairs) == 3
 
 
-class OtherMachine(CountingEngine):
-    """A replica that does not come to the same tokens, as on other hardware."""
-
-    def _sample(self, logits, state):  # type: ignore[no-untyped-def]
-        return super()._sample(-logits, state)
-
-
 @pytest.mark.parametrize("at", [4, 9])
 async def test_a_replacement_that_samples_otherwise_goes_on_from_what_is_known(
     at: int, autojump_clock: trio.testing.MockClock
 ) -> None:
     expected = whole_tokens(SAMPLED, 24)
-    info = dataclasses.replace(fake_info(3, 4, 4, n_ctx=512), fingerprint="fake-2")
-    other = OtherMachine(info, layer_start=3)
-    async with memory_mesh(engines(), [[], [], [other]], loop_worker) as mesh:
+    async with memory_mesh(engines(), [[], [], [other_last_stage()]], loop_worker) as mesh:
         async with session_of(mesh) as session:
             kill = {at: lambda: mesh.kill("stage-2")}
             tokens = await write(session, 24, guesser(expected, [(6, 9)]), kill)

@@ -19,11 +19,12 @@ from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
     SAMPLED,
     TOKEN_S,
-    CountingEngine,
+    OtherTokens,
     assert_nothing_left,
     engines,
     loop_worker,
     one_engine_tokens,
+    other_last_stage,
     replicated_mesh,
 )
 
@@ -44,13 +45,6 @@ N_VOCAB = 64
 N_CTX = 300
 N_TOKENS = 24
 PROMPT = [i % 60 for i in range(40)]
-
-
-class OtherMachine(CountingEngine):
-    """Does not come to the same tokens, as on other hardware."""
-
-    def _sample(self, logits, state):  # type: ignore[no-untyped-def]
-        return super()._sample(-logits, state)
 
 
 def sampled_behind(
@@ -332,15 +326,10 @@ async def test_a_short_cut_that_does_not_come_up(
             assert (session.epoch, n_taken(mesh), session.n_handed) == (0, 0, 0)
 
 
-def other_last_stage() -> OtherMachine:
-    info = dataclasses.replace(fake_info(3, 4, 4, n_ctx=512), fingerprint="fake-2")
-    return OtherMachine(info, layer_start=3)
-
-
 def assert_goes_on_otherwise(tokens: Sequence[int]) -> None:
     """From some token on it is what the other machine samples behind these very tokens."""
     n_same = next(i for i, (a, b) in enumerate(zip(tokens, EXPECTED, strict=True)) if a != b)
-    again = sampled_behind(OtherMachine(fake_info(n_ctx=512)), tokens)
+    again = sampled_behind(OtherTokens(fake_info(n_ctx=512)), tokens)
     assert again[n_same : len(tokens)] == tokens[n_same:]
 
 

@@ -3,66 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import trio
 import trio.testing
 from support.link_messages import hidden_batch
-from support.mesh import COORDINATOR, GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
+from support.mesh import COORDINATOR, memory_mesh
+from support.repaired import N_TOKENS, session_of, whole_tokens, write
 from support.replicated import (
-    BOUNDARIES,
-    SAMPLED,
-    TOKEN_S,
     assert_nothing_left,
     engines,
     loop_worker,
-    one_engine_tokens,
     replicated_mesh,
 )
 
-from shardmesh.coordinator.generate import prefill
-from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.coordinator.replacements import ASIDE_MIN_S, ASIDE_SHORT_S, HEAD_START_S
-from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S, Session
+from shardmesh.coordinator.replacements import ASIDE_MIN_S, HEAD_START_S
+from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S
 from shardmesh.engine.fake import FakeEngine, fake_info
-from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
+from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
-from shardmesh.wire.messages import Sampling
-
-PROMPT = [i % 60 for i in range(3 * PIECE_TOKENS + 5)]
-N_TOKENS = 12
-N_REQUESTS = 10
-
-
-def whole_tokens(sampling: Sampling = SAMPLED, n_tokens: int = N_TOKENS) -> list[int]:
-    """What one engine with all layers gives."""
-    return one_engine_tokens(PROMPT, n_tokens, temperature=sampling.temperature, seed=sampling.seed)
-
-
-async def write(
-    session: Session, n_tokens: int = N_TOKENS, before: dict[int, Callable[[], None]] | None = None
-) -> list[int]:
-    """Prefill and decode; `before[n]` is called when n tokens have come."""
-    done = await prefill(session, PROMPT)
-    tokens: list[int] = []
-    while True:
-        assert done.sampled is not None
-        tokens.append(done.sampled.token)
-        if len(tokens) == n_tokens:
-            return tokens
-        if before and len(tokens) in before:
-            before[len(tokens)]()
-        session.send([tokens[-1]], sample=True)
-        done = await session.receive()
-
-
-def session_of(mesh: MemoryMesh, sampling: Sampling = SAMPLED, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
-    settings = SessionSettings(n_ctx=300, sampling=sampling, piece_tokens=PIECE_TOKENS)
-    return mesh.router.session(
-        mesh.chain, mesh.links, settings, replacements=mesh.replacements(timeout_s)
-    )
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -393,71 +353,6 @@ async def test_what_is_no_longer_kept_is_computed_again(
             assert mesh.nodes["stage-0"].stage.counters.n_sessions_opened == 2
 
 
-async def test_a_busy_replica_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
-    async with replicated_mesh(n_spares=2, n_parallel=1) as mesh:
-        busy = mesh.nodes["stage-1-1"]
-        chain = mesh.chain
-        names = ("stage-0-1", "stage-1-1", "stage-2-1")
-        other = type(chain)(tuple(mesh.nodes[name].replica for name in names))
-        links = [await mesh.link("coordinator", name) for name in names]
-        settings = SessionSettings(n_ctx=300, sampling=GREEDY, piece_tokens=PIECE_TOKENS)
-        async with mesh.router.session(other, links, settings):
-            assert busy.stage.n_sessions == 1
-            async with session_of(mesh) as session:
-                kill = {3: lambda: mesh.kill("stage-1")}
-                assert await write(session, before=kill) == whole_tokens()
-                assert session.repairs[-1].new_peer_id == "stage-1-2"
-
-
-async def test_all_that_are_full_are_exchanged_at_once(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    async with replicated_mesh(n_parallel=1) as mesh:
-        async with session_of(mesh):
-            async with session_of(mesh) as session:
-                assert await write(session) == whole_tokens()
-                assert session.epoch == 1
-                assert {repair.code for repair in session.repairs} == {"BUSY"}
-                names = [stage.peer_id for stage in session.chain.stages]
-                assert names == ["stage-0-1", "stage-1-1", "stage-2-1"]
-
-
-async def test_a_crowd_asks_a_full_mesh_once_and_takes_the_next_free_place(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    """Sessions that go on meanwhile do not make a full replica look as if it had room."""
-
-    async def talk(until: trio.Event) -> None:
-        async with session_of(mesh) as session:
-            done = await prefill(session, PROMPT)
-            while not until.is_set():
-                assert done.sampled is not None
-                session.send([done.sampled.token], sample=True)
-                done = await session.receive()
-
-    async with replicated_mesh(n_parallel=1) as mesh, trio.open_nursery() as nursery:
-        enough = [trio.Event(), trio.Event()]
-        for event in enough:
-            nursery.start_soon(talk, event)
-        await trio.sleep(0.5)
-        stages = [node.stage for node in mesh.nodes.values()]
-        assert [stage.n_sessions for stage in stages] == [1] * len(stages)
-        n_before = sum(stage.counters.n_sessions_refused for stage in stages)
-        for _ in range(N_REQUESTS):
-            with pytest.raises(BusyError):
-                async with session_of(mesh):
-                    pass
-            await trio.sleep(TOKEN_S)
-        n_refused = sum(stage.counters.n_sessions_refused for stage in stages) - n_before
-        # Each replica is found full once, which is one round more.
-        assert n_refused <= (N_REQUESTS + len(stages)) * len(mesh.chain.stages)
-        enough[0].set()
-        await trio.sleep(ASIDE_SHORT_S / 5)
-        async with session_of(mesh) as session:
-            assert await write(session) == whole_tokens()
-        enough[1].set()
-
-
 async def test_a_stage_that_does_not_get_on_is_left(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -500,66 +395,3 @@ async def test_many_sessions_that_tell_of_one_failure_set_a_replica_aside_once()
             mesh.health.failed(replica, gone, 100.0 + session / 100)
         assert mesh.health.is_aside(replica, 100.1)
         assert not mesh.health.is_aside(replica, 100.0 + ASIDE_MIN_S)
-
-
-# -- replicas that compute something else ------------------------------------------------------
-
-
-class OtherWeights(FakeEngine):
-    """Says that it computes as the others do, and does not."""
-
-    def _sample(self, logits, state):  # type: ignore[no-untyped-def]
-        return super()._sample(-logits, state)
-
-
-def wrong_last_stage() -> FakeEngine:
-    start, end = BOUNDARIES[-2:]
-    return OtherWeights(fake_info(start, end, end, n_ctx=512), layer_start=start)
-
-
-@pytest.mark.parametrize("n_tokens", [1, 2, 40])
-async def test_a_replacement_that_gives_other_tokens_than_there_were_is_set_aside(
-    n_tokens: int, autojump_clock: trio.testing.MockClock
-) -> None:
-    """With 40 tokens there are more results than are sent again without a word from here."""
-    spares = [[], [], [wrong_last_stage(), engines()[2]]]
-    async with memory_mesh(engines(), spares, loop_worker) as mesh:
-        async with session_of(mesh) as session:
-            kill = {n_tokens: lambda: mesh.kill("stage-2")}
-            tokens = await write(session, n_tokens + 5, kill)
-            replaced = {repair.lost_peer_id: repair.code for repair in session.repairs}
-        await trio.sleep(1)
-        assert_nothing_left(mesh)
-    assert tokens == whole_tokens(n_tokens=n_tokens + 5)
-    assert replaced["stage-2"] == "STAGE_LOST"
-    assert replaced.get("stage-2-1", "OTHER_TOKEN") == "OTHER_TOKEN"
-    assert session.chain.stages[2].peer_id == "stage-2-2"
-
-
-async def test_with_nobody_but_a_wrong_replica_the_text_ends_with_an_error(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    async with memory_mesh(engines(), [[], [], [wrong_last_stage()]], loop_worker) as mesh:
-        with pytest.raises(UnreachableError, match="got another token") as caught:
-            async with session_of(mesh, timeout_s=5.0) as session:
-                await write(session, 20, {9: lambda: mesh.kill("stage-2")})
-    assert caught.value.code == "STAGE_LOST"
-
-
-async def test_what_was_compared_in_one_repair_goes_on_in_the_next(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    """The stage before the new last one dies while that computes again."""
-    async with replicated_mesh(2) as mesh:
-        async with session_of(mesh) as session:
-
-            async def kill_both() -> None:
-                mesh.kill("stage-2")
-                await trio.sleep(0.2)
-                mesh.kill("stage-1")
-
-            def begin() -> None:
-                mesh.nursery.start_soon(kill_both)
-
-            assert await write(session, 60, {50: begin}) == whole_tokens(n_tokens=60)
-            assert len(session.repairs) == 2

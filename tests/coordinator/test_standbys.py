@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -59,19 +59,6 @@ def engine_of(mesh: MemoryMesh, name: str) -> CountingEngine:
     return engine
 
 
-async def written(session: Session, before: dict[int, Callable[[], None]]) -> list[int]:
-    """As `written_tokens`; `before[n]` is called when n tokens have come."""
-    tokens = await written_tokens(session, PROMPT, 1)
-    while len(tokens) < N_TOKENS:
-        if len(tokens) in before:
-            before[len(tokens)]()
-        session.send([tokens[-1]], sample=True)
-        done = await session.receive()
-        assert done.sampled is not None
-        tokens.append(done.sampled.token)
-    return tokens
-
-
 @pytest.mark.parametrize("number", [0, 1, 2])
 async def test_a_standby_computes_the_tail_only(
     number: int, autojump_clock: trio.testing.MockClock
@@ -83,7 +70,7 @@ async def test_a_standby_computes_the_tail_only(
                 n: f"stage-{n}-1" for n in range(3)
             }
             kill = {N_TOKENS // 2: lambda: mesh.kill(f"stage-{number}")}
-            assert await written(session, kill) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, kill) == whole_tokens()
             (repair,) = session.repairs
             assert repair.new_peer_id == f"stage-{number}-1"
             n_all = len(PROMPT) + N_TOKENS - 1
@@ -113,7 +100,7 @@ async def test_a_second_standby_follows_the_first(
                 5: lambda: mesh.kill(f"stage-{number}"),
                 50: lambda: mesh.kill(session.chain.stages[number].peer_id),
             }
-            assert await written(session, kills) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, kills) == whole_tokens()
             assert [repair.lost_peer_id for repair in session.repairs] == [
                 f"stage-{number}",
                 f"stage-{number}-1",
@@ -131,7 +118,7 @@ async def test_all_stages_at_once(autojump_clock: trio.testing.MockClock) -> Non
                 for number in range(3):
                     mesh.kill(f"stage-{number}")
 
-            assert await written(session, {20: kill_all}) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, {20: kill_all}) == whole_tokens()
             assert len(session.repairs) == 3
         await trio.testing.wait_all_tasks_blocked()
         assert_nothing_left(mesh)
@@ -151,7 +138,7 @@ async def test_a_stage_killed_in_the_prompt(
                 mesh.kill(f"stage-{number}")
 
             mesh.nursery.start_soon(kill)
-            assert await written(session, {}) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, {}) == whole_tokens()
             assert len(session.repairs) == 1
         await trio.testing.wait_all_tasks_blocked()
         assert_nothing_left(mesh)
@@ -167,7 +154,7 @@ async def test_a_standby_that_dies_is_replaced_by_another(
                 3: lambda: mesh.kill("stage-1-1"),
                 40: lambda: mesh.kill("stage-1"),
             }
-            assert await written(session, kills) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, kills) == whole_tokens()
             (repair,) = session.repairs
             assert repair.new_peer_id == "stage-1-2"
             assert repair.n_copied > LAST_PIECE - N_UNCERTAIN_MAX
@@ -178,7 +165,7 @@ async def test_a_standby_that_dies_is_replaced_by_another(
 async def test_without_a_replica_nobody_stands_by(autojump_clock: trio.testing.MockClock) -> None:
     async with memory_mesh(engines(), (), loop_worker) as mesh, session_of(mesh) as session:
         assert session.standbys is not None
-        assert await written(session, {}) == whole_tokens()
+        assert await written_tokens(session, PROMPT, N_TOKENS, {}) == whole_tokens()
         assert session.standbys.ready() == {}
 
 
@@ -191,7 +178,7 @@ async def test_a_replica_that_computes_otherwise_gets_no_copy(
         async with session_of(mesh) as session:
             assert session.standbys is not None
             kill = {10: lambda: mesh.kill("stage-1")}
-            assert await written(session, kill) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, kill) == whole_tokens()
             assert set(session.standbys.ready()) == {0, 2}
             (repair,) = session.repairs
             assert repair.n_copied == 0
@@ -203,7 +190,7 @@ async def test_a_draining_replica_takes_no_copy(autojump_clock: trio.testing.Moc
         async with session_of(mesh) as session:
             assert session.standbys is not None
             assert set(session.standbys.ready()) == {1, 2}
-            assert await written(session, {}) == whole_tokens()
+            assert await written_tokens(session, PROMPT, N_TOKENS, {}) == whole_tokens()
 
 
 @st.composite

@@ -7,8 +7,9 @@ Each stage may have several replicas, which a test kills, freezes and brings bac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import msgspec
 import trio
@@ -53,12 +54,19 @@ GREEDY = Sampling(
 RANDOM = msgspec.structs.replace(GREEDY, temperature=1.0, repeat_last_n=0)
 
 
-async def written_tokens(session: Session, prompt: Sequence[int], n_tokens: int) -> list[int]:
-    """A prompt and so many tokens behind it, one after the other."""
+async def written_tokens(
+    session: Session,
+    prompt: Sequence[int],
+    n_tokens: int,
+    before: Mapping[int, Callable[[], None]] = MappingProxyType({}),
+) -> list[int]:
+    """So many tokens behind a prompt, one after the other; calls `before[n]` when n have come."""
     done = await prefill(session, prompt)
     assert done.sampled is not None
     tokens = [done.sampled.token]
     while len(tokens) < n_tokens:
+        if len(tokens) in before:
+            before[len(tokens)]()
         session.send([tokens[-1]], sample=True)
         done = await session.receive()
         assert done.sampled is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -33,6 +34,26 @@ class CountingEngine(FakeEngine):
         self.n_computed += sum(micro.n_tokens for micro in batch)
         self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
         return super().compute(batch)
+
+
+class OtherTokens(CountingEngine):
+    """Does not come to the same tokens: a wrong file, or other hardware."""
+
+    def _sample(self, logits, state):  # type: ignore[no-untyped-def]
+        return super()._sample(-logits, state)
+
+
+def wrong_last_stage() -> OtherTokens:
+    """One that says that it computes as the others do."""
+    start, end = BOUNDARIES[-2:]
+    return OtherTokens(fake_info(start, end, end, n_ctx=512), layer_start=start)
+
+
+def other_last_stage() -> OtherTokens:
+    """One that says that it computes otherwise, as another machine does."""
+    start, end = BOUNDARIES[-2:]
+    info = dataclasses.replace(fake_info(start, end, end, n_ctx=512), fingerprint="fake-2")
+    return OtherTokens(info, layer_start=start)
 
 
 def engines(boundaries: Sequence[int] = BOUNDARIES, **options: int) -> list[CountingEngine]:
