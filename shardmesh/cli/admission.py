@@ -95,8 +95,6 @@ def _with_admission(
         chosen = choose_secret(files, given)
         if chosen is None and "public" not in given:
             chosen = files.make() if makes_secret else missing_secret(cluster)
-        if makes_secret and chosen is not None:
-            files.keep(chosen)  # a bootstrap proves it to others
         admission = Admission(chosen, allowed=allow, denied=deny, files=files)
         return command(admission=admission, **others)
 

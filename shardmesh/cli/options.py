@@ -15,6 +15,7 @@ import click
 import platformdirs
 
 from shardmesh.cli.numbers import FiniteRange
+from shardmesh.errors import InputError
 from shardmesh.wire.defaults import DEFAULT_BOOTSTRAP
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_CLUSTER: Final = "llama-cluster"
+CLUSTER_LETTERS_MAX: Final = 128
+"""As many as an announcement has room for."""
+
 NODE_ID_LETTERS_MAX: Final = 64
 
 
@@ -91,11 +95,23 @@ def cluster_option(command: Command) -> Command:
     """--cluster as `cluster`."""
     return click.option(
         "--cluster",
+        callback=_checked_cluster,
         default=DEFAULT_CLUSTER,
         show_default=True,
         envvar="LLAMA_CLUSTER",
         help="Name of the mesh; nodes of other names are not seen.",
     )(command)
+
+
+def _checked_cluster(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    """The name of a mesh; raises InputError (theirs) for one that others could not read."""
+    if not 1 <= len(name) <= CLUSTER_LETTERS_MAX or not name.isprintable() or name != name.strip():
+        raise InputError(
+            f"the name of a cluster has 1 to {CLUSTER_LETTERS_MAX} printable characters, no blanks "
+            "around",
+            next_step=f"give another one with --cluster, or none for {DEFAULT_CLUSTER}",
+        )
+    return name
 
 
 def state_dir_option(command: Command) -> Command:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,17 @@ import trio
 from shardmesh import __version__
 from shardmesh.settling import settle_memory
 from shardmesh.swarm.admission import Admission
+from shardmesh.swarm.cluster_files import file_name_of
 from shardmesh.swarm.commands import CommandHandler, serve_commands
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host, open_host
-from shardmesh.swarm.identity import load_identity
+from shardmesh.swarm.identity import Identity, load_identity
 from shardmesh.swarm.lan import open_lan_of
 from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.reach import ReachOptions, serve_dial_back
 from shardmesh.swarm.relay import Relay
+from shardmesh.swarm.state_file import locked_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ class BootstrapSettings:
 async def run_bootstrap(settings: BootstrapSettings, logger: logging.Logger) -> None:
     """Serves DHT, directory and commands until SIGINT or SIGTERM.
 
-    Raises InputError (theirs) for a port that is taken or a broken identity.
+    Raises InputError (theirs) for a port that is taken, and for an identity that is broken or that
+    another bootstrap of this cluster has.
     """
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -58,6 +62,14 @@ async def run_bootstrap(settings: BootstrapSettings, logger: logging.Logger) -> 
 async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
     identity = load_identity(settings.identity_file)
     logger.info("Peer ID: %s", identity.peer_id)
+    lock = settings.state_dir / f"{file_name_of(settings.cluster)}.{identity.peer_id[-8:]}.lock"
+    with locked_file(lock, settings.identity_file):
+        await _take_part(settings, identity, logger)
+
+
+async def _take_part(
+    settings: BootstrapSettings, identity: Identity, logger: logging.Logger
+) -> None:
     async with (
         open_host(
             identity,
@@ -68,6 +80,7 @@ async def _serve(settings: BootstrapSettings, logger: logging.Logger) -> None:
         ) as host,
         open_dht(host, cluster=settings.cluster) as dht,
     ):
+        settings.admission.note_proven()  # the others have it from here
         directory = Directory(settings.cluster)
         membership = Membership(
             host,
@@ -103,14 +116,14 @@ def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Lo
             "and read those of others with a stage of their own"
         )
     logger.info("Start listeners with one of these lines:")
-    lines = [f"  shardmesh listen --cluster {settings.cluster} --bootstrap {a}" for a in addresses]
-    for line in lines:
+    begin = f"  shardmesh listen --cluster {shlex.quote(settings.cluster)} --bootstrap"
+    for line in (f"{begin} {address}" for address in addresses):
         if secret is None:
             logger.info("%s --public", line)
         elif settings.shows_secret:  # past the log: what is kept of it must not hold the secret
             print(f"{line} --secret {secret.text()}", flush=True)
         else:
-            logger.info("%s --secret-file %s", line, settings.secret_path)
+            logger.info("%s --secret-file %s", line, shlex.quote(str(settings.secret_path)))
     if secret is not None:
         logger.info(
             "The cluster is private. Its secret is kept in %s; who has it is a member",

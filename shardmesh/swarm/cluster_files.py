@@ -1,7 +1,8 @@
 """The secret of each cluster that a user of this machine is a member of, kept on disk.
 
 `clusters/<name>.secret` in the state folder, `<name>.update` once the owner has changed it, and
-`<name>.nodes.json` with nodes that were reachable.
+`<name>.nodes.json` with nodes that were reachable.  `<name>.<owner>.secret` is that of another mesh
+which was known by this name before.
 Beside them lies `<name>.owner.pem` where the cluster was made: the key that may change the secret;
 and `<name>.asker.pem`, by which this user's commands know each other's prompts.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -23,6 +25,8 @@ from shardmesh.wire.limits import CLUSTER_UPDATE_BYTES_MAX
 SECRET_FILE_BYTES_MAX: Final = 4096
 _NAME_LETTERS_MAX: Final = 100
 
+_log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFiles:
@@ -32,7 +36,7 @@ class ClusterFiles:
     cluster: str
 
     def _path(self, kind: str) -> Path:
-        return self.state_dir / "clusters" / f"{_file_name(self.cluster)}.{kind}"
+        return self.state_dir / "clusters" / f"{file_name_of(self.cluster)}.{kind}"
 
     @property
     def secret_path(self) -> Path:
@@ -52,14 +56,29 @@ class ClusterFiles:
         return read_secret(self.secret_path) if self.secret_path.exists() else None
 
     def keep(self, secret: ClusterSecret) -> None:
-        """Keeps the secret (mode 0600) for later starts; StorageError (ours) if it cannot."""
-        text = f"{secret.text()}\n".encode()
+        """Keeps the secret (mode 0600) for later starts; StorageError (ours) if it cannot.
+
+        One of another owner is of another mesh with this name, and stays beside it.
+        """
+        other = self._kept()
+        if other == secret:
+            return
+        if other is not None and other.owner != secret.owner:
+            aside = self._path(f"{other.owner.hex()[:8]}.secret")
+            write_state(aside, f"{other.text()}\n".encode())
+            _log.warning(
+                "another mesh was known here by the name %s: its secret is in %s now",
+                self.cluster,
+                aside,
+            )
+        write_state(self.secret_path, f"{secret.text()}\n".encode())
+
+    def _kept(self) -> ClusterSecret | None:
+        """The kept secret, None if there is none yet or none that can be read."""
         try:
-            if self.secret_path.read_bytes() == text:
-                return
-        except OSError:
-            pass  # there is none yet, or none that could be read
-        write_state(self.secret_path, text)
+            return parse_secret(self.secret_path.read_text(encoding="ascii", errors="replace"))
+        except (OSError, InputError):
+            return None
 
     def make(self) -> ClusterSecret:
         """The kept secret; made, with the key of its owner, if there is none yet."""
@@ -115,7 +134,7 @@ def read_secret(path: Path) -> ClusterSecret:
     return parse_secret(data.decode("ascii", "replace"))
 
 
-def _file_name(cluster: str) -> str:
+def file_name_of(cluster: str) -> str:
     """A file name for any cluster's name; a long one is replaced by its hash."""
     name = quote(cluster, safe="")
     if len(name) > _NAME_LETTERS_MAX:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from shardmesh.errors import InputError, StorageError
+
+_log = logging.getLogger(__name__)
 
 
 def write_state(path: Path, data: bytes, *, replace: bool = True) -> bool:
@@ -61,15 +64,42 @@ def locked_folder(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _failed(folder, error) from error
+    with _locked(descriptor, folder, "--state-dir"):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, identity_file: Path) -> Iterator[None]:
+    """Keeps other processes from using one identity for the same, for which this lock file stands.
+
+    Raises InputError (theirs) if another one does.  Where the file cannot be made, as on a disk
+    that is read only, nobody is kept out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        _log.debug("%s is not locked: %s", identity_file, error)
+        yield
+        return
+    with _locked(descriptor, identity_file, "--identity-file or --state-dir"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int, path: Path, flags: str) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(
-            f"another node uses {folder}",
+            f"another node uses {path}",
             code="STATE_IN_USE",
-            next_step="stop it, or give this one its own --state-dir",
+            next_step=f"stop it, or give this one its own {flags}",
         ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise _failed(path, error) from error
     try:
         yield
     finally:

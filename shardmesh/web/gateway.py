@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -192,7 +193,7 @@ def joining_line(options: GatewayOptions, bootstraps: Sequence[str]) -> str:
     """What a person types on the next machine; never with the secret in it."""
     where = [f"--bootstrap {address}" for address in bootstraps]
     secret = "--public" if options.admission.secret is None else "--secret-file cluster.secret"
-    return " ".join([f"shardmesh listen --cluster {options.cluster}", *where, secret])
+    return " ".join([f"shardmesh listen --cluster {shlex.quote(options.cluster)}", *where, secret])
 
 
 @asynccontextmanager

@@ -151,9 +151,21 @@ def test_a_given_secret_is_kept_when_it_has_proven_right(tmp_path: Path) -> None
     assert ClusterFiles(tmp_path, "llama-cluster").secret() == SECRET
 
 
-def test_a_second_bootstrap_keeps_what_it_is_given(tmp_path: Path) -> None:
-    taken(bootstrap, tmp_path, LLAMA_SECRET=SECRET.text())
-    assert ClusterFiles(tmp_path, "llama-cluster").secret() == SECRET
+def test_the_secret_of_another_mesh_of_that_name_is_not_lost(tmp_path: Path) -> None:
+    files = ClusterFiles(tmp_path, "llama-cluster")
+    owner = new_identity().public_key
+    first, changed = new_secret(owner), new_secret(owner)
+    for secret in (first, changed, KEPT, SECRET):
+        files.keep(secret)
+    kept = {path.read_text().strip() for path in (tmp_path / "clusters").iterdir()}
+    assert kept == {changed.text(), KEPT.text(), SECRET.text()}, "what its owner has replaced is"
+    assert files.secret() == SECRET
+
+
+@pytest.mark.parametrize("name", ["", " ", "blank ", "two\nlines", "x" * 129])
+def test_a_name_that_others_could_not_read_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="the name of a cluster has 1 to 128"):
+        invoke(client, tmp_path, "--cluster", name)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "ü" * 90, "x" * 300, "", ".hidden", "a\0b"])

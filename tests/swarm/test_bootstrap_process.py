@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import trio
 
 from shardmesh.swarm.admission import Admission
+from shardmesh.swarm.cluster_files import ClusterFiles
 from shardmesh.swarm.commands import get_metrics, send_command
 from shardmesh.swarm.host import ConnectionEvent, Host, open_host
 from shardmesh.swarm.identity import new_identity
@@ -123,17 +125,34 @@ def test_it_keeps_its_identity(tmp_path: Path) -> None:
 
 def test_port_in_use_is_one_sentence(tmp_path: Path) -> None:
     with bootstrap(tmp_path) as running:
-        other = subprocess.run(
-            [*COMMAND, "--state-dir", str(tmp_path), "--port", str(running.port)],
-            capture_output=True,
-            text=True,
-            timeout=START_TIMEOUT_S,
-            check=False,
-        )
+        error = refusal("--state-dir", str(tmp_path / "other"), "--port", str(running.port))
+    assert f"port {running.port} on 127.0.0.1 is not free" in error
+    assert "--port" in error
+
+
+def test_two_do_not_share_an_identity_nor_one_the_secret_of_the_other(tmp_path: Path) -> None:
+    with bootstrap(tmp_path):
+        options = ("--state-dir", str(tmp_path), "--port", "0")
+        error = refusal(*options, "--secret", new_secret(new_identity().public_key).text())
+        assert ClusterFiles(tmp_path, "llama-cluster").secret() == SECRET
+    assert "STATE_IN_USE" in error
+    assert "--identity-file or --state-dir" in error
+
+
+def refusal(*options: str) -> str:
+    """What a bootstrap says that cannot start."""
+    other = subprocess.run(
+        [*COMMAND, *options], capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False
+    )
     assert other.returncode == 2
-    assert f"port {running.port} on 127.0.0.1 is not free" in other.stderr
-    assert "--port" in other.stderr
     assert "Traceback" not in other.stderr
+    return other.stderr
+
+
+def test_lines_for_others_can_be_pasted(tmp_path: Path) -> None:
+    with bootstrap(tmp_path, "--port", "0", "--cluster", "at $HOME; 'all'") as running:
+        (line,) = [line for line in running.lines if line.startswith("  shardmesh listen")]
+    assert shlex.split(line)[:4] == ["shardmesh", "listen", "--cluster", "at $HOME; 'all'"]
 
 
 def test_json_lines(tmp_path: Path) -> None:
