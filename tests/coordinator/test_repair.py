@@ -11,12 +11,7 @@ import trio.testing
 from support.link_messages import hidden_batch
 from support.mesh import COORDINATOR, memory_mesh
 from support.repaired import N_TOKENS, session_of, whole_tokens, write
-from support.replicated import (
-    assert_nothing_left,
-    engines,
-    loop_worker,
-    replicated_mesh,
-)
+from support.replicated import assert_nothing_left, engines, loop_worker, replicated_mesh
 
 from shardmesh.coordinator.replacements import ASIDE_MIN_S, HEAD_START_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S

@@ -94,7 +94,7 @@ ROWS = (
         "corrupt pieces, a poisoner among five seeds",
         "no bad byte loaded, download completes",
         (
-            "swarm/test_torrents.py::test_one_poisoner_among_five",
+            "swarm/test_torrent_harm.py::test_one_poisoner_among_five",
             "swarm/test_torrents.py::test_only_the_damaged_piece_comes_again",
         ),
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from support.accepting import new_grants
 from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.grammars import OPENS_FOR_EVER, SAMPLES_FOR_EVER
@@ -19,7 +20,7 @@ import shardmesh.listener.data_child as data_child_module
 from shardmesh.links.dial import dial
 from shardmesh.listener.local_messages import Start
 from shardmesh.listener.supervisor import ShardStatus, Supervisor
-from shardmesh.wire.link_agreement import Endpoint, LinkRequester, answer_request
+from shardmesh.wire.link_agreement import Endpoint
 from shardmesh.wire.messages import HiddenBatch, OpenSession, SessionFailed, SessionOpened
 
 TIMEOUT_S = 60.0
@@ -86,16 +87,10 @@ async def test_a_grammar_that_hangs_costs_its_own_session_and_one_life(
             supervisor.serve(last)
             await supervisor.wait_loaded(TIMEOUT_S)
             first_pid = supervisor.pid
-            requester = LinkRequester("near", "far")
-            offer, expected = answer_request(
-                requester.request(),
-                own_peer_id="far",
-                other_peer_id="near",
-                endpoints=(Endpoint(host="127.0.0.1", port=1),),
-            )
+            grant, expected = new_grants()
             port = await supervisor.expect(expected)
             here = (Endpoint(host="127.0.0.1", port=port),)
-            link = await dial(dataclasses.replace(requester.grant(offer), endpoints=here), user)
+            link = await dial(dataclasses.replace(grant, endpoints=here), user)
             nursery.start_soon(link.run)
             link.send(opening(last, 1, ""))
             link.send(opening(last, 2, grammar))

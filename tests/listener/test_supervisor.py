@@ -20,6 +20,7 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from support.accepting import new_grants
 from support.data_start import no_agreement, start_of_tiny_shard
 from support.far_end import Recorder
 from support.link_messages import open_session
@@ -29,17 +30,7 @@ import shardmesh.listener.supervisor as supervisor_module
 from shardmesh.errors import EngineError, ShardmeshError, TheirError, UnreachableError
 from shardmesh.links.dial import dial
 from shardmesh.listener.data_child import DataChild
-from shardmesh.listener.local_messages import (
-    AskMetrics,
-    Grant,
-    LinkState,
-    LocalChannel,
-    Metrics,
-    NeedLink,
-    Ready,
-    Start,
-    Stop,
-)
+from shardmesh.listener.local_messages import Ready, Start
 from shardmesh.listener.supervisor import (
     PAUSE_MAX_S,
     PAUSE_MIN_S,
@@ -48,7 +39,7 @@ from shardmesh.listener.supervisor import (
     restart_pause_s,
 )
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
-from shardmesh.wire.link_agreement import Endpoint, LinkGrant, LinkRequester, answer_request
+from shardmesh.wire.link_agreement import Endpoint
 from shardmesh.wire.messages import NextStage
 
 LOAD_TIMEOUT_S = 30.0
@@ -134,15 +125,6 @@ async def is_gone(pid: int) -> None:
             await trio.sleep(0.01)  # the kernel tells nobody but the parent
 
 
-def some_grant() -> tuple[LinkGrant, LinkGrant]:
-    requester = LinkRequester("near", "far")
-    endpoints = (Endpoint(host="127.0.0.1", port=1),)
-    offer, expected = answer_request(
-        requester.request(), own_peer_id="far", other_peer_id="near", endpoints=endpoints
-    )
-    return requester.grant(offer), expected
-
-
 @pytest.mark.processes
 async def test_a_shard_is_loaded_reached_and_unloaded(start: Start) -> None:
     async with supervised() as supervisor:
@@ -153,7 +135,7 @@ async def test_a_shard_is_loaded_reached_and_unloaded(start: Start) -> None:
         metrics = await supervisor.metrics()
         assert metrics is not None
         assert metrics.memory_bytes > 0
-        grant, expected = some_grant()
+        grant, expected = new_grants()
         port = await supervisor.expect(expected)
         here = (Endpoint(host="127.0.0.1", port=port),)
         user = Recorder()
@@ -181,7 +163,7 @@ async def test_the_process_tells_how_many_sessions_it_has(start: Start) -> None:
         nursery.start_soon(supervisor.run)
         supervisor.serve(start)
         await supervisor.wait_loaded(LOAD_TIMEOUT_S)
-        grant, expected = some_grant()
+        grant, expected = new_grants()
         here = Endpoint(host="127.0.0.1", port=await supervisor.expect(expected))
         link = await dial(dataclasses.replace(grant, endpoints=(here,)), Recorder())
         nursery.start_soon(link.run)
@@ -234,7 +216,7 @@ async def test_more_offers_than_a_process_keeps_do_not_end_it(start: Start) -> N
         await supervisor.wait_loaded(LOAD_TIMEOUT_S)
         pid = pid_of(supervisor)
         for _ in range(EXPECTED_LINKS_MAX + 5):
-            await supervisor.expect(some_grant()[1])
+            await supervisor.expect(new_grants()[1])
         assert await supervisor.metrics() is not None
         assert pid_of(supervisor) == pid
 
@@ -401,50 +383,6 @@ async def test_a_node_that_drains_goes_on_draining_with_the_next_process(
     assert not any(were_draining[:n_before])
     assert len(were_draining) > n_before
     assert all(were_draining[n_before:])
-
-
-# -- the channel between the two ---------------------------------------------------------------
-
-
-async def channel_pair() -> tuple[LocalChannel, LocalChannel, trio.abc.Stream]:
-    one, other = trio.testing.memory_stream_pair()
-    return LocalChannel(one, one), LocalChannel(other, other), other
-
-
-async def test_local_messages_go_round() -> None:
-    grant, _ = some_grant()
-    near, far, raw = await channel_pair()
-    link = LinkState(peer_id="p", kind="stream", round_trip_us=1)
-    messages = [
-        AskMetrics(number=1),
-        Metrics(number=1, n_sessions=0, memory_bytes=5, counters={"n": 1}, links=(link,)),
-        NeedLink(number=2, peer_id="p", addresses=("a",)),
-        Ready(data_port=1, architecture="llama", n_ctx=1, n_parallel=1, fingerprint="f"),
-        Stop(),
-    ]
-    for message in messages:
-        await near.send(message)  # type: ignore[arg-type]
-    assert [await far.receive() for _ in messages] == messages
-    assert Grant.of(grant).link_grant() == grant
-    await raw.aclose()
-    with pytest.raises(UnreachableError) as caught:
-        await near.send(AskMetrics(number=1))
-    assert caught.value.code == "PROCESS_GONE"
-    assert await near.receive() is None
-
-
-async def test_a_reader_that_hangs_does_not_hold_up_the_end(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    one, _ = trio.testing.lockstep_stream_pair()
-    channel = LocalChannel(one, one)
-    with trio.move_on_after(0):
-        with pytest.raises(UnreachableError) as caught:
-            await channel.send(AskMetrics(number=1))
-        assert caught.value.code == "PROCESS_GONE"
-    assert trio.current_time() < 100
-    with pytest.raises(UnreachableError):
-        await channel.send(AskMetrics(number=2))
 
 
 async def test_what_is_said_while_a_process_loads_is_told_once_it_can_hear(
