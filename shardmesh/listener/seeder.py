@@ -38,7 +38,7 @@ from shardmesh.swarm.membership import Membership
 from shardmesh.swarm.state_file import locked_folder
 from shardmesh.swarm.torrents.options import TorrentOptions
 from shardmesh.swarm.torrents.service import FileService, open_files
-from shardmesh.wire.announcement import Signer
+from shardmesh.wire.envelope import Signer
 from shardmesh.wire.limits import COMMAND_TIMEOUT_S, MODEL_LINK_BOOTSTRAPS_MAX
 
 logger = logging.getLogger("shardmesh")

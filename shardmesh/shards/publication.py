@@ -22,11 +22,10 @@ from shardmesh.shards.manifest import (
     check_manifest,
 )
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
-from shardmesh.wire.announcement import Signer
 from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.envelope import Signer, open_envelope, sign_body
 from shardmesh.wire.limits import ADAPTERS_MAX, MODEL_LAYERS_MAX, PUBLICATION_BYTES_MAX
 from shardmesh.wire.merkle import HASH_BYTES
-from shardmesh.wire.peer_id import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, verify_signature
 
 PUBLICATION_NAME: Final = "publication.cbor"
 SCHEMA_VERSION: Final = 1
@@ -116,22 +115,10 @@ class OpenPublication:
         return self.publication.manifest
 
 
-class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    public_key: Annotated[
-        bytes, msgspec.Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)
-    ]
-    signature: Annotated[
-        bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)
-    ]
-    body: bytes  # CBOR of the Publication
-
-
 def sign_publication(publication: Publication, signer: Signer) -> bytes:
     """The publication in an envelope with the publisher's key and signature."""
     check_manifest(publication.manifest)
-    body = encode_cbor(publication)
-    signature = signer.sign(_DOMAIN + body)
-    return encode_cbor(_Envelope(public_key=signer.public_key, signature=signature, body=body))
+    return sign_body(encode_cbor(publication), _DOMAIN, signer)
 
 
 def open_publication(
@@ -142,16 +129,14 @@ def open_publication(
     Raises ProtocolError (theirs): BAD_SIGNATURE if the publisher did not sign it, WRONG_PUBLISHER
     if it is somebody else's, BAD_MANIFEST if it is of another manifest or contradicts itself.
     """
-    if len(signed) > PUBLICATION_BYTES_MAX:
-        raise ProtocolError(f"a publication of {len(signed)} bytes", code="TOO_LARGE")
-    envelope = decode_cbor(signed, _Envelope)
+    envelope = open_envelope(signed, PUBLICATION_BYTES_MAX, "a publication")
     if publisher is not None and envelope.public_key != publisher:
         raise ProtocolError(
             "the manifest is signed by another publisher than the model link names",
             code="WRONG_PUBLISHER",
             next_step="get a new link from the publisher whom you trust",
         )
-    if not verify_signature(envelope.public_key, envelope.signature, _DOMAIN + envelope.body):
+    if not envelope.is_signed_as(_DOMAIN):
         raise ProtocolError("the signature of a manifest is wrong", code="BAD_SIGNATURE")
     publication = decode_cbor(envelope.body, Publication)
     try:

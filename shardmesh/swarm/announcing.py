@@ -14,7 +14,8 @@ from shardmesh.swarm.addresses import told_addresses
 from shardmesh.swarm.dht import Dht
 from shardmesh.swarm.directory import Directory
 from shardmesh.swarm.host import Host
-from shardmesh.wire.announcement import Announcement, Capabilities, Signer, encode_signed
+from shardmesh.wire.announcement import Announcement, Capabilities, encode_signed
+from shardmesh.wire.envelope import Signer
 from shardmesh.wire.limits import ANNOUNCEMENT_LIFETIME_MAX_S
 from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
 

@@ -22,7 +22,8 @@ from shardmesh.swarm.directory_news import follow_directory, serve_directory_new
 from shardmesh.swarm.host import Host
 from shardmesh.swarm.neighbours import Neighbours
 from shardmesh.swarm.remembered import RememberedNodes
-from shardmesh.wire.announcement import Announcement, Signer
+from shardmesh.wire.announcement import Announcement
+from shardmesh.wire.envelope import Signer
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_LIFETIME_MAX_S,
     DIRECTORY_FOLLOW_PAUSE_S,

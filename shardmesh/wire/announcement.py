@@ -8,12 +8,13 @@ from a neighbour, and still be believed, until it expires.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Final, Protocol
+from typing import Annotated, Final
 
 import msgspec
 
 from shardmesh.errors import ProtocolError
 from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.envelope import Signer, open_envelope, sign_body
 from shardmesh.wire.limits import (
     ANNOUNCEMENT_ADDRESSES_MAX,
     ANNOUNCEMENT_BYTES_MAX,
@@ -24,12 +25,7 @@ from shardmesh.wire.limits import (
     ROUND_TRIPS_MAX,
 )
 from shardmesh.wire.node_identity import NO_IDENTITY, NodeIdentity
-from shardmesh.wire.peer_id import (
-    PUBLIC_KEY_BYTES,
-    SIGNATURE_BYTES,
-    peer_id_of,
-    verify_signature,
-)
+from shardmesh.wire.peer_id import peer_id_of
 
 SCHEMA_VERSION: Final = 1
 _DOMAIN: Final = b"shardmesh announcement 1\0"
@@ -114,34 +110,12 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return self.expires_at_s == self.issued_at_s
 
 
-class Signer(Protocol):
-    """Whoever owns an Ed25519 key."""
-
-    @property
-    def public_key(self) -> bytes: ...
-
-    def sign(self, data: bytes) -> bytes: ...
-
-
-class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    public_key: Annotated[
-        bytes, msgspec.Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)
-    ]
-    signature: Annotated[
-        bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)
-    ]
-    body: bytes  # CBOR of the Announcement
-
-
 def encode_signed(announcement: Announcement, signer: Signer) -> bytes:
     """The signed bytes of an announcement, at most ANNOUNCEMENT_BYTES_MAX.
 
     Raises ProtocolError if it would be refused by others: too long, or not the signer's own.
     """
-    body = encode_cbor(announcement)
-    data = encode_cbor(
-        _Envelope(public_key=signer.public_key, signature=signer.sign(_DOMAIN + body), body=body)
-    )
+    data = sign_body(encode_cbor(announcement), _DOMAIN, signer)
     open_signed(data)
     return data
 
@@ -151,10 +125,8 @@ def open_signed(data: bytes) -> Announcement:
 
     Raises ProtocolError (theirs): BAD_SIGNATURE for one that its node did not sign.
     """
-    if len(data) > ANNOUNCEMENT_BYTES_MAX:
-        raise ProtocolError(f"an announcement of {len(data)} bytes", code="TOO_LARGE")
-    envelope = decode_cbor(data, _Envelope)
-    if not verify_signature(envelope.public_key, envelope.signature, _DOMAIN + envelope.body):
+    envelope = open_envelope(data, ANNOUNCEMENT_BYTES_MAX, "an announcement")
+    if not envelope.is_signed_as(_DOMAIN):
         raise ProtocolError("the signature of an announcement is wrong", code="BAD_SIGNATURE")
     announcement = decode_cbor(envelope.body, Announcement)
     if announcement.peer_id != peer_id_of(envelope.public_key):

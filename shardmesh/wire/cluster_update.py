@@ -11,11 +11,12 @@ from typing import Annotated, Final
 import msgspec
 
 from shardmesh.errors import InputError, ProtocolError
-from shardmesh.wire.announcement import Name, Signer
+from shardmesh.wire.announcement import Name
 from shardmesh.wire.cluster_secret import ClusterSecret, owner_of, parse_secret
 from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.envelope import Signer, open_envelope, sign_body
 from shardmesh.wire.limits import CLUSTER_UPDATE_BYTES_MAX, REMOVED_NODES_MAX
-from shardmesh.wire.peer_id import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, is_peer_id, verify_signature
+from shardmesh.wire.peer_id import is_peer_id
 
 CLUSTER_PROTOCOL: Final = "/shardmesh/cluster/1.0"
 _DOMAIN: Final = b"shardmesh cluster update 1\0"
@@ -54,22 +55,9 @@ class ClusterAnswer(_Message, frozen=True):
     is_news: bool
 
 
-class _Envelope(_Message, frozen=True):
-    public_key: Annotated[
-        bytes, msgspec.Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)
-    ]
-    signature: Annotated[
-        bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)
-    ]
-    body: bytes  # CBOR of the ClusterUpdate
-
-
 def sign_update(update: ClusterUpdate, owner: Signer) -> bytes:
     """The signed bytes; ProtocolError if they are too long to be taken."""
-    body = encode_cbor(update)
-    data = encode_cbor(
-        _Envelope(public_key=owner.public_key, signature=owner.sign(_DOMAIN + body), body=body)
-    )
+    data = sign_body(encode_cbor(update), _DOMAIN, owner)
     if len(data) > CLUSTER_UPDATE_BYTES_MAX:
         raise ProtocolError(f"an update of {len(data)} bytes", code="TOO_LARGE")
     return data
@@ -80,13 +68,8 @@ def open_update(data: bytes, *, cluster: str, owner: bytes) -> ClusterUpdate:
 
     Raises ProtocolError (theirs): BAD_SIGNATURE for one that somebody else signed.
     """
-    if len(data) > CLUSTER_UPDATE_BYTES_MAX:
-        raise ProtocolError(f"an update of {len(data)} bytes", code="TOO_LARGE")
-    envelope = decode_cbor(data, _Envelope)
-    is_owner = owner_of(envelope.public_key) == owner
-    if not is_owner or not verify_signature(
-        envelope.public_key, envelope.signature, _DOMAIN + envelope.body
-    ):
+    envelope = open_envelope(data, CLUSTER_UPDATE_BYTES_MAX, "an update")
+    if owner_of(envelope.public_key) != owner or not envelope.is_signed_as(_DOMAIN):
         raise ProtocolError("the cluster's owner did not sign this update", code="BAD_SIGNATURE")
     update = decode_cbor(envelope.body, ClusterUpdate)
     if update.cluster != cluster or update.new_secret().owner != owner:
