@@ -21,6 +21,7 @@ from shardmesh.errors import (
     known_error,
 )
 from shardmesh.links.outbox import Outbox
+from shardmesh.links.resending import resend_steadily
 from shardmesh.links.round_trips import RoundTrips
 from shardmesh.links.silence import SilenceWatch
 from shardmesh.wire.framing import RecordReader
@@ -82,6 +83,7 @@ class Link:
         outward, inward = keys.dialer_to_acceptor, keys.acceptor_to_dialer
         if not is_dialer:
             outward, inward = inward, outward
+        resend_steadily(stream)
         self.peer_id = peer_id
         self.kind: LinkKind = "direct"
         self._is_dialer = is_dialer

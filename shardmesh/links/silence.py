@@ -19,9 +19,10 @@ DELAYS_MULTIPLE = 6.0
 """TCP sends a lost packet again after growing pauses: lost three times, it comes seven times as
 late as lost once."""
 
-ROUND_TRIPS_MULTIPLE = 10.0
-"""Far away packets are lost now and then: a distance of 100 ms is worth a second before the first
-delay was heard."""
+ROUND_TRIPS_MULTIPLE = 21.0
+"""Far away packets are lost now and then.  The first pause of TCP is three round trips, the next
+ones six and twelve, so a packet that is lost three times comes 21 round trips late.  That may
+happen before any delay was heard."""
 
 MEMORY_S = 120.0
 """How long a delay is remembered."""

@@ -66,6 +66,15 @@ def test_ten_percent_loss_and_a_long_way_raise_an_alarm_in_hours_only() -> None:
     assert sum(len(each) for each in alarms) <= 1  # in 200 minutes; a packet was lost four times
 
 
+@pytest.mark.parametrize("round_trip_s", [0.1, 0.2, 0.4])
+def test_a_packet_lost_three_times_in_the_first_second_raises_no_alarm(round_trip_s: float) -> None:
+    """TCP waits for three round trips at first, then twice and four times as long."""
+    greeted = [round_trip_s, round_trip_s + HEARTBEAT_INTERVAL_S]
+    late_s = greeted[-1] + HEARTBEAT_INTERVAL_S + 7 * 3 * round_trip_s
+    watch = SilenceWatch(0.0)
+    assert hear(watch, [*greeted, late_s], late_s + CHECK_S, round_trip_s) == []
+
+
 @given(st.lists(st.floats(0, 10), max_size=50))
 def test_patience_has_bounds(pauses_s: list[float]) -> None:
     watch, now_s = SilenceWatch(0.0), 0.0
