@@ -12,13 +12,12 @@ import msgspec
 import trio
 
 from shardmesh.errors import (
-    Blame,
     ProtocolError,
     ShardmeshError,
     UnreachableError,
-    error_from_wire,
 )
 from shardmesh.wire.codec import decode_cbor, encode_cbor
+from shardmesh.wire.error_report import ErrorReport, told
 from shardmesh.wire.framing import LENGTH, RecordReader
 from shardmesh.wire.limits import MIB, SESSIONS_PER_NODE_MAX
 from shardmesh.wire.link_agreement import Endpoint, LinkGrant
@@ -76,17 +75,8 @@ class Ready(_Message, frozen=True, tag="ready"):
     fingerprint: str
 
 
-class Failed(_Message, frozen=True, tag="failed"):
+class Failed(ErrorReport, frozen=True, tag="failed"):
     """The shard cannot be served; the data process ends."""
-
-    code: str
-    blame: Blame
-    message: str
-    next_step: str
-
-    def error(self) -> ShardmeshError:
-        """The error as one to raise here."""
-        return error_from_wire(self.code, self.blame, self.message, self.next_step)
 
 
 class Grant(_Message, frozen=True):
@@ -214,7 +204,7 @@ LocalMessage = (
 
 def failed_message(error: ShardmeshError) -> Failed:
     """An error as a message."""
-    return Failed(code=error.code, blame=error.blame, message=str(error), next_step=error.next_step)
+    return Failed(**told(error))
 
 
 class LocalChannel:

@@ -25,6 +25,7 @@ from shardmesh.listener.copying import CopyOut, n_final
 from shardmesh.listener.drafts import DraftChecks
 from shardmesh.listener.handed import HandedTokens
 from shardmesh.listener.kept_sequences import Place, Prefix, held_of
+from shardmesh.wire.error_report import told
 from shardmesh.wire.hidden_states import EXACT, body_to_hidden, hidden_to_body
 from shardmesh.wire.limits import REPLAY_KEPT_BYTES_MAX, REPLAY_RESULTS_KEPT_MAX
 from shardmesh.wire.messages import (
@@ -41,8 +42,6 @@ from shardmesh.wire.messages import (
     StandBy,
     TokenBatch,
 )
-
-SENTENCE_LENGTH_MAX = 1000  # characters; TEXT_BYTES_MAX with room for four bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,10 +322,7 @@ def failure_message(
         epoch=epoch,
         layer_start=serves.layer_start,
         layer_end=serves.layer_end,
-        code=error.code,
-        blame=error.blame,
-        message=str(error)[:SENTENCE_LENGTH_MAX],
-        next_step=error.next_step[:SENTENCE_LENGTH_MAX],
+        **told(error),
     )
 
 
@@ -338,8 +334,5 @@ def hop_failure_message(
         session=session.session_id,
         epoch=session.epoch,
         hop=hop,
-        code=error.code,
-        blame=error.blame,
-        message=str(error)[:SENTENCE_LENGTH_MAX],
-        next_step=error.next_step[:SENTENCE_LENGTH_MAX],
+        **told(error),
     )

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 
-from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
+from shardmesh.errors import ProtocolError, ShardmeshError
 from shardmesh.wire.codec import convert, decode_json, encode_json
+from shardmesh.wire.error_report import ErrorReport, Text, told
 from shardmesh.wire.limits import (
     CHAT_MESSAGES_MAX,
     COMMAND_BYTES_MAX,
@@ -22,7 +23,6 @@ from shardmesh.wire.limits import (
     PROMPT_BYTES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
     STOP_STRINGS_MAX,
-    TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
 )
 
@@ -38,16 +38,12 @@ CommandName = Literal[
     "LIST_FILES",
     "GET_METRICS",
 ]
-Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Prompt = Annotated[str, msgspec.Meta(max_length=PROMPT_BYTES_MAX)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base: unknown fields are refused."""
-
-
-_SENTENCE_LETTERS_MAX: Final = 1000  # four bytes each at most: TEXT_BYTES_MAX
 
 
 class NoParams(_Message, frozen=True):
@@ -120,12 +116,9 @@ class Command(_Message, frozen=True):
     params: dict[str, Any] = {}
 
 
-class WireError(_Message, frozen=True):
+class WireError(ErrorReport, frozen=True, kw_only=True):
     """An error as it travels; the fields of a ShardmeshError."""
 
-    code: Text
-    blame: Blame
-    message: Text
     next_step: Text = ""
 
 
@@ -178,23 +171,12 @@ def encode_data(data: object) -> bytes:
 
 def encode_error(error: ShardmeshError) -> bytes:
     """The bytes of an answer that reports an error."""
-    return encode_json(
-        CommandResponse(
-            status="error",
-            error=WireError(
-                code=error.code[:64],
-                blame=error.blame,
-                message=str(error)[:_SENTENCE_LETTERS_MAX],
-                next_step=error.next_step[:_SENTENCE_LETTERS_MAX],
-            ),
-        )
-    )
+    return encode_json(CommandResponse(status="error", error=WireError(**told(error))))
 
 
 def decode_response(data: bytes) -> Any:
     """The data of an answer; raises the error that it reports, or ProtocolError (theirs)."""
     response = decode_json(data, CommandResponse)
     if response.error is not None:
-        error = response.error
-        raise error_from_wire(error.code, error.blame, error.message, error.next_step)
+        raise response.error.error()
     return response.data

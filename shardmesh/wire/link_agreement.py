@@ -14,9 +14,10 @@ from typing import Annotated
 
 import msgspec
 
-from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
+from shardmesh.errors import ProtocolError, ShardmeshError
 from shardmesh.wire.codec import decode_cbor, encode_cbor
-from shardmesh.wire.limits import ANNOUNCEMENT_ADDRESSES_MAX, TEXT_BYTES_MAX
+from shardmesh.wire.error_report import ErrorReport, told
+from shardmesh.wire.limits import ANNOUNCEMENT_ADDRESSES_MAX
 from shardmesh.wire.messages import LINK_VERSION
 from shardmesh.wire.sealing import (
     LINK_ID_BYTES,
@@ -30,7 +31,6 @@ LINK_PROTOCOL = "/shardmesh/link/1.0"
 LINK_STREAM_PROTOCOL = "/shardmesh/link-stream/1.0"
 
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=PUBLIC_KEY_BYTES, max_length=PUBLIC_KEY_BYTES)]
-Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,11 +62,8 @@ class LinkOffer(_Message, frozen=True, tag="offer"):
     endpoints: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=ANNOUNCEMENT_ADDRESSES_MAX)]
 
 
-class LinkRefusal(_Message, frozen=True, tag="refusal"):
-    code: Text
-    blame: Blame
-    message: Text
-    next_step: Text
+class LinkRefusal(ErrorReport, frozen=True, tag="refusal"):
+    """Why no link is to be had."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +92,7 @@ class LinkRequester:
         """What the answer grants; raises the other side's refusal, or ProtocolError (theirs)."""
         message: LinkOffer | LinkRefusal = decode_cbor(answer, LinkOffer | LinkRefusal)  # type: ignore[arg-type]
         if isinstance(message, LinkRefusal):
-            raise error_from_wire(message.code, message.blame, message.message, message.next_step)
+            raise message.error()
         _check_version(message.version)
         keys = self._exchange.agree(
             message.public_key,
@@ -127,11 +124,7 @@ def answer_request(
 
 def encode_refusal(error: ShardmeshError) -> bytes:
     """The answer when no link is to be had."""
-    return encode_cbor(
-        LinkRefusal(
-            code=error.code, blame=error.blame, message=str(error), next_step=error.next_step
-        )
-    )
+    return encode_cbor(LinkRefusal(**told(error)))
 
 
 def _check_version(version: int) -> None:

@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shardmesh.errors import Blame, ProtocolError, ShardmeshError, error_from_wire
+from shardmesh.errors import ProtocolError
 from shardmesh.wire.codec import decode_tagged, encode_cbor, encode_flat
+from shardmesh.wire.error_report import ErrorReport, Text
 from shardmesh.wire.framing import decode_frame, encode_frame
 from shardmesh.wire.hidden_states import WireType, n_body_bytes
 from shardmesh.wire.limits import (
@@ -30,14 +31,12 @@ from shardmesh.wire.limits import (
     PREFIX_PIECES_MAX,
     SAMPLING_HISTORY_TOKENS_MAX,
     SCORED_TOKENS_MAX,
-    TEXT_BYTES_MAX,
     TOP_LOGPROBS_MAX,
 )
 
 LINK_VERSION = 1
 
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Microseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -201,7 +200,7 @@ class BatchTaken(_Message, frozen=True, tag="taken"):
     n_taken: Count  # all positions below
 
 
-class HopFailed(_Message, frozen=True, tag="hop_failed"):
+class HopFailed(ErrorReport, frozen=True, tag="hop_failed"):
     """Stage to coordinator: a neighbour is gone or sends what cannot be right.
 
     The stage itself is well and holds the session until it is repaired or closed.
@@ -210,14 +209,6 @@ class HopFailed(_Message, frozen=True, tag="hop_failed"):
     session: SessionId
     epoch: Count
     hop: Literal["previous", "next"]
-    code: Text
-    blame: Blame
-    message: Text
-    next_step: Text
-
-    def error(self) -> ShardmeshError:
-        """The error as one to raise here."""
-        return error_from_wire(self.code, self.blame, self.message, self.next_step)
 
 
 class TokenBatch(_Message, frozen=True, tag="tokens"):
@@ -345,21 +336,13 @@ class KvTaken(_Message, frozen=True, tag="kv_taken"):
     n_taken: Count
 
 
-class SessionFailed(_Message, frozen=True, tag="failed"):
+class SessionFailed(ErrorReport, frozen=True, tag="failed"):
     """Stage to coordinator: the session is over on this stage, and why."""
 
     session: SessionId
     epoch: Count
     layer_start: Count
     layer_end: Count
-    code: Text
-    blame: Blame
-    message: Text
-    next_step: Text
-
-    def error(self) -> ShardmeshError:
-        """The error as one to raise here."""
-        return error_from_wire(self.code, self.blame, self.message, self.next_step)
 
 
 Message = (

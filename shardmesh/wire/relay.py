@@ -10,14 +10,14 @@ from typing import Annotated, Final
 
 import msgspec
 
-from shardmesh.errors import Blame, ShardmeshError, error_from_wire
-from shardmesh.wire.limits import DIAL_BACK_PORTS_MAX, RELAY_ADDRESSES_MAX, TEXT_BYTES_MAX
+from shardmesh.errors import ShardmeshError
+from shardmesh.wire.error_report import ErrorReport, told
+from shardmesh.wire.limits import DIAL_BACK_PORTS_MAX, RELAY_ADDRESSES_MAX
 
 DIAL_BACK_PROTOCOL: Final = "/shardmesh/dial-back/1.0"
 RELAY_PROTOCOL: Final = "/shardmesh/relay/1.0"
 RELAYED_PROTOCOL: Final = "/shardmesh/relayed/1.0"
 
-Text = Annotated[str, msgspec.Meta(max_length=TEXT_BYTES_MAX)]
 PeerId = Annotated[str, msgspec.Meta(max_length=128)]
 Address = Annotated[str, msgspec.Meta(max_length=256)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -61,15 +61,8 @@ class Carried(_Message, frozen=True, tag="carried"):
     """What follows on this stream is the called node's."""
 
 
-class RelayRefusal(_Message, frozen=True, tag="refusal"):
-    code: Text
-    blame: Blame
-    message: Text
-    next_step: Text
-
-    def error(self) -> ShardmeshError:
-        """The refusal as an error to raise."""
-        return error_from_wire(self.code, self.blame, self.message, self.next_step)
+class RelayRefusal(ErrorReport, frozen=True, tag="refusal"):
+    """Why the relay does not do it."""
 
 
 RelayRequest = Reserve | Call
@@ -78,6 +71,4 @@ RelayAnswer = Reserved | Carried | RelayRefusal
 
 def refusal_of(error: ShardmeshError) -> RelayRefusal:
     """An error as the answer of a relay."""
-    return RelayRefusal(
-        code=error.code, blame=error.blame, message=str(error), next_step=error.next_step
-    )
+    return RelayRefusal(**told(error))
