@@ -9,6 +9,7 @@ import click
 
 from shardmesh.cli.admission import bootstrap_admission
 from shardmesh.cli.config_file import config_option
+from shardmesh.cli.numbers import PORT
 from shardmesh.cli.options import (
     AddressType,
     cluster_option,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @bootstrap_reach
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=51820,
     show_default=True,
     envvar="LLAMA_PORT",

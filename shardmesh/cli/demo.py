@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shardmesh.cli.numbers import FiniteRange
+from shardmesh.cli.numbers import PORT, FiniteRange
 from shardmesh.cli.options import cache_dir
 from shardmesh.errors import InputError
 
@@ -46,7 +46,7 @@ EXIT_DIFFERENT = 1
 @click.option("--web", is_flag=True, help="Run a gateway too, and stay up until Ctrl-C.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=8080,
     show_default=True,
     help="TCP port of the gateway, with --web; 0 picks one.",

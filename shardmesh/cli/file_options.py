@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from shardmesh.cli.numbers import bytes_of
+from shardmesh.cli.numbers import PORT, bytes_of
 from shardmesh.cli.options import Command
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ _TORRENT_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--torrent-port",
-        type=click.IntRange(0, 65535),
+        type=PORT,
         default=0,
         envvar="LLAMA_TORRENT_PORT",
         help="TCP port that gives files to others.  [default: any]",

@@ -17,7 +17,7 @@ from shardmesh.cli.file_options import (
     models_dir_option,
     torrent_options,
 )
-from shardmesh.cli.numbers import FiniteRange
+from shardmesh.cli.numbers import PORT, FiniteRange
 from shardmesh.cli.options import (
     bootstrap_option,
     cache_dir,
@@ -73,14 +73,14 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @listener_reach
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=0,
     envvar="LLAMA_PORT",
     help="TCP port of the control process.  [default: any]",
 )
 @click.option(
     "--data-port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=0,
     envvar="LLAMA_DATA_PORT",
     help="TCP port for hidden states.  [default: any]",
@@ -201,7 +201,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 @click.option(
     "--http",
     "http_port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     envvar="LLAMA_HTTP_PORT",
     help="Port on 127.0.0.1 for the operator's HTTP API; 0 picks one.  [default: none]",
 )

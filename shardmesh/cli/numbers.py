@@ -8,6 +8,9 @@ from typing import Any, Final
 
 import click
 
+PORT: Final = click.IntRange(0, 65535)
+"""A TCP port; 0 is any."""
+
 COUNT_MAX: Final = 2**31 - 1
 """What the wire takes as a count."""
 

@@ -10,6 +10,7 @@ import click
 from shardmesh.cli.admission import listener_admission
 from shardmesh.cli.config_file import config_option
 from shardmesh.cli.file_options import models_dir_option, torrent_options
+from shardmesh.cli.numbers import PORT
 from shardmesh.cli.options import (
     bootstrap_option,
     cluster_option,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @listen_addr_option
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=0,
     envvar="LLAMA_PORT",
     help="TCP port for other nodes.  [default: any]",

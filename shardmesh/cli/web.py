@@ -9,6 +9,7 @@ import click
 
 from shardmesh.cli.admission import gateway_admission
 from shardmesh.cli.config_file import config_option
+from shardmesh.cli.numbers import PORT
 from shardmesh.cli.options import (
     audit_option,
     bootstrap_option,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=8080,
     show_default=True,
     envvar="LLAMA_WEB_PORT",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--ws-port",
-    type=click.IntRange(0, 65535),
+    type=PORT,
     default=8081,
     show_default=True,
     envvar="LLAMA_WS_PORT",
