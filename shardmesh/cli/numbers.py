@@ -17,7 +17,6 @@ COUNT_MAX: Final = 2**31 - 1
 SECONDS_MAX: Final = 1_000_000.0
 """Twelve days; the system's own waits cannot be told of much more."""
 
-
 _SIZE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 

@@ -65,11 +65,8 @@ class Download:
         rate = n_sources = 0
         state = self._state
         if status is not None and state == "downloading":
-            n_done, rate, n_sources = (
-                status.n_bytes_done,
-                status.download_rate_bytes_per_s,
-                status.n_sources,
-            )
+            n_done, n_sources = status.n_bytes_done, status.n_sources
+            rate = status.download_rate_bytes_per_s
             if status.is_checking:
                 state = "checking"
             elif not n_sources:
