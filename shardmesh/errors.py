@@ -34,11 +34,12 @@ class ShardmeshError(Exception):
 
     blame: ClassVar[Blame] = "ours"
     default_code: ClassVar[str] = "INTERNAL"
+    default_next_step: ClassVar[str] = ""
 
     def __init__(self, sentence: str, *, code: str | None = None, next_step: str = "") -> None:
         super().__init__(sentence)
         self.code = code or self.default_code
-        self.next_step = next_step
+        self.next_step = next_step or self.default_next_step
 
 
 class OurError(ShardmeshError):
@@ -55,6 +56,7 @@ class StorageError(OurError):
     """The disk is full, or a file cannot be read or written."""
 
     default_code = "STORAGE_FAILED"
+    default_next_step = "check the folder's permissions and the disk"
 
 
 class TheirError(ShardmeshError):

@@ -13,6 +13,7 @@ from shardmesh.errors import (
     OurError,
     ProtocolError,
     ShardmeshError,
+    StorageError,
     TheirError,
     carried_past,
     error_from_wire,
@@ -41,6 +42,11 @@ def test_what_travels_is_fit_for_terminals_and_logs() -> None:
     found = error_from_wire("BUSY\n2026 all is well", "moment", "no\x1b[2J room", "wait\r\n")
     assert (found.code, str(found), found.next_step) == ("TRY_AGAIN", "no [2J room", "wait  ")
     assert error_from_wire("A" * 65, "theirs", "s").code == "BAD_REQUEST"
+
+
+def test_what_the_disk_refuses_has_a_next_step() -> None:
+    assert StorageError("no room").next_step
+    assert StorageError("no room", next_step="leave").next_step == "leave"
 
 
 async def fail_in_nurseries(error: Exception) -> None:

@@ -15,6 +15,8 @@ from shardmesh.cli.options import shards_dir_option
 if TYPE_CHECKING:
     from shardmesh.shards.store import ShardStore
 
+WIDTH_OF_PIPES = 10_000
+
 
 @click.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
@@ -39,16 +41,19 @@ def command(as_json: bool, shards_dir: Path, models_dir: Path) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("model", "digest", "shards here", "size", "published", "folder"):
         table.add_column(heading, overflow="fold")  # a folder that is cut off is of no use
+    console = Console(markup=False)  # a name may hold brackets
+    if not console.is_terminal:
+        console = Console(markup=False, width=WIDTH_OF_PIPES)  # a line for each model
     for model in models:
         table.add_row(
             model["model_name"],
             model["manifest_digest"][:8],
-            f"{_ranges(model['shards_here'])} of {model['n_shards']}",
+            _shards(model["shards_here"], model["n_shards"]),
             _sizes(model["n_bytes"], model["n_bytes_set_aside"]),
             "yes" if model["publisher"] else "no",
             model["folder"],
         )
-    Console(markup=False).print(table)  # a name may hold brackets
+    console.print(table)
 
 
 def describe(store: ShardStore) -> dict[str, Any] | None:
@@ -90,6 +95,13 @@ def _sizes(n_bytes: int, n_bytes_set_aside: int) -> str:
 
     aside = f" + {readable_size(n_bytes_set_aside)} set aside" if n_bytes_set_aside else ""
     return readable_size(n_bytes) + aside
+
+
+def _shards(here: list[int], n_shards: int) -> str:
+    """All of them, or which by number: "1 of 3" would be read as how many."""
+    if len(here) == n_shards:
+        return f"all {n_shards}" if n_shards > 1 else "all"
+    return f"{_ranges(here)} (of 0-{n_shards - 1})"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -12,6 +12,7 @@ import click
 from shardmesh.cli.numbers import COUNT_MAX, FiniteRange
 from shardmesh.cli.options import (
     audit_option,
+    count,
     drafts_option,
     shards_dir_option,
     standby_option,
@@ -323,7 +324,7 @@ def _drafts_note(timings: Timings, *, can_roll_back: bool) -> str:
     if not timings.n_drafts:
         return "no token was guessed ahead"
     return (
-        f"{timings.n_drafts} tokens guessed ahead, {timings.n_drafts_right} of them right; "
+        f"{count(timings.n_drafts, 'token')} guessed ahead, {timings.n_drafts_right} right; "
         "steps overlap, so the parts below are more than the whole"
     )
 
@@ -338,14 +339,16 @@ def _print_timings(finished: Finished, *, can_roll_back: bool, wire: WireType) -
     rate = timings.decode_tokens_per_s
     reused = _reuse_note(timings, can_roll_back=can_roll_back)
     console.print(
-        f"{timings.n_prompt_tokens} prompt tokens{reused}, "
-        f"first token after {timings.first_token_s * 1e3:.0f} ms; {timings.n_tokens} tokens"
+        f"{count(timings.n_prompt_tokens, 'prompt token')}{reused}, first token after "
+        f"{timings.first_token_s * 1e3:.0f} ms; {count(timings.n_tokens, 'token')}"
         + (f" at {rate:.1f} tokens/s" if rate is not None else "")
         + _wire_note(wire)
     )
     console.print(_drafts_note(timings, can_roll_back=can_roll_back))
     if timings.n_handed:
-        console.print(f"{timings.n_handed} tokens went straight from the last stage to the first")
+        console.print(
+            f"{count(timings.n_handed, 'token')} went straight from the last stage to the first"
+        )
     n_steps = max(1, timings.n_tokens - 1)
     table = Table(title="milliseconds of one token", title_justify="left")
     table.add_column("stage")

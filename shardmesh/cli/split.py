@@ -107,7 +107,8 @@ def command(
     manifest = _split(console, source, ranges, out_dir, name, adapters, piece_tokens)
     console.print(plan_table(costs, ranges, n_cached, piece_tokens))
     console.print(
-        f"{len(manifest.shards)} shards of {manifest.model_name!r} in {out_dir}", markup=False
+        f"{count(len(manifest.shards), 'shard')} of {manifest.model_name!r} in {out_dir}",
+        markup=False,
     )
 
 
@@ -169,9 +170,10 @@ def plan_table(
 
     table = Table(
         title=f"{count(costs.n_layer, 'layer')} in {count(len(ranges), 'shard')}",
-        caption=f"prompts go in pieces of {piece_tokens} tokens",
+        caption=f"memory with {n_cached} tokens cached\n"
+        f"prompts go in pieces of {piece_tokens} tokens",
     )
-    for heading in ("shard", "layers", "number", "file", f"memory at {n_cached} tokens"):
+    for heading in ("shard", "layers", "number", "file", "memory"):
         table.add_column(heading, justify="right")
     for shard_id, needed in enumerate(memory_needed(costs, ranges, n_cached)):
         layers = ranges[shard_id]

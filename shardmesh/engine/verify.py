@@ -95,7 +95,7 @@ def verify_model(
         start(task, "the whole model")
         whole, tokens = _load_array(folder / "whole.npy"), _load_array(folder / "tokens.npy")
         progress(f"cutting into {len(ranges)} shards")
-        split_model(model, ranges, folder / "shards", name="verify", is_proven=True)
+        _split(model, ranges, folder / "shards")
         n_prompt = len(tokens) - n_single
         cut = _run_shards(start, folder, len(ranges), n_prompt, piece_tokens, progress)
         if cut.shape != whole.shape:
@@ -167,6 +167,15 @@ def _run_shards(
         start(task, f"shard {shard_id}")
         inputs = outputs
     return _load_array(inputs)
+
+
+def _split(model: Path, ranges: Sequence[LayerRange], folder: Path) -> None:
+    try:
+        split_model(model, ranges, folder, name="verify", is_proven=True)
+    except InputError as error:
+        if error.code == "NO_ROOM":  # nobody has chosen the folder
+            error.next_step = "free some space, or set TMPDIR to a folder on another disk"
+        raise
 
 
 def run_task(task: VerifyTask, what: str, timeout_s: float) -> None:

@@ -25,6 +25,7 @@ from shardmesh.listener.published import with_manifest
 from shardmesh.settling import settle_memory
 from shardmesh.shards.library import Library
 from shardmesh.shards.store import ShardStore
+from shardmesh.swarm.addresses import check_port
 from shardmesh.swarm.commands import serve_commands
 from shardmesh.swarm.dht import open_dht
 from shardmesh.swarm.directory import Directory
@@ -77,6 +78,7 @@ class _Leaving:
 
 
 async def _serve(options: NodeOptions, leaving: _Leaving) -> None:
+    await check_port(options.listen_hosts, options.port)  # now, not when a shard is loaded
     if options.link is not None:
         options = await with_manifest(options, options.link)
     store = ShardStore(options.shards_dir)

@@ -187,7 +187,7 @@ def _does_not_fit(costs: ModelCosts, memory_bytes: Sequence[int], n_ctx: int) ->
         if needed > n_bytes:
             detail = (
                 f"machine {machine + 1} has {readable_size(n_bytes)}, but even one layer"
-                f" with a context of {n_ctx} tokens needs {readable_size(needed)} there"
+                f" with {n_ctx} cached tokens needs {readable_size(needed)} there"
             )
             break
     else:
@@ -196,11 +196,12 @@ def _does_not_fit(costs: ModelCosts, memory_bytes: Sequence[int], n_ctx: int) ->
         )
         needed = sum(memory_needed(costs, even, n_ctx))
         detail = (
-            f"with a context of {n_ctx} tokens it needs about {readable_size(needed)},"
+            f"with {n_ctx} cached tokens it needs about {readable_size(needed)},"
             f" in whole layers, the machines have {readable_size(sum(memory_bytes))}"
         )
     return InputError(
         f"the model does not fit: {detail}",
         code="NO_MEMORY",
-        next_step="add machines or memory, shorten --ctx-size, or take a smaller quantisation",
+        next_step="add machines or memory, lower --ctx-size or --parallel, or take a smaller "
+        "quantisation",
     )

@@ -14,6 +14,7 @@ from shardmesh.shards.partial import disk_bytes
 
 ROOM_TO_SPARE_BYTES: Final = 16 * 1024 * 1024
 """Free space left to others: folders, manifests, what they write meanwhile."""
+BESIDE_THE_SPARE: Final = f"beside the {ROOM_TO_SPARE_BYTES // 2**20} MiB that are left to others"
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def make_room(
         elif n_bytes > n_free:
             raise no_room(
                 f"there is no room for {what}: {n_bytes:,} bytes are needed, {n_free:,} are free"
+                f" {BESIDE_THE_SPARE}"
             )
         else:
             raise no_room(

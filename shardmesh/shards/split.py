@@ -35,7 +35,7 @@ from shardmesh.shards.manifest import (
 from shardmesh.shards.names import TOKENIZER_NAME, adapter_name, shard_name
 from shardmesh.shards.piece_tokens import AUTO, choose_piece_tokens
 from shardmesh.shards.publication import PUBLICATION_NAME
-from shardmesh.shards.room import n_bytes_free
+from shardmesh.shards.room import BESIDE_THE_SPARE, n_bytes_free
 from shardmesh.shards.row_width import row_bytes_of
 from shardmesh.shards.slices import FileContents, shard_contents, tokenizer_contents
 from shardmesh.shards.staging import publish, staging_folder
@@ -278,7 +278,9 @@ def _remove_older_split(out_dir: Path) -> None:
 def _check_room(out_dir: Path, n_bytes: int) -> None:
     n_free = n_bytes_free(out_dir)
     if n_bytes > n_free:
-        raise _no_room(out_dir, f": {n_bytes:,} bytes are needed, {n_free:,} are free")
+        raise _no_room(
+            out_dir, f": {n_bytes:,} bytes are needed, {n_free:,} are free {BESIDE_THE_SPARE}"
+        )
 
 
 @contextmanager

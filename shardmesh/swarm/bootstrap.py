@@ -80,7 +80,7 @@ async def _take_part(
         ) as host,
         open_dht(host, cluster=settings.cluster) as dht,
     ):
-        settings.admission.note_proven()  # the others have it from here
+        _keep_secret(settings.admission)
         directory = Directory(settings.cluster)
         membership = Membership(
             host,
@@ -103,6 +103,12 @@ async def _take_part(
                 lan = open_lan_of(host, settings.cluster, settings.listen_hosts)
                 await stack.enter_async_context(lan)
             await membership.run()
+
+
+def _keep_secret(admission: Admission) -> None:
+    """Others have it from here, so nobody else has to prove it first; StorageError (ours)."""
+    if admission.files is not None and admission.secret is not None:
+        admission.files.keep(admission.secret)
 
 
 def _say_how_to_join(host: Host, settings: BootstrapSettings, logger: logging.Logger) -> None:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Final
 
 from libp2p.host.exceptions import StreamFailure
 from libp2p.network.exceptions import SwarmException
 
 from shardmesh.errors import RefusedError, ShardmeshError, UnreachableError
+
+_IN_WORDS: Final = (
+    (
+        re.compile(r"peer id does not correspond .*remote_peer_id_from_pubkey=(\w{1,100}).*", re.S),
+        r"another node answers there, \1",
+    ),
+    (
+        re.compile(".*Connection closed during read operation.*", re.S),
+        "the connection was closed before it was said who answers",
+    ),
+    (re.compile(".*msg_bytes.*", re.S), "what answers there is no node of Shardmesh"),
+    (
+        re.compile(".*IP address not found in multiaddr.*", re.S),
+        "names are not looked up, an IP address is needed",
+    ),
+)
+"""What libp2p says about things that happen to people, and what is said to them."""
 
 
 def no_stream(peer_id: str, protocol: str, error: StreamFailure) -> ShardmeshError:
@@ -32,6 +51,8 @@ def dial_reason(error: SwarmException, addresses: Sequence[str]) -> str:
 
 def unreachable(whom: str, reason: str) -> UnreachableError:
     """The moment's fault: no answer of that node or these addresses."""
+    for said, words in _IN_WORDS:
+        reason = said.sub(words, reason)
     return UnreachableError(
         f"{whom} cannot be reached: {reason}",
         next_step="Check that the node runs and that its port is open.",

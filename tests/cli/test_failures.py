@@ -129,3 +129,14 @@ def test_parameters_that_cannot_be_sent_have_a_next_step(parameters: str, code: 
     first, second = error.splitlines()
     assert first.startswith(f"Error [{code}]: ")
     assert second.startswith("  next step: ")
+
+
+def test_a_listener_says_where_it_cannot_listen_before_anything_else(tmp_path: Path) -> None:
+    words = ("listen", "--public", "--shard-id", "0", "--listen-addr", "nope")
+    folders = (f"--{name}-dir={tmp_path / name}" for name in ("state", "shards", "models"))
+    code, output, error = shardmesh(*words, *folders)
+    assert (code, output) == (2, "")
+    assert error.startswith(
+        "Error [BAD_INPUT]: 'nope' is no IP address to listen on\n  next step: "
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -40,6 +40,31 @@ def test_what_was_set_aside_is_shown(folder: Path) -> None:
     assert "set aside" not in run(ls, folder).output
 
 
+def test_in_a_pipe_each_model_has_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / ("a-folder-whose-name-is-long-" * 4)
+    folder.mkdir()
+    make_model(folder, 1000, 2000, name="Tales of a whole winter " * 3, n_bytes_tokenizer=3000)
+    where = ("--shards-dir", str(folder), "--models-dir", str(folder / "models"))
+    done = CliRunner().invoke(ls.command, where)
+    heading, line = done.output.splitlines()
+    assert line.rstrip().endswith(str(folder))
+    assert "all 2" in line
+    assert CliRunner().invoke(rm.command, ["a-folder", *where]).exit_code != 0
+    (folder / "shard-0.gguf").unlink()
+    assert "1 (of 0-1)" in CliRunner().invoke(ls.command, where).output, "which, not how many"
+    assert heading.startswith("model")
+
+
+def test_what_is_not_answered_with_yes_removes_nothing(folder: Path) -> None:
+    where = ["--shards-dir", str(folder), "--models-dir", str(folder / "models")]
+    said_no = CliRunner().invoke(rm.command, ["flat", *where], input="n\n", standalone_mode=False)
+    assert (said_no.return_value, "Nothing was removed" in said_no.output) == (1, True)
+    silent = CliRunner().invoke(rm.command, ["flat", *where], input="")
+    assert isinstance(silent.exception, InputError)
+    assert "-y" in silent.exception.next_step
+    assert (folder / "shard-0.gguf").exists()
+
+
 def test_a_shard_that_is_not_here_stops_all_of_it(folder: Path) -> None:
     done = run(rm, folder, "flat", "--shard", "1", "--shard", "7", "-y")
     assert isinstance(done.exception, InputError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,18 @@ def test_errors_of_the_worker_keep_their_kind(tmp_path: Path) -> None:
     task = VerifyTask(model_path=str(tmp_path / "none.gguf"), outputs_path="o", piece_tokens=32)
     with pytest.raises(TheirError, match=r"whole model: .* cannot be read"):
         run_task(task, "the whole model", 60)
+
+
+@pytest.mark.processes
+def test_a_full_disk_names_a_way_out_that_there_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    result = run(model, "--shards", "2", "--tokens", "2")
+    assert result.exit_code == 2
+    assert "[NO_ROOM]" in result.stderr
+    assert "TMPDIR" in result.stderr
 
 
 def test_comparison_is_of_bits() -> None:

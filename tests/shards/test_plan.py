@@ -126,7 +126,7 @@ def test_larger_machines_get_more() -> None:
 
 def test_a_model_that_does_not_fit_says_the_numbers() -> None:
     gib = 2**30
-    with pytest.raises(InputError, match=r"context of 4096 .* machines have 12\.00 GiB"):
+    with pytest.raises(InputError, match=r"with 4096 cached tokens .* machines have 12\.00 GiB"):
         plan_memory(even_costs(20), [6 * gib, 6 * gib], n_ctx=4096)
     with pytest.raises(InputError, match=r"machine 2 has 512\.00 MiB, but even one layer"):
         plan_memory(even_costs(20), [60 * gib, gib // 2, 60 * gib], n_ctx=4096)

@@ -60,6 +60,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     result = run(model, "--memory", "4G,8G", "--dry-run", "--out", tmp_path / "out")
     assert result.exit_code == 0
     assert "6 layers in 2 shards" in result.stdout
+    assert "tokens cached" in result.stdout
     assert "GiB" in result.stdout or "MiB" in result.stdout
     assert not (tmp_path / "out").exists()
 

@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import cast
 
 import pytest
@@ -78,6 +79,34 @@ async def test_wrong_peer_id_is_refused() -> None:
         with pytest.raises(UnreachableError):
             await asker.connect([f"{bare}/p2p/{new_identity().peer_id}"], 5)
         assert asker.connected() == []
+
+
+async def say_hello_in_http(stream: trio.SocketStream) -> None:
+    await stream.send_all(b"HTTP/1.1 400 Bad Request\r\nServer: " + b"x" * 200 + b"\r\n\r\n")
+    await stream.aclose()
+
+
+async def test_what_was_dialed_by_mistake_is_said_in_words(nursery: trio.Nursery) -> None:
+    serve = partial(trio.serve_tcp, say_hello_in_http, 0, host="127.0.0.1")
+    (web_server,) = await nursery.start(serve)
+    port = web_server.socket.getsockname()[1]
+    hang_up = partial(trio.serve_tcp, trio.SocketStream.aclose, 0, host="127.0.0.1")
+    (silent,) = await nursery.start(hang_up)
+    async with host_on_loopback() as asker, host_on_loopback() as answerer:
+        other = new_identity().peer_id
+        bare = answerer.addresses()[0].partition("/p2p/")[0]
+        for address, sentence in (
+            (f"/ip4/127.0.0.1/tcp/{port}", "what answers there is no node"),
+            (
+                f"/ip4/127.0.0.1/tcp/{silent.socket.getsockname()[1]}",
+                "the connection was closed before it was said who answers",
+            ),
+            (f"{bare}/p2p/{other}", f"another node answers there, {answerer.peer_id}$"),
+            (f"/dns4/localhost/tcp/{port}", "an IP address is needed"),
+        ):
+            with pytest.raises(UnreachableError, match=sentence):
+                await asker.connect([address], 5)
+    nursery.cancel_scope.cancel()
 
 
 async def test_oversize_answer_is_refused() -> None:
