@@ -140,6 +140,7 @@ class ChainLinker:
             known=lambda: [r for r in known() if r.peer_id not in unwanted],
             refresh=refresh,
             connect=connect,
+            linked=self._well_linked,
             health=self._health,
             timeout_s=timeout_s,
             costs=self._costs,
@@ -181,10 +182,13 @@ class ChainLinker:
             next_step="try again shortly, or start listeners with a larger --parallel",
         )
 
+    def _well_linked(self, replica: Replica) -> Link | None:
+        link = self._pool.open_link(replica.peer_id)
+        return None if link is None or link.is_suspected else link
+
     async def _links(self, stages: Sequence[Replica]) -> list[Link]:
         """The links to all stages, brought up at once; raises the first _UnlinkedError."""
-        there = [self._pool.open_link(stage.peer_id) for stage in stages]
-        known = [link for link in there if link is not None and not link.is_suspected]
+        known = [link for stage in stages if (link := self._well_linked(stage)) is not None]
         if len(known) == len(stages):  # as for all requests but the first: nobody has to be asked
             return known
         links: dict[int, Link] = {}

@@ -140,11 +140,13 @@ class ReplicaFinder:
         connect: Callable[[Replica], Awaitable[Link]],
         health: ReplicaHealth,
         timeout_s: float,
+        linked: Callable[[Replica], Link | None] = lambda replica: None,
         costs: Callable[[Sequence[Replica]], Costs] | None = None,
         seen: SeenPaces | None = None,
     ) -> None:
         """`refresh` asks the mesh for news that `known` gives afterwards.
 
+        `linked` gives the link to a replica if there is one that is well, `connect` makes one.
         Of several replicas the cheapest by `costs` is taken; `seen` learns from results.
         """
         self._costs = costs
@@ -152,6 +154,7 @@ class ReplicaFinder:
         self._known = known
         self._refresh = refresh
         self._connect = connect
+        self._linked = linked
         self._health = health
         self._timeout_s = timeout_s
 
@@ -172,13 +175,15 @@ class ReplicaFinder:
     async def replace(
         self, chain: Chain, number: int, n_ctx: int, prefer: str | None = None
     ) -> tuple[Replica, Link]:
-        stage = chain.stages[number]
+        best = self._best(chain, number, n_ctx, prefer)
+        link = self._linked(best[0]) if best else None
+        if link is not None:  # in a crowd each turn of the loop takes milliseconds
+            return best[0], link
         race = _Race(self._connect_or_set_aside)
         async with trio.open_nursery() as nursery:
             while race.winner is None:
-                free = self._ordered(self._free(stage, n_ctx), chain, number)
-                free = [replica for replica in free if replica.peer_id not in race.under_way]
-                free.sort(key=lambda replica: replica.peer_id != prefer)  # others keep their order
+                best = self._best(chain, number, n_ctx, prefer)
+                free = [replica for replica in best if replica.peer_id not in race.under_way]
                 if free:
                     race.start(free[0], nursery)
                     await race.wait(HEAD_START_S)
@@ -208,6 +213,11 @@ class ReplicaFinder:
             self._health.went_well(stage)
         if self._seen is not None and done.n_tokens == 1:
             self._seen.note(chain.stages, done.timings, trio.current_time())
+
+    def _best(self, chain: Chain, number: int, n_ctx: int, prefer: str | None) -> list[Replica]:
+        """Who can take a stage's place: `prefer` first, the others by what they cost."""
+        best = self._ordered(self._free(chain.stages[number], n_ctx), chain, number)
+        return sorted(best, key=lambda replica: replica.peer_id != prefer)
 
     def _ordered(self, found: Sequence[Replica], chain: Chain, number: int) -> list[Replica]:
         """The best first: those that compute alike give the same bits; of them the fastest."""

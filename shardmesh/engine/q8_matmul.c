@@ -100,7 +100,13 @@ static inline __attribute__((always_inline)) void multiply(const int n_rows, con
 #pragma GCC unroll 2
         for (int row = 0; row < n_rows; row++) {
             const block_q8_0 *block = weights + row * lda + i;
-            _mm_prefetch((const char *)block + ahead, _MM_HINT_T0);
+            /* A single token needs each weight once: it shall drive nothing else out of the caches,
+             * or whatever is done between two tokens begins with waiting for memory. */
+            if (width == 1) {
+                _mm_prefetch((const char *)block + ahead, _MM_HINT_NTA);
+            } else {
+                _mm_prefetch((const char *)block + ahead, _MM_HINT_T0);
+            }
             __m256i signed_weights = _mm256_loadu_si256((const __m256i *)block->quants);
             __m256i prepared = prepare(signed_weights);
             __m256 scale = _mm256_set1_ps(to_float(block->scale));

@@ -114,6 +114,23 @@ async def test_a_mesh_that_is_full_and_incomplete_says_that_it_is_incomplete(
         await asking.names([FIRST])
 
 
+async def test_one_that_is_linked_takes_over_without_a_turn_of_the_loop(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    asking = Asking()
+    asking.finder.set_aside(SECOND, FULL)
+    chain = Chain((FIRST, SECOND))
+    link = await asking.pool.get(OTHER.peer_id, (), 1.0)
+    asking.pool.linked[OTHER.peer_id] = link
+    asking.pool.asked.clear()
+    with trio.testing.assert_no_checkpoints():
+        assert await asking.finder.replace(chain, 1, 8) == (OTHER, link)
+    assert asking.pool.asked == []
+    asking.pool.linked.clear()
+    assert (await asking.finder.replace(chain, 1, 8))[0] == OTHER
+    assert asking.pool.asked == ["other second"]
+
+
 def test_each_stage_has_a_few_spares_of_its_own_layers_and_split() -> None:
     chain = Chain((FIRST, SECOND))
     many = [of_shard(f"further second {i}", 1) for i in range(SPARES_PER_STAGE + 1)]
