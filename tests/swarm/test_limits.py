@@ -14,6 +14,7 @@ from support.announcements import CLUSTER, an_announcement
 
 import shardmesh.swarm.commands as commands_module
 import shardmesh.swarm.host as host_module
+import shardmesh.swarm.serving as serving_module
 import shardmesh.swarm.transport as transport_module
 from shardmesh.errors import ProtocolError, TheirError, UnreachableError
 from shardmesh.swarm.commands import send_command, serve_commands
@@ -179,7 +180,7 @@ async def test_a_request_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_requests_of_all_nodes_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "REQUESTS_MAX", 2)
+    monkeypatch.setattr(serving_module, "REQUESTS_MAX", 2)
     async with hosts(2) as (asker, answerer):
         held = trio.Event()
 
