@@ -40,6 +40,7 @@ from shardmesh.engine.tap import HiddenTap
 from shardmesh.engine.vocabulary import SideVocabulary
 from shardmesh.engine.watchdog import Watchdog
 from shardmesh.errors import EngineError, InputError, ShardmeshError
+from shardmesh.memory import memory_free_bytes
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.wire.limits import PIECE_TOKENS_MAX
 
@@ -67,7 +68,7 @@ def load_engine(
     choices.check_options(options)
     gguf = read_gguf(path)
     facts = read_facts(gguf)
-    n_ctx = choices.choose_n_ctx(options, facts.n_ctx_train, facts.kv, choices.memory_free_bytes())
+    n_ctx = choices.choose_n_ctx(options, facts.n_ctx_train, facts.kv, memory_free_bytes())
     model = load_model(gguf, facts, n_ctx, options)
     try:
         return LlamaEngine(model, n_ctx, options, Adapters(model.handle, adapters or {}))

@@ -17,8 +17,9 @@ from shardmesh.engine.graph_constants import Factors, factors_of
 from shardmesh.engine.kernels import use_own_kernels
 from shardmesh.engine.large_pages import has_large_pages, is_room_for_copy
 from shardmesh.engine.llama_log import route_log
-from shardmesh.engine.options import KvShape, choose_flash_attention, memory_free_bytes
+from shardmesh.engine.options import KvShape, choose_flash_attention
 from shardmesh.errors import EngineError
+from shardmesh.memory import memory_free_bytes
 from shardmesh.shards.architectures import PLAIN, RULES
 from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.row_width import n_streams_of

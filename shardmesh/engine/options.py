@@ -123,8 +123,3 @@ def choose_n_threads(options: EngineOptions) -> int:
     if hasattr(os, "sched_getaffinity"):
         n_cores = min(n_cores, len(os.sched_getaffinity(0)))
     return max(1, min(n_cores - 1, N_THREADS_MAX))
-
-
-def memory_free_bytes() -> int:
-    """Memory that can be taken without swapping."""
-    return int(psutil.virtual_memory().available)

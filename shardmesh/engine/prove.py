@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from shardmesh.engine.options import memory_free_bytes
 from shardmesh.engine.verify import Progress, RunTask, verify_model
 from shardmesh.errors import GgufError, ShardmeshError
+from shardmesh.memory import memory_free_bytes
 from shardmesh.shards.gguf_file import GgufFile
 from shardmesh.shards.gguf_write import n_bytes_of, write_contents
 from shardmesh.shards.layers import LayerRange, ranges_of_counts

@@ -28,7 +28,6 @@ from shardmesh.confinement import allow_files, confine
 from shardmesh.engine.at_once import find_numbers_at_once
 from shardmesh.engine.base import Engine, EngineOptions
 from shardmesh.engine.llama import load_engine
-from shardmesh.engine.options import memory_free_bytes
 from shardmesh.engine.watchdog import Call
 from shardmesh.errors import BusyError, OurError, ShardmeshError, StorageError, known_error
 from shardmesh.links.ahead import LinksAhead
@@ -58,6 +57,7 @@ from shardmesh.listener.local_messages import (
 from shardmesh.listener.stage import Stage
 from shardmesh.listener.stage_session import StageIdentity
 from shardmesh.logs import configure_logging
+from shardmesh.memory import memory_bytes, memory_free_bytes
 from shardmesh.shards.gguf_check import read_gguf
 from shardmesh.shards.store import ShardStore
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX
@@ -294,7 +294,7 @@ def main() -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     allow_files()
-    confine(psutil.virtual_memory().total)
+    confine(memory_bytes())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return trio.run(_main, incoming, outgoing)
 

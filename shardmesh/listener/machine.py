@@ -8,6 +8,7 @@ import os
 import psutil
 
 from shardmesh.engine.hardware import gpu_available
+from shardmesh.memory import memory_bytes, memory_free_bytes
 from shardmesh.wire.limits import MIB
 
 
@@ -20,14 +21,14 @@ class Machine:
     gpu_available: bool
 
     def memory_available_mb(self) -> int:
-        """Memory that could be taken now without swapping."""
-        return int(psutil.virtual_memory().available // MIB)
+        """Memory that could be taken now."""
+        return memory_free_bytes() // MIB
 
 
 def read_machine() -> Machine:
     """This machine; cores are those that the process may use."""
     return Machine(
-        memory_mb=int(psutil.virtual_memory().total // MIB),
+        memory_mb=memory_bytes() // MIB,
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _n_cores(),
         gpu_available=gpu_available(),
     )

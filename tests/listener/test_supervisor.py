@@ -38,6 +38,7 @@ from shardmesh.listener.supervisor import (
     Supervisor,
     restart_pause_s,
 )
+from shardmesh.memory import memory_bytes
 from shardmesh.wire.limits import EXPECTED_LINKS_MAX, OPEN_FILES_MIN
 from shardmesh.wire.link_agreement import Endpoint
 from shardmesh.wire.messages import NextStage
@@ -202,8 +203,7 @@ async def test_the_process_has_what_it_needs_and_no_more(
             assert ports == {ready.data_port}
             assert not [name for name in process.environ() if name.startswith("LLAMA_")]
             assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
-            memory_bytes = psutil.virtual_memory().total
-            assert process.rlimit(psutil.RLIMIT_DATA) == (memory_bytes, memory_bytes)
+            assert process.rlimit(psutil.RLIMIT_DATA) == (memory_bytes(), memory_bytes())
             assert process.rlimit(psutil.RLIMIT_NOFILE)[0] >= OPEN_FILES_MIN
             status = await trio.Path(f"/proc/{process.pid}/status").read_text()
             assert "NoNewPrivs:\t1" in status
