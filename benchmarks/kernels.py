@@ -10,7 +10,7 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -32,28 +32,41 @@ async def measure_kernels(
     Raises EngineError (ours) if no kernel can be used here, or they give other bits.
     """
     async with open_child("benchmarks.kernels", str(model)) as child:
-        results = []
-        for n_rows in (*ROWS, PIECE_TOKENS):
-            times_s: dict[bool, list[float]] = {True: [], False: []}
-            for number in range(runs + 1):
-                progress(f"{n_rows} rows, run {number} of {runs}" if number else "warming up")
-                digests = set()
-                for own in times_s if number % 2 else reversed(times_s):
-                    answer = await child.ask({"own": own, "n_rows": n_rows})
-                    if answer["is_own"] != own:
-                        raise EngineError("no kernel can be used on this machine")
-                    digests.add(answer["digest"])
-                    times_s[own].append(answer["step_s"])
-                if len(digests) > 1:
-                    raise EngineError("the kernels give other bits", code="NOT_EQUAL")
-            results.append(
-                step_result(f"kernels-{n_rows}", times_s[True][1:], times_s[False][1:], runs)
-            )
-    return results
+
+        async def ask(is_with: bool, n_rows: int) -> Answer:
+            answer = await child.ask({"own": is_with, "n_rows": n_rows})
+            if answer["is_own"] != is_with:
+                raise EngineError("no kernel can be used on this machine")
+            return answer
+
+        return [
+            await compare_steps(f"kernels-{n_rows}", n_rows, ask, runs=runs, progress=progress)
+            for n_rows in (*ROWS, PIECE_TOKENS)
+        ]
 
 
-def step_result(name: str, with_s: list[float], without_s: list[float], runs: int) -> Result:
-    """Seconds of a computation with and without something, and how much sooner it is with it."""
+AskStep = Callable[[bool, int], Awaitable[Answer]]
+"""Has so many rows computed, with something or without it."""
+
+
+async def compare_steps(
+    name: str, n_rows: int, ask: AskStep, *, runs: int, progress: Callable[[str], None]
+) -> Result:
+    """Milliseconds of a computation with something and without, in turn, and how much sooner.
+
+    Raises EngineError (ours) if they give other bits.
+    """
+    times_s: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(runs + 1):
+        progress(f"{n_rows} rows, run {number} of {runs}" if number else "warming up")
+        digests = set()
+        for is_with in times_s if number % 2 else reversed(times_s):
+            answer = await ask(is_with, n_rows)
+            digests.add(answer["digest"])
+            times_s[is_with].append(answer["step_s"])
+        if len(digests) > 1:
+            raise EngineError("the two ways give other bits", code="NOT_EQUAL")
+    with_s, without_s = times_s[True][1:], times_s[False][1:]
     ratio, pairs = paired(without_s, with_s)
     return Result(
         name=name,

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from benchmarks.child import open_child
-from benchmarks.kernels import step_result
+from benchmarks.child import Answer, open_child
+from benchmarks.kernels import compare_steps
 from benchmarks.results import Result
 from shardmesh.engine.large_pages import environment_for
 
@@ -21,22 +21,21 @@ ROWS: Final = (1, 8)
 async def measure_large_pages(
     model: Path, *, runs: int, progress: Callable[[str], None]
 ) -> list[Result]:
-    """One result for each number of sequences that get a token at once: milliseconds of it."""
+    """One result for each number of sequences that get a token at once: milliseconds of it.
+
+    Raises EngineError (ours) if the pages change a bit.
+    """
     large = environment_for(os.environ)
     async with (
         open_child("benchmarks.kernels", str(model)) as with_small,
         open_child("benchmarks.kernels", str(model), environment=large) as with_large,
     ):
-        results = []
-        for n_rows in ROWS:
-            times_s: dict[bool, list[float]] = {True: [], False: []}
-            for number in range(runs + 1):
-                progress(f"{n_rows} rows, run {number} of {runs}" if number else "warming up")
-                for is_large in times_s if number % 2 else reversed(times_s):
-                    child = with_large if is_large else with_small
-                    answer = await child.ask({"own": True, "n_rows": n_rows})
-                    times_s[is_large].append(answer["step_s"])
-            results.append(
-                step_result(f"large-pages-{n_rows}", times_s[True][1:], times_s[False][1:], runs)
-            )
-    return results
+
+        async def ask(is_large: bool, n_rows: int) -> Answer:
+            child = with_large if is_large else with_small
+            return await child.ask({"own": True, "n_rows": n_rows})
+
+        return [
+            await compare_steps(f"large-pages-{n_rows}", n_rows, ask, runs=runs, progress=progress)
+            for n_rows in ROWS
+        ]

@@ -15,6 +15,11 @@
 #include <immintrin.h>
 
 enum { SUMS = 4 }; /* of a row, side by side */
+#if defined(__AVX512F__)
+enum { LANES_MAX = 16 };
+#else
+enum { LANES_MAX = 8 };
+#endif
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -139,21 +144,19 @@ ALWAYS_INLINE void group_16(const uint16_t *a, int64_t lda, int64_t n_rows, cons
 
 bool shardmesh_f16_multiply(int lanes, const ggml_compute_params *params, int64_t m, int64_t k,
                             const uint16_t *a, int64_t lda, const uint16_t *b, float *c) {
-    if (k % (SUMS * lanes) != 0) { /* ggml adds what is left over one by one */
+    if (lanes > LANES_MAX || k % (SUMS * lanes) != 0) { /* ggml adds a remainder one by one */
         return false;
     }
     int64_t end = m * (params->ith + 1) / params->nth;
     for (int64_t row = m * params->ith / params->nth; row < end; row += lanes) {
         int64_t n_rows = least(lanes, end - row);
-        if (lanes == 8) {
-            group_8(a + row * lda, lda, n_rows, b, k, c + row);
+#if defined(__AVX512F__)
+        if (lanes == 16) {
+            group_16(a + row * lda, lda, n_rows, b, k, c + row);
             continue;
         }
-#if defined(__AVX512F__)
-        group_16(a + row * lda, lda, n_rows, b, k, c + row);
-#else
-        return false;
 #endif
+        group_8(a + row * lda, lda, n_rows, b, k, c + row);
     }
     return true;
 }
