@@ -13,6 +13,7 @@ import trio
 from support.torrents import (
     MB,
     FileMesh,
+    FileNode,
     Miser,
     Poisoner,
     fetch,
@@ -27,9 +28,21 @@ from shardmesh.shards.hashing import hash_file
 from shardmesh.shards.publication import OpenPublication
 from shardmesh.swarm.torrents.exchange import Source, ask_for_file, connect_with
 from shardmesh.swarm.torrents.opening import open_torrents
+from shardmesh.swarm.torrents.session import Torrent
 from shardmesh.swarm.torrents.settings import session_settings
+from shardmesh.wire.torrent_file import TorrentFile
 
 pytestmark = pytest.mark.processes
+
+
+async def added(node: FileNode, torrent: TorrentFile) -> Torrent:
+    """The download of a file that a node has begun, once libtorrent has it."""
+    torrents = node.files._torrents
+    await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
+    there = torrents.get(torrent.info_hash())
+    assert there is not None
+    await wait_until(lambda: there._handle is not None, "it is added")
+    return there
 
 
 async def test_one_poisoner_among_five(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,15 +63,11 @@ async def test_one_poisoner_among_five(tmp_path: Path, caplog: pytest.LogCapture
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(partial(fetch, node, model))
-        torrents = node.files._torrents
-        await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
-        there = torrents.get(torrent.info_hash())
-        assert there is not None
-        await wait_until(lambda: there._handle is not None, "it is added")
+        await added(node, torrent)
         # as if the host of the first node had said that it gives pieces there
         await node.host.connect(first.host.addresses(), 5)
         source = Source(first.host.peer_id, poisoner.port, None)
-        connect_with(node.host, torrents, torrent.info_hash(), source)
+        connect_with(node.host, node.files._torrents, torrent.info_hash(), source)
         await wait_until(lambda: (node.folder / "shard-0.gguf").exists(), "it is complete")
         assert is_right(node.folder / "shard-0.gguf", model)
     assert poisoner.n_bytes_sent > 0, "the poisoner was never asked"
@@ -77,12 +86,8 @@ async def test_a_source_that_gives_nothing_holds_nobody_up(tmp_path: Path, is_si
         async with mesh.node("b") as node, trio.open_nursery() as nursery:
             async with mesh.node("a", upload_rate_bytes_per_s=1):  # only to tell the torrent
                 nursery.start_soon(partial(fetch, node, model))
-                torrents = node.files._torrents
-                await wait_until(lambda: torrents.get(torrent.info_hash()) is not None, "it begins")
-                there = torrents.get(torrent.info_hash())
-                assert there is not None
-                await wait_until(lambda: there._handle is not None, "it is added")
-                torrents.connect(there, "127.0.0.1", port)
+                there = await added(node, torrent)
+                node.files._torrents.connect(there, "127.0.0.1", port)
                 if miser is not None:
                     await wait_until(lambda: miser.n_connections > 0, "it is asked")
             async with mesh.node("a"):
