@@ -13,7 +13,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
@@ -151,13 +151,9 @@ class Coordinator:
         started_s = trio.current_time()
         stops = StopScanner(request.stop)
         wish = Wish(request.model, request.via, request.avoid)
-        linked = await self._link(wish)
-        chain = linked.chain
-        async with self._models.use(chain.stages) as model:
-            prompt = await trio.to_thread.run_sync(_prompt_tokens, model, request)
+        async with self._prepared(request, wish) as (linked, model, prompt):
+            chain = linked.chain
             n_ctx = context_needed(len(prompt), request.n_tokens_max, chain.n_ctx)
-            if request.sampling.grammar and model.tokenizer.has_text:
-                await self._grammars.prove(request.sampling.grammar, model.vocabulary_path)
             settings = _settings_of(request, prompt, n_ctx, model, self._prefix_secret)
             finder = self._finder(wish, request.wait_s)
             scores, results = list[Sampled](), list[Sampled]()
@@ -258,6 +254,21 @@ class Coordinator:
         links = await self._chains.links_of(chain)
         async with self._router.session(chain, links, settings) as session:
             yield session
+
+    @asynccontextmanager
+    async def _prepared(
+        self, request: CompletionRequest, wish: Wish
+    ) -> AsyncIterator[tuple[LinkedChain, OpenModel, list[int]]]:
+        """A linked chain, its model, open until the block is left, and the prompt's tokens."""
+        linked = await self._link(wish)
+        with ExitStack() as preparing:
+            preparing.enter_context(self._chains.reserve(linked.chain))
+            async with self._models.use(linked.chain.stages) as model:
+                prompt = await trio.to_thread.run_sync(_prompt_tokens, model, request)
+                if request.sampling.grammar and model.tokenizer.has_text:
+                    await self._grammars.prove(request.sampling.grammar, model.vocabulary_path)
+                preparing.close()  # from now on the session itself is counted
+                yield linked, model, prompt
 
     async def _link(self, wish: Wish) -> LinkedChain:
         try:

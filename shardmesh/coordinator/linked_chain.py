@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -61,10 +63,11 @@ class _UnlinkedError(Exception):
 class ChainLinker:
     """Chooses chains and brings up their links; remembers who was slow and who failed."""
 
-    def __init__(self, pool: LinkPool, own_sessions: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, pool: LinkPool, own_sessions: Callable[[], Counter[str]]) -> None:
         """`own_sessions` counts this coordinator's sessions on each node, by peer id."""
         self._pool = pool
         self._own_sessions = own_sessions
+        self._prepared = Counter[str]()
         self._health = ReplicaHealth()
         self._seen = SeenPaces()
 
@@ -91,6 +94,19 @@ class ChainLinker:
             else:
                 explanation = explain(chain.stages, allowed, costs)
                 return LinkedChain(chain, links, explanation, pinned(trusted, avoid=wish.avoid))
+
+    @contextmanager
+    def reserve(self, chain: Chain) -> Iterator[None]:
+        """Counts a session that is being prepared as one that is on its chain already.
+
+        Else, in a crowd, all who prepare one meanwhile go for the same place.
+        """
+        peer_ids = [stage.peer_id for stage in chain.stages]
+        self._prepared.update(peer_ids)
+        try:
+            yield
+        finally:
+            self._prepared.subtract(peer_ids)
 
     def link_spares(self, linked: LinkedChain) -> None:
         """Has some of those dialed that could replace a stage of the chain; not waited for.
@@ -153,26 +169,31 @@ class ChainLinker:
             replicas,
             seen_us=lambda peer_id: self._seen.stage_us(peer_id, now_s),
             own_hops_us={p: us / 2 for p, us in self._pool.round_trips_us().items()},
-            own_sessions=self._own_sessions(),
+            own_sessions=self._places_taken(),
             jitter=random.random,
         )
+
+    def _places_taken(self) -> Counter[str]:
+        """How many places on each node are this coordinator's, by peer id."""
+        return self._own_sessions() + self._prepared
 
     def _choose(
         self, replicas: Sequence[Replica], wish: Wish, costs: TokenCosts, *, only_well: bool
     ) -> Chain:
         """A chain of replicas that did not fail of late; of all, if need be and allowed.
 
-        Raises BusyError (the moment's) if it would need one that has just said that it is full: in
-        a crowd, asking each time would take longer than what the others compute.
+        Raises BusyError (the moment's) if it would need one that has just said that it is full, or
+        whose places are all this coordinator's: in a crowd, asking each time would take longer than
+        what the others compute.
         """
         now_s = trio.current_time()
-        well = [replica for replica in replicas if not self._health.is_aside(replica, now_s)]
+        with_room = [replica for replica in replicas if not self._is_full(replica, now_s)]
+        well = [replica for replica in with_room if not self._health.is_aside(replica, now_s)]
         try:
             return choose_chain(well, model_name=wish.model_name, costs=costs)
         except ShardmeshError:
             if only_well:
                 raise
-        with_room = [replica for replica in replicas if not self._health.is_full(replica, now_s)]
         try:
             return choose_chain(with_room, model_name=wish.model_name, costs=costs)
         except ShardmeshError:
@@ -181,6 +202,11 @@ class ChainLinker:
             "all sequences of some layers were in use a moment ago",
             next_step="try again shortly, or start listeners with a larger --parallel",
         )
+
+    def _is_full(self, replica: Replica, now_s: float) -> bool:
+        n_parallel = replica.n_parallel
+        is_ours = bool(n_parallel) and self._places_taken()[replica.peer_id] >= n_parallel
+        return is_ours or self._health.is_full(replica, now_s)
 
     def _well_linked(self, replica: Replica) -> Link | None:
         link = self._pool.open_link(replica.peer_id)

@@ -134,14 +134,15 @@ class ModelFiles:
         digest = replicas[0].manifest_digest
         if not _DIGEST.fullmatch(digest):  # it names a folder of the cache
             raise ProtocolError("a manifest digest is not a SHA-256 in hex", code="BAD_MANIFEST")
-        async with self._opening.setdefault(digest, trio.Lock()):
-            if digest not in self._open:
-                store = await trio.to_thread.run_sync(self._local_store, digest)
-                if store is None:
-                    store = await self._fetch(digest, replicas)
-                self._open[digest] = await trio.to_thread.run_sync(_open_model, store)
-            self._last = digest
-            return self._open[digest]
+        if digest not in self._open:  # in a crowd each turn of the loop takes milliseconds
+            async with self._opening.setdefault(digest, trio.Lock()):
+                if digest not in self._open:
+                    store = await trio.to_thread.run_sync(self._local_store, digest)
+                    if store is None:
+                        store = await self._fetch(digest, replicas)
+                    self._open[digest] = await trio.to_thread.run_sync(_open_model, store)
+        self._last = digest
+        return self._open[digest]
 
     def close(self) -> None:
         """Frees what is open; a model that is in use as soon as it no longer is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import trio
@@ -63,7 +64,8 @@ class Asking:
 
     def __init__(self) -> None:
         self.pool = CountingPool()
-        self.linker = ChainLinker(self.pool, dict)  # type: ignore[arg-type]
+        self.own_sessions = Counter[str]()
+        self.linker = ChainLinker(self.pool, lambda: self.own_sessions)  # type: ignore[arg-type]
         self.finder = self.linker.finder(lambda: ALL, trio.lowlevel.checkpoint, 1.0)
 
     async def names(self, replicas: list[Replica] = ALL) -> list[str]:
@@ -94,6 +96,29 @@ async def test_a_place_that_comes_free_is_offered_at_once(
         asking.finder.set_aside(full, FULL)
     asking.finder.note_room([FIRST, OTHER])
     assert await asking.names() == ["first", "other second"]
+
+
+async def test_one_whose_places_are_all_ours_is_not_asked_for_another() -> None:
+    asking = Asking()
+    small = [dataclasses.replace(each, n_parallel=2) for each in ALL]
+    chain = Chain((small[0], small[2]))
+    asking.own_sessions.update({"second": 2, "first": 1})
+    assert await asking.names(small) == ["first", "other second"]
+    with asking.linker.reserve(chain):  # for a session that is being prepared
+        asking.pool.asked.clear()
+        with pytest.raises(BusyError):
+            await asking.linker.link(small, Wish())
+        assert asking.pool.asked == []
+    assert await asking.names(small) == ["first", "other second"]
+
+
+async def test_sessions_that_are_prepared_spread_as_running_ones_do() -> None:
+    asking = Asking()
+    pair = [FIRST, SECOND, dataclasses.replace(OTHER, token_us=SECOND.token_us)]
+    with asking.linker.reserve(Chain((FIRST, SECOND))):
+        assert await asking.names(pair) == ["first", "other second"]
+    with asking.linker.reserve(Chain((FIRST, OTHER))):
+        assert await asking.names(pair) == ["first", "second"]
 
 
 async def test_one_that_failed_is_tried_if_all_others_are_full(
