@@ -315,6 +315,8 @@ class LlamaEngine:
                 self._tap.check()
             else:
                 hidden = self._tap.take(ends[-1]).copy()
+                if len(micros) == 1:
+                    return [Output(hidden=hidden)]
                 starts = (0, *ends[:-1])
                 return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
         return [self._outcome(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]

@@ -6,11 +6,9 @@ The thread that calls the engine says what it begins; another one looks at it no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Call:
     """Something that an engine is asked to do, and in what time."""
 
@@ -19,20 +17,31 @@ class Call:
     seen_s: float = 0.0
 
 
+class _Within:
+    """A call while it lasts; a class, since a generator for each token takes three times as long."""
+
+    __slots__ = ("_call", "_calls")
+
+    def __init__(self, calls: list[Call], call: Call) -> None:
+        self._calls = calls
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._calls.append(self._call)
+
+    def __exit__(self, *error: object) -> None:
+        self._calls.pop()
+
+
 class Watchdog:
     """The calls that are under way in one engine, the inner ones behind those that they are in."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
 
-    @contextmanager
-    def within(self, limit_s: float, *, grammar: str = "") -> Iterator[None]:
-        """What is done in the block may take so long; only one thread may use this."""
-        self._calls.append(Call(limit_s, grammar))
-        try:
-            yield
-        finally:
-            self._calls.pop()
+    def within(self, limit_s: float, *, grammar: str = "") -> _Within:
+        """What is done in a `with` block of it may take so long; only one thread may use this."""
+        return _Within(self._calls, Call(limit_s, grammar))
 
     def look(self, passed_s: float) -> Call | None:
         """The innermost call that takes too long, if there is one; from any thread.

@@ -60,9 +60,10 @@ class Outbox:
         with self._lock:
             if self._is_closed:
                 raise UnreachableError(f"the link to {self._peer_id} is closed", code="LINK_LOST")
-            held = self._held or ()
-            n_bytes = self._n_bytes + sum(map(len, held)) + len(frame)
-            n_frames = len(self._records) + len(held)
+            n_bytes, n_frames = self._n_bytes + len(frame), len(self._records)
+            if self._held:
+                n_bytes += sum(map(len, self._held))
+                n_frames += len(self._held)
             if n_bytes > LINK_QUEUE_BYTES_MAX or n_frames >= LINK_QUEUE_FRAMES_MAX:
                 raise BusyError(f"{self._peer_id} does not read fast enough", code="LINK_FULL")
             record = self._seal(frame)

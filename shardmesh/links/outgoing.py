@@ -8,7 +8,6 @@ epoch, in order, whoever computes meanwhile.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import deque
 from typing import Protocol
@@ -29,8 +28,7 @@ class Hop(Protocol):
     def send(self, message: Message, body: bytes | memoryview = b"") -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
+class _Kept(msgspec.Struct, frozen=True):
     position: int
     n_tokens: int
     message: SentMessage

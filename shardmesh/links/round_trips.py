@@ -18,15 +18,12 @@ class RoundTrips:
         self._kept_s: deque[float] = deque(maxlen=N_KEPT)
         self._sent_s: dict[int, float] = {}  # of pings without an answer, by their numbers
         self._n_pings = 0
-
-    @property
-    def shortest_s(self) -> float:
+        self.shortest_s = 0.0
         """The shortest of the last ones, in which nothing was lost or busy; 0 before the first."""
-        return min(self._kept_s, default=0.0)
 
     def greeted(self, round_trip_s: float) -> None:
         """The greeting was answered after so long."""
-        self._kept_s.append(round_trip_s)
+        self._keep(round_trip_s)
 
     def next_ping(self, now_s: float) -> int:
         """The number of a ping that is sent now."""
@@ -40,4 +37,8 @@ class RoundTrips:
         """A pong has come; one that answers no ping says nothing."""
         sent_s = self._sent_s.pop(number, None)
         if sent_s is not None:
-            self._kept_s.append(now_s - sent_s)
+            self._keep(now_s - sent_s)
+
+    def _keep(self, round_trip_s: float) -> None:
+        self._kept_s.append(round_trip_s)
+        self.shortest_s = min(self._kept_s)

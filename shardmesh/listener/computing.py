@@ -83,6 +83,8 @@ class Computing:
 
     def together(self, waiting: Sequence[Work]) -> Sequence[int]:
         """Of the single tokens that wait, the indices of the first and of its neighbours."""
+        if len(waiting) == 1:
+            return (0,)
         sequences = [work.session.sequence for work in waiting]
         return with_neighbours(sequences, self._numbers_at_once())
 

@@ -13,8 +13,9 @@ import functools
 import itertools
 import json
 import math
+import operator
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import cbor2
@@ -60,8 +61,9 @@ def encode_flat(message: msgspec.Struct) -> bytes:
 
     Flat is a kind whose fields are whole numbers, truth values, bytes, texts, and arrays of these.
     """
+    keys, values_of = _in_key_order(type(message))
     value = msgspec.to_builtins(message, builtin_types=(bytes,))
-    return cbor2.dumps({key: value[key] for key in _key_order(type(message))})
+    return cbor2.dumps(dict(zip(keys, values_of(value), strict=True)))
 
 
 def decode_tagged(
@@ -92,6 +94,15 @@ def _key_order(kind: type[msgspec.Struct]) -> tuple[str, ...]:
     tag = kind.__struct_config__.tag_field
     names = (*kind.__struct_encode_fields__, *((tag,) if tag else ()))
     return tuple(sorted(names, key=lambda name: (len(name), name)))
+
+
+@functools.cache
+def _in_key_order(
+    kind: type[msgspec.Struct],
+) -> tuple[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[Any, ...]]]:
+    """The keys of a kind in order, and what takes the values out of a mapping in this order."""
+    keys = _key_order(kind)
+    return keys, operator.itemgetter(*keys)
 
 
 def _decode_plain(data: bytes | memoryview) -> Any:

@@ -48,6 +48,7 @@ def body_to_hidden(
 ) -> npt.NDArray[np.float32]:
     """Hidden states (n_tokens, n_embd); raises ProtocolError (theirs) if a value is not finite."""
     hidden = np.ascontiguousarray(np.frombuffer(body, dtype=_DTYPES[wire]), dtype=np.float32)
-    if not np.isfinite(hidden).all():
+    # Not `all()`, which is a function in Python: this is done for each token on its way.
+    if not np.logical_and.reduce(np.isfinite(hidden)):
         raise ProtocolError("hidden states hold a value that is not finite", code="NOT_FINITE")
     return hidden.reshape(n_tokens, n_embd)
