@@ -7,7 +7,7 @@ llama.cpp (`engine.llama`), the deterministic fake (`engine.fake`), and whatever
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -129,6 +129,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
     failure: ShardmeshError | None = None  # instead of all that
 
 
+TellToken = Callable[[int], None]
+"""Takes a token that was sampled just now; must not raise, or use the engine."""
+
+
 class Engine(Protocol):
     """One loaded shard.  Not thread-safe.  All errors are EngineError (ours) unless said."""
 
@@ -155,10 +159,14 @@ class Engine(Protocol):
         """
         ...
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         """Computes the micro-batches, one output each, in order; some at once (`engine.at_once`).
 
         What a micro-batch gives does not depend on the others or on other sequences, to the bit.
+        `tell_token` may be called with what is sampled behind a single one, before it is known how
+        likely that was.
 
         Positions must follow on what each sequence holds.  Raises InputError (theirs) for wrong
         shapes, positions or token ids, before anything is computed; EngineError when llama.cpp

@@ -25,6 +25,7 @@ from shardmesh.engine.base import (
     Output,
     SampledToken,
     SamplingSettings,
+    TellToken,
 )
 from shardmesh.engine.sampling import check_sampling, describe_choice
 from shardmesh.engine.sequences import SequenceTable
@@ -107,7 +108,9 @@ class FakeEngine:
         self._table.open(sequence, can_sample=sampling is not None, n_keep=n_keep)
         self._sequences[sequence] = _Sequence(self._rows_of(sequence, n_keep), sampling)
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         self._table.check(batch)
         try:
             if self._before_compute is not None:
@@ -117,6 +120,8 @@ class FakeEngine:
             raise
         outputs = [self._compute_one(micro) for micro in batch]
         self._table.advance(batch)
+        if tell_token is not None and len(outputs) == 1 and outputs[0].sampled is not None:
+            tell_token(outputs[0].sampled.token)
         return outputs
 
     def n_held(self, sequence: int) -> int:

@@ -23,6 +23,7 @@ from shardmesh.engine.base import (
     Output,
     SampledToken,
     SamplingSettings,
+    TellToken,
 )
 from shardmesh.engine.llama_batch import LlamaBatch
 from shardmesh.engine.llama_model import (
@@ -153,12 +154,15 @@ class LlamaEngine:
         if sampler is not None:
             self._samplers[sequence] = sampler
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         self._require_open()
         self._table.check(batch)
         self._check_embeddings(batch)
         try:
-            outputs = self._run(batch) if len(batch) == 1 else self._run_all(batch)
+            is_single = len(batch) == 1
+            outputs = self._run(batch, tell_token) if is_single else self._run_all(batch)
         except BaseException:
             self._table.damage(batch)
             raise
@@ -297,7 +301,9 @@ class LlamaEngine:
         if self._context is None:
             raise EngineError("the engine is closed")
 
-    def _run(self, micros: Sequence[MicroBatch]) -> list[Output]:
+    def _run(
+        self, micros: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         """One computation."""
         is_last = self._info.is_last
         self._adapters.use(self._context, self._adapter_name(micros[0]))
@@ -319,7 +325,10 @@ class LlamaEngine:
                     return [Output(hidden=hidden)]
                 starts = (0, *ends[:-1])
                 return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
-        return [self._outcome(micro, end - 1) for micro, end in zip(micros, ends, strict=True)]
+        return [
+            self._outcome(micro, end - 1, tell_token)
+            for micro, end in zip(micros, ends, strict=True)
+        ]
 
     def _scores(self, micro: MicroBatch, first_row: int) -> tuple[SampledToken, ...]:
         """How likely the tokens are that follow the first rows of a micro-batch."""
@@ -334,14 +343,14 @@ class LlamaEngine:
             api.llama_set_embeddings(self._context, wanted)
             self._gives_embeddings = wanted
 
-    def _outcome(self, micro: MicroBatch, row: int) -> Output:
+    def _outcome(self, micro: MicroBatch, row: int, tell_token: TellToken | None) -> Output:
         """What fails for one micro-batch is nothing to those computed together with it."""
         try:
-            return self._finish(micro, row)
+            return self._finish(micro, row, tell_token)
         except ShardmeshError as error:
             return Output(failure=error)
 
-    def _finish(self, micro: MicroBatch, row: int) -> Output:
+    def _finish(self, micro: MicroBatch, row: int, tell_token: TellToken | None) -> Output:
         """What the last stage gives for a micro-batch whose last row is `row`."""
         if micro.want_embedding:
             return Output(embedding=self._embedding(micro.sequence, row))
@@ -353,6 +362,8 @@ class LlamaEngine:
         if micro.sample:
             sampler = self._samplers[micro.sequence]
             token = sampler.sample(self._context, row)
+            if tell_token is not None:
+                tell_token(token)
             sampled = describe_choice(logits, token, sampler.settings.n_top_logprobs)
         return Output(
             sampled=sampled, logits=logits.copy() if micro.want_logits else None, scores=scores

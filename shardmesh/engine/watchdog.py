@@ -18,7 +18,7 @@ class Call:
 
 
 class _Within:
-    """A call while it lasts; a class, since a generator for each token takes three times as long."""
+    """A call while it lasts; no generator, which for each token would take three times as long."""
 
     __slots__ = ("_call", "_calls")
 

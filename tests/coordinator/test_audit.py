@@ -27,7 +27,7 @@ from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.replacements import ReplicaHealth, candidates
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.base import MicroBatch, Output
+from shardmesh.engine.base import MicroBatch, Output, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import InputError
 from shardmesh.wire.messages import Sampled
@@ -44,7 +44,9 @@ class LyingEngine(FakeEngine):
 
     n_lies: float = float("inf")
 
-    def compute(self, batches: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batches: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         outputs = super().compute(batches)
         if self.n_lies <= 0:
             return outputs

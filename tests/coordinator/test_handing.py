@@ -17,6 +17,7 @@ from support.link_messages import token_batch
 from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 from support.replicated import (
+    BOUNDARIES,
     SAMPLED,
     TOKEN_S,
     OtherTokens,
@@ -32,9 +33,9 @@ from shardmesh.coordinator.feed import Feed
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
 from shardmesh.coordinator.session import Session
-from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.base import MicroBatch, Output, SamplingSettings, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_info
-from shardmesh.errors import ShardmeshError, UnreachableError
+from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
 from shardmesh.listener.stage_session import Work
 from shardmesh.listener.worker import Calculation
@@ -45,6 +46,22 @@ N_VOCAB = 64
 N_CTX = 300
 N_TOKENS = 24
 PROMPT = [i % 60 for i in range(40)]
+
+
+class FailsOnceTold(FakeEngine):
+    """Fails when it has told some tokens, each before it gives the output."""
+
+    N_TOKENS = 5
+    n_told = 0
+
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
+        outputs = super().compute(batch, tell_token)
+        self.n_told += tell_token is not None and outputs[0].sampled is not None
+        if self.n_told == self.N_TOKENS:
+            raise EngineError("it fails, as it was told to")
+        return outputs
 
 
 def sampled_behind(
@@ -393,6 +410,23 @@ async def test_what_came_before_a_repair_is_not_handed_on_behind_it(
         )
         assert tokens == EXPECTED
         assert [repair.lost_peer_id for repair in session.repairs] == [f"stage-{number}"]
+
+
+async def test_a_last_stage_that_fails_behind_a_token_that_it_has_handed_on_is_replaced(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The first stage has the token before the last one knows how likely it was."""
+    *others, _ = engines()
+    start, end = BOUNDARIES[-2:]
+    last = FailsOnceTold(fake_info(start, end, end, n_ctx=512), layer_start=start)
+    async with replicated_mesh(1, [*others, last]) as mesh:
+        async with session_of(mesh) as session:
+            assert await write(session) == EXPECTED
+            assert [repair.code for repair in session.repairs] == ["ENGINE_FAILED"]
+            assert last.n_told == FailsOnceTold.N_TOKENS
+            assert n_taken(mesh) >= last.n_told
+        await trio.testing.wait_all_tasks_blocked()
+        assert_nothing_left(mesh)
 
 
 async def test_a_last_stage_that_says_two_things_ends_the_session(

@@ -184,8 +184,8 @@ class Spoiler(FakeEngine):
         self._spoil = spoil
         self._n_good = n_good
 
-    def compute(self, batch):  # type: ignore[no-untyped-def]
-        outputs = super().compute(batch)
+    def compute(self, batch, tell_token=None):  # type: ignore[no-untyped-def]
+        outputs = super().compute(batch, tell_token)
         self._n_good -= 1
         if self._n_good < 0:
             self._spoil(outputs[0].hidden)

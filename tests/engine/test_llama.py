@@ -12,7 +12,7 @@ from support.chains import OPTIONS, compute, micro, open_sequences, opened, open
 from support.models import BUILT_IN, write_model
 
 from shardmesh.engine import llama, tap
-from shardmesh.engine.base import EngineOptions, MicroBatch
+from shardmesh.engine.base import EngineOptions, MicroBatch, SampledToken, SamplingSettings
 from shardmesh.engine.llama import load_engine
 from shardmesh.engine.options import (
     KvShape,
@@ -68,6 +68,30 @@ def test_wrong_batches_are_refused_and_change_nothing(model: Path, tmp_path: Pat
     assert before.logits is not None
     assert again.logits is not None
     assert before.logits.tobytes() == again.logits.tobytes()
+
+
+def test_a_token_is_told_before_it_is_described(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = list[object]()
+    describe = llama.describe_choice
+
+    def noted(*choice: Any) -> SampledToken:
+        happened.append("described")
+        return describe(*choice)
+
+    monkeypatch.setattr(llama, "describe_choice", noted)
+    with opened(model) as engine:
+        for sequence in (0, 1):
+            engine.open_sequence(sequence, SamplingSettings(temperature=0.0))
+        first = micro([engine], [1, 2, 3], sample=True)
+        (output,) = engine.compute([first], happened.append)
+        assert output.sampled is not None
+        assert happened == [output.sampled.token, "described"]
+        engine.compute([micro([engine], [4])], happened.append)
+        both = [micro([engine], [5], sequence, sample=True) for sequence in (0, 1)]
+        engine.compute(both, happened.append)
+        assert happened[2:] == ["described", "described"], "of a single micro-batch only"
 
 
 def test_all_sequences_can_be_full(model: Path) -> None:

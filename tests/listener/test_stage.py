@@ -14,7 +14,7 @@ from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh, written_
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings
+from shardmesh.engine.base import EngineInfo, MicroBatch, Output, SamplingSettings, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_chain, fake_info
 from shardmesh.errors import BusyError, EngineError, ShardmeshError, UnreachableError
 from shardmesh.wire.limits import SESSIONS_PER_NODE_MAX
@@ -255,10 +255,12 @@ class RecordingFake(FakeEngine):
         self.gate.set()
         self.numbers: list[int] = []
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         self.gate.wait(10)
         self.numbers.append(len(batch))
-        return super().compute(batch)
+        return super().compute(batch, tell_token)
 
 
 async def test_a_stage_advances_its_share_of_the_sessions_at_once() -> None:

@@ -16,7 +16,7 @@ from support.models import write_model
 
 from shardmesh.coordinator.generate import prefill
 from shardmesh.coordinator.openings import SessionSettings
-from shardmesh.engine.base import Hidden, MicroBatch, Output
+from shardmesh.engine.base import Hidden, MicroBatch, Output, TellToken
 from shardmesh.engine.fake import fake_chain
 from shardmesh.errors import ShardmeshError
 from shardmesh.wire.hidden_states import WireType, hidden_to_body
@@ -33,8 +33,10 @@ class Recorder:
         self.came: list[Hidden] = []
         self.went: list[Hidden] = []
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
-        outputs: list[Output] = self._engine.compute(batch)
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
+        outputs: list[Output] = self._engine.compute(batch, tell_token)
         self.came += [micro.hidden for micro in batch if micro.hidden is not None]
         self.went += [output.hidden for output in outputs if output.hidden is not None]
         return outputs

@@ -24,7 +24,7 @@ from support.replicas import replica
 from shardmesh.coordinator.chain import Chain, Replica, choose_chain
 from shardmesh.coordinator.replacements import ReplicaFinder, ReplicaHealth
 from shardmesh.coordinator.router import SessionRouter
-from shardmesh.engine.base import MicroBatch, Output
+from shardmesh.engine.base import MicroBatch, Output, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link, LinkUser
@@ -65,14 +65,16 @@ class SimulatedEngine(FakeEngine):
         super().close_sequence(sequence, n_keep)
         self.open_sequences.discard(sequence)
 
-    def compute(self, batch: Sequence[MicroBatch]) -> list[Output]:
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         sequences = [micro.sequence for micro in batch]
         are_neighbours = bool(sequences) and all(
             b - a == 1 for a, b in itertools.pairwise(sequences)
         )
         if not are_neighbours or len(batch) not in (1, *NUMBERS_AT_ONCE):
             self.wrong.append(f"the sequences {sequences} are computed at once")
-        outputs = super().compute(batch)
+        outputs = super().compute(batch, tell_token)
         if self.fails_next:
             self.fails_next = False
             self._table.damage(batch)

@@ -30,10 +30,10 @@ class CountingEngine(FakeEngine):
     n_computed = 0
     n_rows = 0
 
-    def compute(self, batch: Sequence[MicroBatch]):  # type: ignore[no-untyped-def]
+    def compute(self, batch: Sequence[MicroBatch], tell_token=None):  # type: ignore[no-untyped-def]
         self.n_computed += sum(micro.n_tokens for micro in batch)
         self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
-        return super().compute(batch)
+        return super().compute(batch, tell_token)
 
 
 class OtherTokens(CountingEngine):
