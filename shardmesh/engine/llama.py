@@ -361,7 +361,7 @@ class LlamaEngine:
         sampled = None
         if micro.sample:
             sampler = self._samplers[micro.sequence]
-            token = sampler.sample(self._context, row)
+            token = sampler.sample(self._context, row, logits)
             if tell_token is not None:
                 tell_token(token)
             sampled = describe_choice(logits, token, sampler.settings.n_top_logprobs)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llama_cpp import llama_cpp as api
 
 from shardmesh.engine.base import SamplingSettings
@@ -44,18 +45,18 @@ class SamplerChain:
             if vocabulary is None:
                 raise InputError("this engine knows no vocabulary, which a grammar needs")
             self._grammar = GrammarSampler(settings.grammar, vocabulary.open(), watchdog)
+        self._is_highest = takes_highest(settings)
         self._chain: Any = _build_chain(settings, n_vocab)
         if settings.repeat_last_n:
             for token in history[-settings.repeat_last_n :]:
                 api.llama_sampler_accept(self._chain, token)
 
-    def sample(self, context: Any, row: int) -> int:
-        """Chooses from the logits of `row` of the last computation and remembers the choice."""
+    def sample(self, context: Any, row: int, logits: npt.NDArray[np.float32]) -> int:
+        """Chooses from the `logits` of `row` of the last computation and remembers the choice."""
+        if self._is_highest:
+            return int(logits.argmax())  # of equals the first, as llama.cpp does; 3 us, not 60
         if self._grammar is not None:
-            logits = api.llama_get_logits_ith(context, row)
-            token = self._grammar.sample(
-                self._chain, np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
-            )
+            token = self._grammar.sample(self._chain, logits)
         else:
             token = int(api.llama_sampler_sample(self._chain, context, row))
         if not 0 <= token < self._n_vocab:
@@ -68,6 +69,13 @@ class SamplerChain:
             self._chain = None
         if self._grammar is not None:
             self._grammar.close()
+
+
+def takes_highest(settings: SamplingSettings) -> bool:
+    """Whether the choice is the highest of the untouched logits, whatever came before.  Pure."""
+    penalties = settings.repeat_penalty, settings.frequency_penalty, settings.presence_penalty
+    is_changed = bool(settings.logit_bias or settings.grammar)
+    return settings.temperature == 0 and penalties == (1.0, 0.0, 0.0) and not is_changed
 
 
 def _build_chain(settings: SamplingSettings, n_vocab: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_cpp import llama_cpp as api
 from support.chains import OPTIONS, compute, micro, opened
 from support.models import BUILT_IN, write_model
 
+from shardmesh.engine import sampler
 from shardmesh.engine.base import Engine, SampledToken, SamplingSettings
+from shardmesh.engine.sampler import takes_highest
 from shardmesh.errors import InputError
 
 PROMPT = [5, 60, 61, 62, 63, 64, 60, 61]
@@ -52,6 +58,38 @@ def tokens_of(
 
 
 HOT = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 11}
+
+
+GREEDY_AND_MORE = [
+    {"repeat_penalty": 1.1},
+    {"frequency_penalty": 0.1},
+    {"presence_penalty": 0.1},
+    {"logit_bias": ((7, 1.0),)},
+    {"temperature": 0.1},
+    {"grammar": 'root ::= "a"'},
+]
+
+
+def test_without_chance_and_penalties_it_is_the_highest(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert takes_highest(SamplingSettings(temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seed=5))
+    for more in GREEDY_AND_MORE:
+        assert not takes_highest(SamplingSettings(**{"temperature": 0.0, **more}))
+    quick = tokens_of(engine, temperature=0.0)
+    monkeypatch.setattr(sampler, "takes_highest", lambda settings: False)
+    assert tokens_of(engine, temperature=0.0) == quick
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=20))
+def test_of_equal_logits_llama_takes_the_first_as_well(values: list[float]) -> None:
+    chain = api.llama_sampler_init_greedy()
+    entries = [api.llama_token_data(i, value, 0.0) for i, value in enumerate(values)]
+    data = (api.llama_token_data * len(entries))(*entries)
+    candidates = api.llama_token_data_array(data, len(entries), -1, False)
+    api.llama_sampler_apply(chain, ctypes.byref(candidates))
+    api.llama_sampler_free(chain)
+    assert candidates.selected == np.array(values, dtype=np.float32).argmax()
 
 
 @pytest.mark.parametrize(
