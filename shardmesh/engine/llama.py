@@ -19,6 +19,7 @@ from shardmesh.engine.base import (
     Cells,
     EngineInfo,
     EngineOptions,
+    Hidden,
     MicroBatch,
     Output,
     SampledToken,
@@ -315,16 +316,11 @@ class LlamaEngine:
         status = api.llama_decode(self._context, rows)
         if status != 0:
             raise EngineError(f"llama.cpp could not compute a batch (llama_decode: {status})")
-        ends = list(itertools.accumulate(micro.n_tokens for micro in micros))
+        if self._tap is not None and not is_last:
+            return _outputs_of(micros, self._tap.take(rows.n_tokens).copy())
         if self._tap is not None:
-            if is_last:
-                self._tap.check()
-            else:
-                hidden = self._tap.take(ends[-1]).copy()
-                if len(micros) == 1:
-                    return [Output(hidden=hidden)]
-                starts = (0, *ends[:-1])
-                return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
+            self._tap.check()
+        ends = itertools.accumulate(micro.n_tokens for micro in micros)
         return [
             self._outcome(micro, end - 1, tell_token)
             for micro, end in zip(micros, ends, strict=True)
@@ -409,3 +405,12 @@ class LlamaEngine:
         if not np.isfinite(logits.max()):  # the samplers would abort on these
             raise EngineError("the model computed logits that are not numbers")
         return logits
+
+
+def _outputs_of(micros: Sequence[MicroBatch], hidden: Hidden) -> list[Output]:
+    """The rows of each micro-batch, in order."""
+    if len(micros) == 1:
+        return [Output(hidden=hidden)]
+    ends = list(itertools.accumulate(micro.n_tokens for micro in micros))
+    starts = (0, *ends[:-1])
+    return [Output(hidden=hidden[s:e]) for s, e in zip(starts, ends, strict=True)]
