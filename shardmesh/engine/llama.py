@@ -162,16 +162,19 @@ class LlamaEngine:
         self._table.check(batch)
         self._check_embeddings(batch)
         try:
-            is_single = len(batch) == 1
-            outputs = self._run(batch, tell_token) if is_single else self._run_all(batch)
+            if len(batch) == 1:
+                outputs = self._run(batch, tell_token)
+            else:
+                outputs = self._run_all(batch)
         except BaseException:
             self._table.damage(batch)
             raise
         self._table.advance(batch)
-        failed = [micro for micro, o in zip(batch, outputs, strict=True) if o.failure is not None]
-        self._table.damage(failed)
-        if len(batch) == 1 and outputs[0].failure is not None:
-            raise outputs[0].failure
+        for micro, output in zip(batch, outputs, strict=True):
+            if output.failure is not None:
+                self._table.damage([micro])
+                if len(batch) == 1:
+                    raise output.failure
         return outputs
 
     def _run_all(self, batch: Sequence[MicroBatch]) -> list[Output]:

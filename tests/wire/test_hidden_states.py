@@ -46,6 +46,28 @@ def test_columns_of_a_wider_array() -> None:
         assert body_to_hidden(body, 2, 3, wire).tolist() == hidden.tolist()
 
 
+@given(arrays.arrays(np.float32, SHAPES, elements=st.floats(width=32)))
+def test_what_is_finite_and_nothing_else_is_taken(hidden: np.ndarray) -> None:
+    """Huge numbers and strange kinds of what is none are close to each other in their bits."""
+    body = memoryview(hidden.tobytes())
+    if np.isfinite(hidden).all():
+        assert body_to_hidden(body, *hidden.shape, "f32").tobytes() == hidden.tobytes()
+    else:
+        with pytest.raises(ProtocolError):
+            body_to_hidden(body, *hidden.shape, "f32")
+
+
+@pytest.mark.parametrize("n_numbers", [2, 8192, 8193])
+def test_one_that_is_not_finite_is_found_anywhere(n_numbers: int) -> None:
+    for bits in (0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7FC00000):
+        for place in (0, n_numbers - 1):
+            words = np.full(n_numbers, 0x7F7FFFFF, dtype=np.uint32)
+            assert body_to_hidden(memoryview(words.tobytes()), 1, n_numbers, "f32").size
+            words[place] = bits
+            with pytest.raises(ProtocolError):
+                body_to_hidden(memoryview(words.tobytes()), 1, n_numbers, "f32")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("wire", "dtype"), [("f32", "<f4"), ("f16", "<f2")])
 def test_what_is_not_finite_is_refused(value: float, wire: WireType, dtype: str) -> None:
