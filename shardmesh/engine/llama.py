@@ -162,10 +162,8 @@ class LlamaEngine:
         self._table.check(batch)
         self._check_embeddings(batch)
         try:
-            if len(batch) == 1:
-                outputs = self._run(batch, tell_token)
-            else:
-                outputs = self._run_all(batch)
+            is_single = len(batch) == 1
+            outputs = self._run(batch, tell_token) if is_single else self._run_all(batch)
         except BaseException:
             self._table.damage(batch)
             raise
@@ -173,7 +171,7 @@ class LlamaEngine:
         for micro, output in zip(batch, outputs, strict=True):
             if output.failure is not None:
                 self._table.damage([micro])
-                if len(batch) == 1:
+                if is_single:
                     raise output.failure
         return outputs
 
