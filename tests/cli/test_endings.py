@@ -33,9 +33,17 @@ def exit_code(name: str, before: str = "") -> int:
     return subprocess.run([sys.executable, "-c", code], timeout=TIMEOUT_S, check=False).returncode
 
 
+AS_IN_A_TERMINAL = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+"""The tests themselves may run behind nohup, whose children ignore what it ignores."""
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_each_signal_interrupts_and_has_its_code(name: str, code: int) -> None:
-    assert exit_code(name) == code
+    assert exit_code(name, AS_IN_A_TERMINAL) == code
 
 
 def test_where_ctrl_c_is_ignored_a_signal_still_ends_it() -> None:
