@@ -106,7 +106,7 @@ class ChainLinker:
         try:
             yield
         finally:
-            self._prepared.subtract(peer_ids)
+            self._prepared -= Counter(peer_ids)
 
     def link_spares(self, linked: LinkedChain) -> None:
         """Has some of those dialed that could replace a stage of the chain; not waited for.
@@ -187,7 +187,7 @@ class ChainLinker:
         what the others compute.
         """
         now_s = trio.current_time()
-        with_room = [replica for replica in replicas if not self._is_full(replica, now_s)]
+        with_room = self._with_room(replicas, now_s)
         well = [replica for replica in with_room if not self._health.is_aside(replica, now_s)]
         try:
             return choose_chain(well, model_name=wish.model_name, costs=costs)
@@ -203,10 +203,15 @@ class ChainLinker:
             next_step="try again shortly, or start listeners with a larger --parallel",
         )
 
-    def _is_full(self, replica: Replica, now_s: float) -> bool:
-        n_parallel = replica.n_parallel
-        is_ours = bool(n_parallel) and self._places_taken()[replica.peer_id] >= n_parallel
-        return is_ours or self._health.is_full(replica, now_s)
+    def _with_room(self, replicas: Sequence[Replica], now_s: float) -> list[Replica]:
+        """Those that may have a place for another session, as far as can be known unasked."""
+        taken = self._places_taken()
+        return [
+            replica
+            for replica in replicas
+            if not self._health.is_full(replica, now_s)
+            and not 0 < replica.n_parallel <= taken[replica.peer_id]
+        ]
 
     def _well_linked(self, replica: Replica) -> Link | None:
         link = self._pool.open_link(replica.peer_id)

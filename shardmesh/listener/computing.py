@@ -147,6 +147,7 @@ class Computing:
         finally:
             for link in held:
                 link.release()
+            self._told = self._handed_over = None
         self._counters.compute_us += compute_us  # now that the results are on their way
         if works[0].batch.n_tokens == 1:
             self._note_pace(compute_us)
@@ -185,7 +186,7 @@ class Computing:
             return
         if result.sampled is not None and self._told is not work:
             self._on_token(work, result.sampled.token)
-        handed_over, self._told, self._handed_over = self._handed_over, None, None
+        handed_over = self._handed_over if self._told is work else None
         queue_us = int((started_s - work.received_s) * 1e6)
         next_hop = handed_over or session.next_link or session.coordinator
         timing = StageTiming(

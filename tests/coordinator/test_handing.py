@@ -58,8 +58,9 @@ class FailsOnceTold(FakeEngine):
         self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
     ) -> list[Output]:
         outputs = super().compute(batch, tell_token)
-        self.n_told += tell_token is not None and outputs[0].sampled is not None
-        if self.n_told == self.N_TOKENS:
+        is_told = tell_token is not None and outputs[0].sampled is not None
+        self.n_told += is_told
+        if is_told and self.n_told == self.N_TOKENS:
             raise EngineError("it fails, as it was told to")
         return outputs
 
@@ -427,6 +428,24 @@ async def test_a_last_stage_that_fails_behind_a_token_that_it_has_handed_on_is_r
             assert n_taken(mesh) >= last.n_told
         await trio.testing.wait_all_tasks_blocked()
         assert_nothing_left(mesh)
+
+
+async def test_what_was_handed_on_by_a_session_that_failed_is_not_another_one_s(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    *others, _ = engines()
+    start, end = BOUNDARIES[-2:]
+    last = FailsOnceTold(fake_info(start, end, end, n_ctx=512), layer_start=start)
+    async with replicated_mesh(0, [*others, last]) as mesh:
+        settings = SessionSettings(
+            n_ctx=N_CTX, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, hands_on=True
+        )
+        async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
+            with pytest.raises(ShardmeshError):
+                await write(session)
+        async with session_of(mesh) as session:
+            session.send(PROMPT[:32], sample=False)
+            assert not (await session.receive()).handed
 
 
 async def test_a_last_stage_that_says_two_things_ends_the_session(
