@@ -47,23 +47,12 @@ class LlamaBatch:
         """
         first = 0
         for micro in micros:
-            end = first + micro.n_tokens
-            if end == first + 1:
+            n_tokens = micro.n_tokens
+            if n_tokens == 1:
                 self._set_row(first, micro, is_output=output_all)
-                first = end
-                continue
-            if micro.tokens is not None:
-                self._tokens[first:end] = micro.tokens
-            elif micro.hidden is not None and self._hidden.size:
-                self._hidden[first:end, : micro.hidden.shape[1]] = micro.hidden
-            self._sequences[first:end] = micro.sequence
-            self._is_output[first:end] = output_all
-            self._is_output[first : first + len(micro.scored)] = True
-            if micro.sample or micro.want_logits:
-                self._is_output[end - 1] = True
-            last = micro.position + micro.n_tokens
-            self._positions[first:end] = np.arange(micro.position, last, dtype=np.int32)
-            first = end
+            else:
+                self._set_rows(first, first + n_tokens, micro, output_all=output_all)
+            first += n_tokens
         self._fill_sections(first)
         self._struct.n_tokens = first
         return self._struct
@@ -78,6 +67,19 @@ class LlamaBatch:
         is_wanted = micro.sample or micro.want_logits or micro.scored
         self._is_output[row] = is_output or bool(is_wanted)
         self._positions[row] = micro.position
+
+    def _set_rows(self, first: int, end: int, micro: MicroBatch, *, output_all: bool) -> None:
+        if micro.tokens is not None:
+            self._tokens[first:end] = micro.tokens
+        elif micro.hidden is not None and self._hidden.size:
+            self._hidden[first:end, : micro.hidden.shape[1]] = micro.hidden
+        self._sequences[first:end] = micro.sequence
+        self._is_output[first:end] = output_all
+        self._is_output[first : first + len(micro.scored)] = True
+        if micro.sample or micro.want_logits:
+            self._is_output[end - 1] = True
+        last = micro.position + micro.n_tokens
+        self._positions[first:end] = np.arange(micro.position, last, dtype=np.int32)
 
     def _fill_sections(self, n_rows: int) -> None:
         """Section by section, as llama.cpp lays them out for text: p, p, p and 0."""

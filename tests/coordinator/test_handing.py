@@ -65,6 +65,11 @@ class FailsOnceTold(FakeEngine):
         return outputs
 
 
+def fails_once_told() -> FailsOnceTold:
+    start, end = BOUNDARIES[-2:]
+    return FailsOnceTold(fake_info(start, end, end, n_ctx=512), layer_start=start)
+
+
 def sampled_behind(
     engine: FakeEngine, tokens: Sequence[int], sampling: Sampling = SAMPLED
 ) -> list[int]:
@@ -102,7 +107,9 @@ async def quick_first_mesh() -> AsyncIterator[MemoryMesh]:
         yield mesh
 
 
-def session_of(mesh: MemoryMesh, *, hands_on: bool = True, **changes):  # type: ignore[no-untyped-def]
+def session_of(  # type: ignore[no-untyped-def]
+    mesh: MemoryMesh, *, hands_on: bool = True, is_repaired: bool = True, **changes
+):
     known = SessionSettings(
         n_ctx=N_CTX, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, hands_on=hands_on
     )
@@ -110,7 +117,7 @@ def session_of(mesh: MemoryMesh, *, hands_on: bool = True, **changes):  # type: 
         mesh.chain,
         mesh.links,
         dataclasses.replace(known, **changes),
-        replacements=mesh.replacements(),
+        replacements=mesh.replacements() if is_repaired else None,
     )
 
 
@@ -417,10 +424,8 @@ async def test_a_last_stage_that_fails_behind_a_token_that_it_has_handed_on_is_r
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """The first stage has the token before the last one knows how likely it was."""
-    *others, _ = engines()
-    start, end = BOUNDARIES[-2:]
-    last = FailsOnceTold(fake_info(start, end, end, n_ctx=512), layer_start=start)
-    async with replicated_mesh(1, [*others, last]) as mesh:
+    last = fails_once_told()
+    async with replicated_mesh(1, [*engines()[:-1], last]) as mesh:
         async with session_of(mesh) as session:
             assert await write(session) == EXPECTED
             assert [repair.code for repair in session.repairs] == ["ENGINE_FAILED"]
@@ -433,14 +438,8 @@ async def test_a_last_stage_that_fails_behind_a_token_that_it_has_handed_on_is_r
 async def test_what_was_handed_on_by_a_session_that_failed_is_not_another_one_s(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    *others, _ = engines()
-    start, end = BOUNDARIES[-2:]
-    last = FailsOnceTold(fake_info(start, end, end, n_ctx=512), layer_start=start)
-    async with replicated_mesh(0, [*others, last]) as mesh:
-        settings = SessionSettings(
-            n_ctx=N_CTX, sampling=SAMPLED, piece_tokens=PIECE_TOKENS, hands_on=True
-        )
-        async with mesh.router.session(mesh.chain, mesh.links, settings) as session:
+    async with replicated_mesh(0, [*engines()[:-1], fails_once_told()]) as mesh:
+        async with session_of(mesh, is_repaired=False) as session:
             with pytest.raises(ShardmeshError):
                 await write(session)
         async with session_of(mesh) as session:

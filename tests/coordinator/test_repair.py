@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from support.replicated import assert_nothing_left, engines, loop_worker, replic
 
 from shardmesh.coordinator.replacements import ASIDE_MIN_S, HEAD_START_S
 from shardmesh.coordinator.session import REPAIR_ANSWER_TIMEOUT_S
+from shardmesh.engine.base import MicroBatch, Output, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.errors import EngineError, ShardmeshError, UnreachableError
 from shardmesh.links.link import Link
@@ -184,7 +186,9 @@ class Spoiler(FakeEngine):
         self._spoil = spoil
         self._n_good = n_good
 
-    def compute(self, batch, tell_token=None):  # type: ignore[no-untyped-def]
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         outputs = super().compute(batch, tell_token)
         self._n_good -= 1
         if self._n_good < 0:

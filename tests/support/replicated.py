@@ -12,7 +12,7 @@ from support.loop_worker import LoopWorker
 from support.mesh import GREEDY, PIECE_TOKENS, MemoryMesh, memory_mesh
 
 from shardmesh.coordinator.pieces import pieces_of
-from shardmesh.engine.base import MicroBatch, SamplingSettings
+from shardmesh.engine.base import MicroBatch, Output, SamplingSettings, TellToken
 from shardmesh.engine.fake import FakeEngine, fake_info
 from shardmesh.listener.stage_session import Work
 from shardmesh.listener.worker import Calculation
@@ -30,7 +30,9 @@ class CountingEngine(FakeEngine):
     n_computed = 0
     n_rows = 0
 
-    def compute(self, batch: Sequence[MicroBatch], tell_token=None):  # type: ignore[no-untyped-def]
+    def compute(
+        self, batch: Sequence[MicroBatch], tell_token: TellToken | None = None
+    ) -> list[Output]:
         self.n_computed += sum(micro.n_tokens for micro in batch)
         self.n_rows += sum(micro.n_tokens == 1 for micro in batch)
         return super().compute(batch, tell_token)
